@@ -1,0 +1,61 @@
+"""Configuration of whisperM2M and its draft network KVSPN (arXiv 2508.11189, section 2)."""
+
+from __future__ import annotations
+
+from huggingface_hub.dataclasses import strict
+from transformers import WhisperConfig
+
+
+@strict
+class WhisperM2MConfig(WhisperConfig):
+    """WhisperConfig, plus a text encoder and the draft network; the defaults are the paper's whisperM2M.
+
+    Args:
+        text_encoder_layers: layers of the text encoder; 0 for none (speech input only).
+        text_encoder_ffn_dim: FFN width of the text encoder.
+        max_text_positions: longest source text in tokens.
+        kvspn_blocks: blocks of the draft network; 0 for none (plain greedy decoding only).
+        kvspn_groups: consecutive groups that the decoder's layers are split into; must divide
+            `decoder_layers` and `kvspn_blocks`. Block i reads group i * groups // blocks.
+        kvspn_heads: query heads of a block, a multiple of `decoder_attention_heads`, since it reads the base
+            model's keys and values; None for as many. (The paper is silent.)
+        kvspn_ffn_dim: FFN width of a block. (The paper is silent.)
+        kvspn_encoder_attention: whether a block also attends to the encoder's output, through the
+            cross-attention keys and values of its group's last layer. (The paper is silent.)
+        kvspn_last_layer_only: a block reads only its group's last layer instead of the flattened group
+            (an ablation).
+        kvspn_draft_vocab_size: tokens in the draft's short list; None to draft from the whole vocabulary.
+    """
+
+    model_type = "whisper_m2m"
+
+    d_model: int = 1024
+    encoder_layers: int = 24
+    encoder_attention_heads: int = 16
+    encoder_ffn_dim: int = 4096
+    decoder_layers: int = 12
+    decoder_attention_heads: int = 16
+    decoder_ffn_dim: int = 4096
+    text_encoder_layers: int = 6
+    text_encoder_ffn_dim: int = 4096
+    max_text_positions: int = 448
+    kvspn_blocks: int = 3
+    kvspn_groups: int = 3
+    kvspn_heads: int | None = None
+    kvspn_ffn_dim: int = 4096
+    kvspn_encoder_attention: bool = True
+    kvspn_last_layer_only: bool = False
+    kvspn_draft_vocab_size: int | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if not self.kvspn_blocks:
+            return
+        heads = self.decoder_attention_heads
+        for name, value, divisor, what in (
+            ("decoder_layers", self.decoder_layers, self.kvspn_groups, "kvspn_groups"),
+            ("kvspn_blocks", self.kvspn_blocks, self.kvspn_groups, "kvspn_groups"),
+            ("kvspn_heads", self.kvspn_heads or heads, heads, "decoder_attention_heads"),
+        ):
+            if value < 1 or divisor < 1 or value % divisor:
+                raise ValueError(f"{name} must be a multiple of {what} ({divisor}), got {value}")

@@ -1,0 +1,61 @@
+"""From a Whisper to whisperM2M: prune the decoder, add a text encoder and KVSPN (arXiv 2508.11189, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import WhisperForConditionalGeneration
+
+from kvspn.models.configuration import WhisperM2MConfig
+from kvspn.models.modeling import WhisperM2MForConditionalGeneration
+
+_DECODER_LAYER = "model.decoder.layers."
+_ADDED = ("model.text_encoder.", "kvspn.")
+
+
+def spread_layers(available: int, kept: int) -> list[int]:
+    """`kept` of `available` layers, evenly spaced, the first and the last among them (the paper is silent)."""
+    if not 1 <= kept <= available:
+        raise ValueError(f"decoder layers to keep must be 1 to {available}, got {kept}")
+    return [round(i * (available - 1) / max(kept - 1, 1)) for i in range(kept)]
+
+
+def convert_whisper(
+    whisper: WhisperForConditionalGeneration, layers: Sequence[int], **added: object
+) -> WhisperM2MForConditionalGeneration:
+    """Keeps the encoder, the embeddings and the named decoder layers; what is added starts at random.
+
+    Args:
+        whisper: any Hugging Face Whisper.
+        layers: decoder layers to keep, ascending.
+        added: fields of WhisperM2MConfig for the text encoder and KVSPN.
+
+    Raises ValueError for layers that do not exist or are out of order.
+    """
+    available = whisper.config.decoder_layers
+    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= available:
+        raise ValueError(f"layers must be ascending, each 0 to {available - 1}, got {list(layers)}")
+    settings = whisper.config.to_dict()
+    for name in ("model_type", "architectures", "transformers_version"):
+        settings.pop(name, None)
+    config = WhisperM2MConfig(**{**settings, "decoder_layers": len(layers), **added})
+    model = WhisperM2MForConditionalGeneration(config).to(whisper.dtype)
+    state = {_rename(name, layers): weight for name, weight in whisper.state_dict().items()}
+    state.pop("", None)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing = [name for name in missing if not name.startswith(_ADDED)]
+    if missing or unexpected:
+        raise ValueError(f"not a Whisper checkpoint: missing {missing}, unexpected {unexpected}")
+    model.generation_config = whisper.generation_config
+    if model.kvspn is not None:
+        model.kvspn.start_from(model.model.decoder)
+    return model
+
+
+def _rename(name: str, layers: Sequence[int]) -> str:
+    """The name of a weight after pruning; empty for a dropped layer."""
+    if not name.startswith(_DECODER_LAYER):
+        return name
+    index, rest = name[len(_DECODER_LAYER) :].split(".", 1)
+    return f"{_DECODER_LAYER}{layers.index(int(index))}.{rest}" if int(index) in layers else ""
+

@@ -1,0 +1,1 @@
+"""Training: the phrasebook corpus, synthetic speech, and the recipe that makes the miniature."""

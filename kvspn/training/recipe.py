@@ -1,0 +1,302 @@
+"""The miniature's recipe: the paper's training (arXiv 2508.11189, section 2), at small scale, from nothing.
+
+    data       sentences, tokenizer, spoken clips, features
+    parent     a small Whisper learns to transcribe six languages
+    base       its decoder is pruned, a text encoder added, its encoder adapted by LoRA:
+               speech translation + text translation + distillation from text to speech translation
+    draft      KVSPN alone, the base model frozen
+    export     fp16 weights, test sets, model card
+
+Each stage leaves its result in a folder of its own and is skipped when it is there; an interrupted stage goes
+on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, LoraModel
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
+
+from kvspn.models.configuration import WhisperM2MConfig
+from kvspn.models.conversion import convert_whisper, spread_layers
+from kvspn.models.modeling import SpeechEncoder, WhisperM2MForConditionalGeneration
+from kvspn.training.corpus import LANGUAGES, Phrasebook, Sentence, Split, split
+from kvspn.training.data import IGNORE, ClipDataset, Collator
+from kvspn.training.losses import accuracy, cross_entropy, ctc, distillation
+from kvspn.training.store import Clip, FeatureStore
+from kvspn.training.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from kvspn.training.trainer import Batch, Losses, fit
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of the optimiser."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that the miniature depends on."""
+
+    seed: int = 0
+    clips_per_template: int = 160
+    vocab_size: int = 4000
+    window_seconds: int = 6
+    d_model: int = 192
+    heads: int = 3
+    ffn_dim: int = 768
+    encoder_layers: int = 5
+    parent_decoder_layers: int = 12
+    decoder_layers: int = 6
+    text_encoder_layers: int = 6
+    max_target_positions: int = 96
+    dropout: float = 0.05
+    lora_rank: int = 16
+    distillation: float = 1.0
+    parent: Stage = field(default_factory=lambda: Stage(3200, 32, 1.5e-3))
+    base: Stage = field(default_factory=lambda: Stage(3000, 32, 1e-3))
+    draft: Stage = field(default_factory=lambda: Stage(1200, 32, 1e-3))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What the data stage leaves."""
+
+    split: Split
+    tokenizer: WhisperTokenizer
+    extractor: WhisperFeatureExtractor
+    store: FeatureStore
+
+
+def make_data(folder: Path, recipe: Recipe, log: Log = print) -> Corpus:
+    """Draws the sentences, trains the tokenizer, speaks the clips and stores their features."""
+    extractor = WhisperFeatureExtractor(chunk_length=recipe.window_seconds)
+    sentences = split(Phrasebook.load(), seed=recipe.seed)
+    clips = draw_clips(sentences.train, recipe.clips_per_template, random.Random(recipe.seed))
+    spoken = {clip.sentence for clip in clips}
+    tokenizer = train_tokenizer(
+        (text for i in sorted(spoken) for text in sentences.train[i].texts.values()), recipe.vocab_size
+    )
+    log(f"{len(sentences.train)} sentences in {len(LANGUAGES)} languages, {len(clips)} clips")
+    store = FeatureStore.build(
+        folder / "features",
+        clips,
+        extractor,
+        recipe.seed,
+        progress=lambda done, total: log(f"spoken {done}/{total}") if done % 3200 == 0 or done == total else None,
+    )
+    return Corpus(sentences, tokenizer, extractor, store)
+
+
+def draw_clips(sentences: tuple[Sentence, ...], per_template: int, rng: random.Random) -> list[Clip]:
+    """As many clips of every template, so that those with few slots are not drowned: sentence x language pairs
+    in random order, each again in another voice where there are too few."""
+    by_template: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for i, sentence in enumerate(sentences):
+        by_template[sentence.template] += [(i, language) for language in LANGUAGES]
+    clips = []
+    for pairs in by_template.values():
+        rng.shuffle(pairs)
+        for n in range(per_template):
+            i, language = pairs[n % len(pairs)]
+            clips.append(Clip(i, language, sentences[i].texts[language]))
+    rng.shuffle(clips)
+    return clips
+
+
+def train_parent(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
+    """A small Whisper, from nothing, on transcription in all languages: cross-entropy + CTC."""
+    result = folder / "parent"
+    if (result / "config.json").exists():
+        return result
+    torch.manual_seed(recipe.seed)
+    model = WhisperForConditionalGeneration(parent_config(recipe, corpus.tokenizer))
+    model.generation_config = generation_config(corpus.tokenizer)
+    model.model.encoder = SpeechEncoder(model.config)  # the same weights; takes short windows, which train faster
+    model.ctc_head = nn.Linear(recipe.d_model, model.config.vocab_size)
+
+    def losses(model: WhisperForConditionalGeneration, batch: Batch) -> dict[str, Tensor]:
+        out = model(input_features=batch["input_features"], decoder_input_ids=batch["decoder_input_ids"])
+        states, labels = out.encoder_last_hidden_state, batch["labels"]
+        blank = corpus.tokenizer.eos_token_id
+        return {
+            "transcription": cross_entropy(out.logits, labels, smoothing=0.05),
+            "ctc": 0.3 * ctc(states, batch["feature_lengths"] // 2, labels, model.ctc_head, blank),
+            "_accuracy": accuracy(out.logits, labels),
+        }
+
+    _run(model, folder / "parent-checkpoints", recipe, recipe.parent, corpus, losses, transcribe=1.0)
+    del model.ctc_head
+    return _save(model, corpus, result)
+
+
+def train_base(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
+    """The parent pruned and given a text encoder, on every direction: ST + MT + distillation, LoRA on the encoder."""
+    result = folder / "base"
+    if (result / "config.json").exists():
+        return result
+    torch.manual_seed(recipe.seed)
+    parent = WhisperForConditionalGeneration.from_pretrained(folder / "parent")
+    model = convert_whisper(
+        parent,
+        spread_layers(recipe.parent_decoder_layers, recipe.decoder_layers),
+        text_encoder_layers=recipe.text_encoder_layers,
+        text_encoder_ffn_dim=recipe.ffn_dim,
+        max_text_positions=recipe.max_target_positions,
+        kvspn_blocks=0,
+    )
+    model.model.encoder.requires_grad_(False)
+    lora = LoraModel(
+        model.model.encoder,
+        LoraConfig(
+            r=recipe.lora_rank,
+            lora_alpha=2 * recipe.lora_rank,
+            target_modules=["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+        ),
+        "default",
+    )
+
+    def losses(model: WhisperM2MForConditionalGeneration, batch: Batch) -> dict[str, Tensor]:
+        inputs, labels = batch["decoder_input_ids"], batch["labels"]
+        text = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], decoder_input_ids=inputs
+        ).logits
+        speech = model(input_features=batch["input_features"], decoder_input_ids=inputs).logits
+        return {
+            "speech": cross_entropy(speech, labels),
+            "text": cross_entropy(text, labels),
+            "distillation": recipe.distillation * distillation(speech, text, labels),
+            "_accuracy": accuracy(speech, labels),
+            "_text_accuracy": accuracy(text, labels),
+        }
+
+    _run(model, folder / "base-checkpoints", recipe, recipe.base, corpus, losses, transcribe=1 / len(LANGUAGES))
+    lora.merge_and_unload()
+    return _save(model, corpus, result)
+
+
+def train_draft(folder: Path, recipe: Recipe, corpus: Corpus, name: str = "draft", **kvspn: bool) -> Path:
+    """KVSPN alone, on the frozen base model's own distribution. `kvspn`: fields of the config, for ablations."""
+    result = folder / name
+    if (result / "config.json").exists():
+        return result
+    torch.manual_seed(recipe.seed)
+    base = WhisperM2MForConditionalGeneration.from_pretrained(folder / "base")
+    settings = base.config.to_dict() | {"kvspn_blocks": 3, "kvspn_ffn_dim": recipe.ffn_dim} | kvspn
+    model = WhisperM2MForConditionalGeneration(WhisperM2MConfig.from_dict(settings))
+    model.load_state_dict(base.state_dict(), strict=False)
+    model.generation_config = base.generation_config
+    model.kvspn.start_from(model.model.decoder)
+    model.requires_grad_(False)
+    model.kvspn.requires_grad_(True)
+
+    def losses(model: WhisperM2MForConditionalGeneration, batch: Batch) -> dict[str, Tensor]:
+        model.model.eval()  # no dropout in the frozen base
+        with torch.no_grad():
+            states = model.encode(batch["input_features"])
+        base_logits, draft_logits = model.draft_logits(batch["decoder_input_ids"], states)
+        kept = batch["labels"][:, 1:]  # row 0 is the prompt's first token, from which nothing is drafted
+        base_logits, draft_logits = base_logits[:, 1:], draft_logits[:, 1:]
+        agreed = base_logits.argmax(-1) == draft_logits.argmax(-1)
+        return {
+            "draft": distillation(draft_logits, base_logits, kept),
+            "_agreement": agreed[kept != IGNORE].float().mean(),
+        }
+
+    _run(model, folder / f"{name}-checkpoints", recipe, recipe.draft, corpus, losses, transcribe=1 / len(LANGUAGES))
+    return _save(model, corpus, result)
+
+
+def _run(
+    model: nn.Module,
+    folder: Path,
+    recipe: Recipe,
+    stage: Stage,
+    corpus: Corpus,
+    losses: Losses,
+    transcribe: float,
+) -> None:
+    collator = Collator(
+        corpus.store,
+        corpus.split.train,
+        corpus.tokenizer,
+        window(recipe),
+        transcribe,
+        random.Random(recipe.seed),
+    )
+    fit(model, folder, ClipDataset(corpus.store), collator, losses, **asdict(stage), seed=recipe.seed)
+
+
+def _save(model: PreTrainedModel, corpus: Corpus, folder: Path) -> Path:
+    """config.json is written last by name, so a folder that has one is taken as complete."""
+    corpus.tokenizer.save_pretrained(folder)
+    corpus.extractor.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+def parent_config(recipe: Recipe, tokenizer: WhisperTokenizer) -> WhisperConfig:
+    """A Whisper as wide as the miniature, with the deeper decoder that is pruned later."""
+    eos = tokenizer.eos_token_id
+    return WhisperConfig(
+        vocab_size=len(tokenizer),
+        d_model=recipe.d_model,
+        encoder_layers=recipe.encoder_layers,
+        encoder_attention_heads=recipe.heads,
+        encoder_ffn_dim=recipe.ffn_dim,
+        decoder_layers=recipe.parent_decoder_layers,
+        decoder_attention_heads=recipe.heads,
+        decoder_ffn_dim=recipe.ffn_dim,
+        max_source_positions=window(recipe) // 2,
+        max_target_positions=recipe.max_target_positions,
+        dropout=recipe.dropout,
+        pad_token_id=eos,
+        bos_token_id=eos,
+        eos_token_id=eos,
+        decoder_start_token_id=tokenizer.convert_tokens_to_ids("<|startoftranscript|>"),
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+
+
+def generation_config(tokenizer: WhisperTokenizer) -> GenerationConfig:
+    """Whisper's own fields: languages, tasks and suppressed tokens by id."""
+    ids = tokenizer.convert_tokens_to_ids
+    eos = tokenizer.eos_token_id
+    return GenerationConfig(
+        is_multilingual=True,
+        lang_to_id={f"<|{code}|>": ids(f"<|{code}|>") for code in LANGUAGES},
+        task_to_id={task: ids(f"<|{task}|>") for task in ("transcribe", "translate")},
+        no_timestamps_token_id=ids("<|notimestamps|>"),
+        decoder_start_token_id=ids("<|startoftranscript|>"),
+        bos_token_id=eos,
+        eos_token_id=eos,
+        pad_token_id=eos,
+        suppress_tokens=[ids(token) for token in SPECIAL_TOKENS[1:]],
+        begin_suppress_tokens=[ids("Ġ"), eos],
+    )
+
+
+def window(recipe: Recipe) -> int:
+    """Frames of the model's window, 100 a second."""
+    return 100 * recipe.window_seconds

@@ -1,0 +1,119 @@
+"""Log-mel features of the spoken corpus, made once and memory-mapped."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import WhisperFeatureExtractor
+
+from kvspn.training.speech import SAMPLING_RATE, TRAIN_VARIANTS, Voice, augment, synthesize
+
+HOP = 160  # samples a frame
+_CHUNK = 64  # clips a worker makes at a time
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One spoken sentence: which, and in which language."""
+
+    sentence: int
+    language: str
+    text: str
+
+
+class FeatureStore:
+    """Features of all clips, one after the other: float16 [frames, mel bins], and each clip's place."""
+
+    def __init__(self, folder: Path):
+        index = json.loads((folder / "index.json").read_text())
+        self.sentences: list[int] = index["sentences"]
+        self.languages: list[str] = index["languages"]
+        self.offsets = np.cumsum([0, *index["frames"]])
+        self._features = np.memmap(folder / "features.f16", np.float16, "r").reshape(-1, index["mel_bins"])
+
+    def __len__(self) -> int:
+        return len(self.sentences)
+
+    def frames(self, clip: int) -> int:
+        return int(self.offsets[clip + 1] - self.offsets[clip])
+
+    def features(self, clip: int) -> np.ndarray:
+        """float16 [frames, mel bins] of one clip, without the window's padding."""
+        return self._features[self.offsets[clip] : self.offsets[clip + 1]]
+
+    @classmethod
+    def build(
+        cls,
+        folder: Path,
+        clips: Sequence[Clip],
+        extractor: WhisperFeatureExtractor,
+        seed: int = 0,
+        workers: int = 2,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> FeatureStore:
+        """Speaks every clip in a random training voice, augments it and stores its features.
+
+        Clips longer than the extractor's window are left out. The index is written last: a folder that has
+        one is complete and is opened as it is.
+        """
+        if (folder / "index.json").exists():
+            return cls(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        chunks = [(seed + i, clips[i : i + _CHUNK], extractor) for i in range(0, len(clips), _CHUNK)]
+        frames: list[int] = []
+        kept: list[Clip] = []
+        # Fresh processes: a fork of a process in which torch has threads may hang.
+        with (
+            open(folder / "features.f16", "wb") as file,
+            multiprocessing.get_context("spawn").Pool(workers) as pool,
+        ):
+            for done, made in enumerate(pool.imap(_make_chunk, chunks), 1):
+                for clip, features in made:
+                    file.write(features.tobytes())
+                    frames.append(len(features))
+                    kept.append(clip)
+                progress(min(done * _CHUNK, len(clips)), len(clips))
+        index = {
+            "mel_bins": extractor.feature_size,
+            "frames": frames,
+            "sentences": [clip.sentence for clip in kept],
+            "languages": [clip.language for clip in kept],
+        }
+        (folder / "index.json").write_text(json.dumps(index))
+        return cls(folder)
+
+
+def _make_chunk(job: tuple[int, Sequence[Clip], WhisperFeatureExtractor]) -> list[tuple[Clip, np.ndarray]]:
+    seed, clips, extractor = job
+    rng = random.Random(seed)
+    spoken = [(clip, augment(synthesize(clip.text, Voice.draw(clip.language, TRAIN_VARIANTS, rng)), rng)) for clip in clips]
+    spoken = [(clip, samples) for clip, samples in spoken if len(samples) <= extractor.n_samples]
+    features = log_mel([samples for _, samples in spoken], extractor)
+    return [(clip, each) for (clip, _), each in zip(spoken, features, strict=True)]
+
+
+def log_mel(clips: Iterable[np.ndarray], extractor: WhisperFeatureExtractor) -> list[np.ndarray]:
+    """float16 [frames, mel bins] of each clip, as in a full window but without its padding."""
+    clips = list(clips)
+    padded = extractor(clips, sampling_rate=SAMPLING_RATE, return_tensors="np").input_features
+    return [
+        each[:, : -(-len(clip) // HOP)].T.astype(np.float16) for each, clip in zip(padded, clips, strict=True)
+    ]
+
+
+def pad_features(features: Sequence[np.ndarray], frames: int) -> np.ndarray:
+    """float32 [B, mel bins, frames]; the padding is what the extractor gives for silence, 2 under the maximum.
+
+    (Whisper's features are clamped to 8 decades under the window's maximum and divided by 4.)
+    """
+    batch = np.empty((len(features), frames, features[0].shape[1]), np.float32)
+    for row, each in zip(batch, features, strict=True):
+        row[: len(each)] = each[:frames]
+        row[len(each) :] = each.max() - 2.0
+    return batch.transpose(0, 2, 1)

@@ -1,0 +1,82 @@
+"""Hugging Face's Trainer with a loss of several named parts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+Batch = Mapping[str, Tensor]
+Losses = Callable[[Any, Batch], dict[str, Tensor]]
+
+
+class LossTrainer(Trainer):
+    """Minimises the sum of what `losses(model, batch)` returns and logs each part."""
+
+    def __init__(self, model: nn.Module, args: TrainingArguments, losses: Losses, **kwargs: Any):
+        super().__init__(model, args, **kwargs)
+        self._losses = losses
+        self._parts: dict[str, list[float]] = defaultdict(list)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
+        parts = self._losses(model, inputs)
+        if model.training:
+            for name, value in parts.items():
+                self._parts[name].append(value.item())
+        loss = torch.stack([value for name, value in parts.items() if not name.startswith("_")]).sum()
+        return (loss, None) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        for name, values in self._parts.items():
+            logs[name.lstrip("_")] = round(sum(values) / len(values), 4)
+        self._parts.clear()
+        super().log(logs, *args, **kwargs)
+
+
+def fit(
+    model: nn.Module,
+    folder: Path,
+    dataset: torch.utils.data.Dataset,
+    collator: Callable[..., Batch],
+    losses: Losses,
+    *,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+) -> None:
+    """Trains in place: AdamW, linear warm-up and cosine decay, bf16 autocast, checkpoints in `folder`.
+
+    Goes on from the folder's last checkpoint where there is one.
+    """
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 12),
+        adam_beta2=0.98,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        train_sampling_strategy="group_by_length",
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        logging_steps=50,
+        save_steps=400,
+        save_total_limit=1,
+        seed=seed,
+        report_to=[],
+    )
+    trainer = LossTrainer(model, args, losses, train_dataset=dataset, data_collator=collator)
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
