@@ -55,9 +55,10 @@ class GenerationMixin:
         *,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        encoder_outputs: Sequence[Tensor] | None = None,
         language: str | Sequence[str] | None = None,
         task: str | None = None,
-        target_language: str | None = None,
+        target_language: str | Sequence[str] | None = None,
         k: int | float | str = 1,
         draft: bool | None = None,
         max_new_tokens: int | None = None,
@@ -71,17 +72,20 @@ class GenerationMixin:
 
         Args:
             input_features: speech [B, mel bins, frames], or
-            input_ids: source text [B, T] (from the processor), with its `attention_mask`.
+            input_ids: source text [B, T] (from the processor), with its `attention_mask`, or
+            encoder_outputs: what `encode` made of either, as `(states,)` with states [B, E, d] without
+                padding; one clip's states may be expanded to several rows.
             language: the source language ("de" or "<|de|>"), one for all rows or one a row; None detects it.
             task: "transcribe" or "translate"; by default "translate" where there is a target language.
-            target_language: what to translate to; a row whose source it is, is transcribed.
+            target_language: what to translate to, one for all rows or one a row; a row whose source it is, is
+                transcribed.
             k: a draft is accepted if among the base model's k likeliest tokens; 1 gives exactly the greedy
                 output, "inf" accepts all.
             draft: False for plain greedy decoding; by default True where the model has a draft network.
             max_new_tokens: at most; by default what the decoder's positions allow.
             streamer: a transformers streamer, such as TextStreamer, for a batch of one.
-            generation_config: Whisper's ids of languages, tasks and suppressed tokens; the model's by default.
-                Its sampling and beam settings have no meaning here.
+            generation_config: Whisper's ids of languages, tasks and suppressed tokens; by default the
+                model's. Its sampling and beam settings have no meaning here.
             return_dict_in_generate: a GenerateOutput instead of its `sequences`.
             engine: one from `self.engine`, to use again; else made for this call on `backend`.
 
@@ -90,7 +94,7 @@ class GenerationMixin:
         Raises ValueError or TypeError that name the argument.
         """
         ids = generation_config if hasattr(generation_config, "lang_to_id") else self.generation_config
-        states = self._encode_rows(input_features, input_ids, attention_mask)
+        states = self._encode_rows(input_features, input_ids, attention_mask, encoder_outputs)
         batch = len(states)
         if streamer is not None and batch != 1:
             raise ValueError(f"streamer takes a batch of one, got {batch} rows")
@@ -101,19 +105,16 @@ class GenerationMixin:
         if task == "transcribe" and target_language is not None:
             raise ValueError(f"target_language must be None for task 'transcribe', got {target_language!r}")
         language_ids = _language_ids(ids)
-        for name, value in (("target_language", target_language), ("language", language)):
-            for each in [value] if isinstance(value, str) else value or []:
-                _check_language(name, each, language_ids)
-        if not (language is None or isinstance(language, str) or len(language) == batch):
-            raise ValueError(f"language must be one for all or {batch}, one a row, got {len(language)}")
+        targets = _languages("target_language", target_language, batch, language_ids)
+        languages = _languages("language", language, batch, language_ids)
         if engine is None:
             engine = self.engine(batch, max(map(len, states)), backend)
         mask = _mask(self.config.vocab_size, ids.suppress_tokens, self.device)
-        if language is None:
-            languages = self._detect(engine, states, language_ids)
-        else:
-            languages = [_code(each) for each in ([language] * batch if isinstance(language, str) else language)]
-        prompts = [self._prompt(ids, language_ids, source, target_language) for source in languages]
+        languages = languages or self._detect(engine, states, language_ids)
+        prompts = [
+            self._prompt(ids, language_ids, source, target)
+            for source, target in zip(languages, targets or languages, strict=True)
+        ]
         result = decode(
             engine,
             states,
@@ -131,15 +132,26 @@ class GenerationMixin:
         return self._output(result, prompts, languages, return_dict_in_generate)
 
     def _encode_rows(
-        self, input_features: Tensor | None, input_ids: Tensor | None, attention_mask: Tensor | None
+        self,
+        input_features: Tensor | None,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        encoder_outputs: Sequence[Tensor] | None,
     ) -> list[Tensor]:
         """Encoder states [E, d] of each row, each computed on its own, so that no row depends on another."""
-        if input_features is not None and input_ids is None:
+        if sum(given is not None for given in (input_features, input_ids, encoder_outputs)) != 1:
+            raise ValueError(
+                "give one of input_features (speech), input_ids (source text) and encoder_outputs"
+            )
+        if encoder_outputs is not None:
+            return list(encoder_outputs[0])
+        if input_features is not None:
             return [self.encode(row[None])[0] for row in input_features]
-        if input_ids is None or input_features is not None:
-            raise ValueError("give either input_features (speech) or input_ids (source text)")
         kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return [self.encode(input_ids=row[None, each.bool()])[0] for row, each in zip(input_ids, kept, strict=True)]
+        return [
+            self.encode(input_ids=row[None, each.bool()])[0]
+            for row, each in zip(input_ids, kept, strict=True)
+        ]
 
     def _detect(self, engine: Engine, states: list[Tensor], language_ids: dict[str, int]) -> list[str]:
         """The likeliest language token after the start token, as Whisper does it."""
@@ -151,13 +163,13 @@ class GenerationMixin:
         return [by_id[tokens[-1]] for tokens in found.sequences]
 
     def _prompt(
-        self, ids: GenerationConfig, language_ids: dict[str, int], source: str, target: str | None
+        self, ids: GenerationConfig, language_ids: dict[str, int], source: str, target: str
     ) -> list[int]:
         """Whisper's prompt; to translate, the target language follows the task."""
-        if target is None or _code(target) == source:
+        if target == source:
             task = [ids.task_to_id["transcribe"]]
         else:
-            task = [ids.task_to_id["translate"], language_ids[_code(target)]]
+            task = [ids.task_to_id["translate"], language_ids[target]]
         start = self.config.decoder_start_token_id
         return [start, language_ids[source], *task, ids.no_timestamps_token_id]
 
@@ -177,13 +189,13 @@ class GenerationMixin:
             torch.tensor(tokens[len(prompt) :])
             for tokens, prompt in zip(result.sequences, prompts, strict=True)
         ]
-        sequences = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.config.pad_token_id)
+        sequences = torch.nn.utils.rnn.pad_sequence(
+            rows, batch_first=True, padding_value=self.config.pad_token_id
+        )
         sequences = sequences.to(self.device)
         if not as_dict:
             return sequences
-        return GenerateOutput(
-            sequences=sequences, languages=languages, stats=result.rows, total=result.total
-        )
+        return GenerateOutput(sequences=sequences, languages=languages, stats=result.rows, total=result.total)
 
 
 def _code(language: str) -> str:
@@ -197,9 +209,19 @@ def _language_ids(ids: Any) -> dict[str, int]:
     return {_code(token): i for token, i in found.items()}
 
 
-def _check_language(name: str, language: str, known: dict[str, int]) -> None:
-    if _code(language) not in known:
-        raise ValueError(f"{name} must be one of {', '.join(sorted(known))}, got {language!r}")
+def _languages(
+    name: str, given: str | Sequence[str] | None, batch: int, known: dict[str, int]
+) -> list[str] | None:
+    """One code a row, from one for all rows or one a row; None where none is given."""
+    if given is None:
+        return None
+    rows = [given] * batch if isinstance(given, str) else given
+    if len(rows) != batch:
+        raise ValueError(f"{name} must be one for all or {batch}, one a row, got {len(rows)}")
+    for language in rows:
+        if _code(language) not in known:
+            raise ValueError(f"{name} must be one of {', '.join(sorted(known))}, got {language!r}")
+    return [_code(language) for language in rows]
 
 
 def _mask(vocab_size: int, suppressed: Sequence[int] | None, device: torch.device) -> Tensor | None:

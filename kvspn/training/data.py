@@ -60,12 +60,15 @@ class Collator:
     rng: random.Random
 
     def __post_init__(self) -> None:
+        letters = sorted({char for sentence in self.sentences for text in sentence.texts.values() for char in text})
+        self.alphabet = {char: 1 + i for i, char in enumerate(letters)}  # 0 is left for CTC's blank
         self._text_ids: dict[tuple[int, str], list[int]] = {}
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """
         Returns: input_features float32 [B, mel bins, frames] and feature_lengths [B] (frames without padding);
-        input_ids and attention_mask [B, T] (source text); decoder_input_ids and labels [B, T'], the prompt's
+        input_ids and attention_mask [B, T] (source text), characters [B, C] (the same by characters);
+        decoder_input_ids and labels [B, T'], the prompt's
         labels ignored but for the source language, which Whisper predicts.
         """
         clips = [item["clip"] for item in items]
@@ -73,13 +76,14 @@ class Collator:
         longest = max(map(len, features))
         full = self.rng.random() < 0.2
         frames = self.window if full else min(self.window, longest + self.rng.randrange(0, 40))
-        sources, inputs, labels = [], [], []
+        sources, characters, inputs, labels = [], [], [], []
         for clip in clips:
             source = self.store.languages[clip]
             others = [code for code in LANGUAGES if code != source]
             target = source if self.rng.random() < self.transcribe else self.rng.choice(others)
             sentence = self.store.sentences[clip]
             sources.append([*self.text_ids(sentence, source), self.tokenizer.eos_token_id])
+            characters.append([self.alphabet[char] for char in self.sentences[sentence].texts[source]])
             prompt = self.tokenizer.convert_tokens_to_ids(prompt_tokens(source, target))
             tokens = [*prompt, *self.text_ids(sentence, target), self.tokenizer.eos_token_id]
             inputs.append(tokens[:-1])
@@ -90,6 +94,7 @@ class Collator:
             "feature_lengths": torch.tensor([len(each) for each in features]),
             "input_ids": pad(sources, self.tokenizer.eos_token_id),
             "attention_mask": pad([[1] * len(each) for each in sources], 0),
+            "characters": pad(characters, IGNORE),
             "decoder_input_ids": pad(inputs, self.tokenizer.eos_token_id),
             "labels": pad(labels, IGNORE),
         }

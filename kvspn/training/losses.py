@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,23 +22,15 @@ def distillation(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return F.kl_div(F.log_softmax(student[kept].float(), dim=-1), target, reduction="batchmean", log_target=True)
 
 
-def ctc(states: Tensor, lengths: Tensor, labels: Tensor, head: torch.nn.Linear, blank: int) -> Tensor:
-    """Connectionist temporal classification of the encoder's states, at half their rate.
+def ctc(logits: Tensor, lengths: Tensor, characters: Tensor) -> Tensor:
+    """Connectionist temporal classification of the encoder's states into characters; class 0 is the blank.
 
-    Teaches a small encoder trained from nothing where the words are, long before cross-attention finds out.
-    states [B, E, d], lengths [B] (valid states), labels [B, T] (the text tokens only, else IGNORE).
+    Teaches a small encoder trained from nothing where the sounds are, long before cross-attention finds out.
+    logits [B, E, characters], lengths [B] (states without padding), characters [B, T] (IGNORE is padding).
     """
-    pooled = F.avg_pool1d(states.transpose(1, 2), 2).transpose(1, 2)
-    log_probs = F.log_softmax(head(pooled).float(), dim=-1).transpose(0, 1)
-    targets = [row[row != IGNORE] for row in labels]
-    return F.ctc_loss(
-        log_probs,
-        torch.cat(targets),
-        (lengths // 2).clamp(1, pooled.shape[1]),
-        torch.tensor([len(row) for row in targets]),
-        blank=blank,
-        zero_infinity=True,
-    )
+    kept = characters != IGNORE
+    log_probs = F.log_softmax(logits.float(), dim=-1).transpose(0, 1)
+    return F.ctc_loss(log_probs, characters[kept], lengths, kept.sum(1), blank=0, zero_infinity=True)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from kvspn.models.configuration import WhisperM2MConfig
 from kvspn.models.conversion import convert_whisper, spread_layers
 from kvspn.models.modeling import SpeechEncoder, WhisperM2MForConditionalGeneration
 from kvspn.training.corpus import LANGUAGES, Phrasebook, Sentence, Split, split
+from kvspn.training.export import export_model, export_speech
 from kvspn.training.data import IGNORE, ClipDataset, Collator
 from kvspn.training.losses import accuracy, cross_entropy, ctc, distillation
 from kvspn.training.store import Clip, FeatureStore
@@ -66,11 +67,12 @@ class Recipe:
     heads: int = 3
     ffn_dim: int = 768
     encoder_layers: int = 5
-    parent_decoder_layers: int = 12
+    parent_decoder_layers: int = 8
     decoder_layers: int = 6
     text_encoder_layers: int = 6
     max_target_positions: int = 96
-    dropout: float = 0.05
+    dropout: float = 0.0
+    ctc: float = 0.5
     lora_rank: int = 16
     distillation: float = 1.0
     parent: Stage = field(default_factory=lambda: Stage(3200, 32, 1.5e-3))
@@ -86,6 +88,35 @@ class Corpus:
     tokenizer: WhisperTokenizer
     extractor: WhisperFeatureExtractor
     store: FeatureStore
+
+
+def train_mini(folder: Path, recipe: Recipe | None = None, log: Log = print) -> Path:
+    """Runs all stages in `folder` and returns the folder of the finished model, `folder/mini`.
+
+    The spoken test sets are written to `folder/speech`.
+    """
+    recipe = recipe or Recipe()
+    corpus = make_data(folder, recipe, log)
+    for stage in (train_parent, train_base, train_draft):
+        log(stage.__doc__.splitlines()[0])
+        trained = stage(folder, recipe, corpus)
+    export_model(trained, folder / "mini")
+    export_speech(corpus.split, corpus.extractor, folder / "speech", recipe.seed)
+    return folder / "mini"
+
+
+ABLATIONS = {
+    "draft-without-encoder-attention": {"kvspn_encoder_attention": False},
+    "draft-last-layer-only": {"kvspn_last_layer_only": True},
+}
+"""Draft networks trained on the same base and budget, for the record: name of the folder -> fields of the config."""
+
+
+def train_ablations(folder: Path, recipe: Recipe | None = None, log: Log = print) -> list[Path]:
+    """After `train_mini`, in the same folder."""
+    recipe = recipe or Recipe()
+    corpus = make_data(folder, recipe, log)
+    return [train_draft(folder, recipe, corpus, name, **fields) for name, fields in ABLATIONS.items()]
 
 
 def make_data(folder: Path, recipe: Recipe, log: Log = print) -> Corpus:
@@ -133,19 +164,19 @@ def train_parent(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
     model = WhisperForConditionalGeneration(parent_config(recipe, corpus.tokenizer))
     model.generation_config = generation_config(corpus.tokenizer)
     model.model.encoder = SpeechEncoder(model.config)  # the same weights; takes short windows, which train faster
-    model.ctc_head = nn.Linear(recipe.d_model, model.config.vocab_size)
+    collator = _collator(recipe, corpus, transcribe=1.0)
+    model.ctc_head = nn.Linear(recipe.d_model, 1 + len(collator.alphabet))
 
     def losses(model: WhisperForConditionalGeneration, batch: Batch) -> dict[str, Tensor]:
         out = model(input_features=batch["input_features"], decoder_input_ids=batch["decoder_input_ids"])
-        states, labels = out.encoder_last_hidden_state, batch["labels"]
-        blank = corpus.tokenizer.eos_token_id
+        characters = model.ctc_head(out.encoder_last_hidden_state)
         return {
-            "transcription": cross_entropy(out.logits, labels, smoothing=0.05),
-            "ctc": 0.3 * ctc(states, batch["feature_lengths"] // 2, labels, model.ctc_head, blank),
-            "_accuracy": accuracy(out.logits, labels),
+            "transcription": cross_entropy(out.logits, batch["labels"], smoothing=0.05),
+            "ctc": recipe.ctc * ctc(characters, batch["feature_lengths"] // 2, batch["characters"]),
+            "_accuracy": accuracy(out.logits, batch["labels"]),
         }
 
-    _run(model, folder / "parent-checkpoints", recipe, recipe.parent, corpus, losses, transcribe=1.0)
+    _run(model, folder / "parent-checkpoints", recipe, recipe.parent, collator, losses)
     del model.ctc_head
     return _save(model, corpus, result)
 
@@ -190,7 +221,7 @@ def train_base(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
             "_text_accuracy": accuracy(text, labels),
         }
 
-    _run(model, folder / "base-checkpoints", recipe, recipe.base, corpus, losses, transcribe=1 / len(LANGUAGES))
+    _run(model, folder / "base-checkpoints", recipe, recipe.base, _collator(recipe, corpus), losses)
     lora.merge_and_unload()
     return _save(model, corpus, result)
 
@@ -223,20 +254,12 @@ def train_draft(folder: Path, recipe: Recipe, corpus: Corpus, name: str = "draft
             "_agreement": agreed[kept != IGNORE].float().mean(),
         }
 
-    _run(model, folder / f"{name}-checkpoints", recipe, recipe.draft, corpus, losses, transcribe=1 / len(LANGUAGES))
+    _run(model, folder / f"{name}-checkpoints", recipe, recipe.draft, _collator(recipe, corpus), losses)
     return _save(model, corpus, result)
 
 
-def _run(
-    model: nn.Module,
-    folder: Path,
-    recipe: Recipe,
-    stage: Stage,
-    corpus: Corpus,
-    losses: Losses,
-    transcribe: float,
-) -> None:
-    collator = Collator(
+def _collator(recipe: Recipe, corpus: Corpus, transcribe: float = 1 / len(LANGUAGES)) -> Collator:
+    return Collator(
         corpus.store,
         corpus.split.train,
         corpus.tokenizer,
@@ -244,7 +267,11 @@ def _run(
         transcribe,
         random.Random(recipe.seed),
     )
-    fit(model, folder, ClipDataset(corpus.store), collator, losses, **asdict(stage), seed=recipe.seed)
+
+
+def _run(model: nn.Module, folder: Path, recipe: Recipe, stage: Stage, collator: Collator, losses: Losses) -> None:
+    dataset = ClipDataset(collator.store)
+    fit(model, folder, dataset, collator, losses, **asdict(stage), seed=recipe.seed)
 
 
 def _save(model: PreTrainedModel, corpus: Corpus, folder: Path) -> Path:

@@ -1,0 +1,52 @@
+# One environment in .venv serves every target. PYTHON picks the interpreter it is made with;
+# TORCH what is installed as torch: TORCH="torch==2.13.0 --index-url …" takes a build from another index.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+READY := .venv/.ready
+CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+.PHONY: help demo test lint train clean
+
+help:
+	@echo "make demo    set up, then translate the bundled clips: greedy and KVSPN side by side"
+	@echo "make test    set up, then run the tests (ARGS=... goes to pytest)"
+	@echo "make lint    ruff, mypy, clang-format"
+	@echo "make train   train the miniature again (ARGS=... goes to kvspn train mini; needs espeak-ng)"
+	@echo "make clean   remove what make made; training runs stay"
+
+demo: $(READY)
+	@$(BIN)/kvspn demo
+
+# One thread a process: the processes already fill the cores.
+test: $(READY)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(if $(CXX_FILES),$(BIN)/clang-format --dry-run --Werror $(CXX_FILES))
+
+train: $(READY)
+	@$(BIN)/kvspn train mini $(ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): requirements.txt pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+		{ echo "kvspn needs Python 3.10 or newer; $(PYTHON) is older or missing. Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "$(PYTHON) lacks its venv module: install it (Debian and Ubuntu: apt-get install python3-venv)"; exit 1; }
+	@command -v $(CXX) >/dev/null || \
+		{ echo "kvspn needs a C++ compiler, and $(CXX) is not here: install one (Debian and Ubuntu: apt-get install g++)"; exit 1; }
+	@echo "Setting up .venv: once, a few minutes"
+	@$(PYTHON) -m venv --clear .venv
+	@$(PIP) install -q -c requirements.txt $(TORCH)
+	@$(PIP) install -q -r requirements.txt
+	@$(PIP) install -q --no-build-isolation --no-deps -e .
+	@touch $@

@@ -1,0 +1,68 @@
+"""What a record was measured on: ``python -m bench.machine`` prints it as JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import kvspn
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Device, driver, versions, date, and the bandwidth of a copy as measured now: the peak to judge by."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "driver": driver() if device == "cuda" else None,
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "copy_gb_per_s": round(copy_gb_per_s(device), 1),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "kvspn": kvspn.__version__,
+        "system": platform.platform(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
+    )
+
+
+def driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def copy_gb_per_s(device: str, size: int = 1 << 28) -> float:
+    """Bytes read and written by a copy far larger than any cache, median of ten."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(10):
+        synchronize(device)
+        begin = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return 2 * size / median(seconds) / 1e9
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    print(json.dumps(machine("cuda" if torch.cuda.is_available() else "cpu"), indent=2))

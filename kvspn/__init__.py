@@ -1,0 +1,42 @@
+"""KVSPN: speech translation with a draft network that reads the base model's own KV cache.
+
+The public names below load on first use, so that ``import kvspn`` costs no torch import.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvspn.cache import StepCache
+    from kvspn.engine import engine
+    from kvspn.models import WhisperM2MConfig, WhisperM2MForConditionalGeneration, WhisperM2MProcessor
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "StepCache",
+    "WhisperM2MConfig",
+    "WhisperM2MForConditionalGeneration",
+    "WhisperM2MProcessor",
+    "__version__",
+    "engine",
+]
+
+_HOME = {
+    "StepCache": "kvspn.cache",
+    "WhisperM2MConfig": "kvspn.models",
+    "WhisperM2MForConditionalGeneration": "kvspn.models",
+    "WhisperM2MProcessor": "kvspn.models",
+    "engine": "kvspn.engine",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

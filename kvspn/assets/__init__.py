@@ -1,0 +1,45 @@
+"""What ships with the package: the miniature model, and speech to demonstrate and measure it.
+
+mini/                           model folder of the miniature
+speech/{demo,unseen,hard}/      manifest.json and the clips that it names
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+ROOT = Path(str(files(__name__)))
+SETS = ("demo", "unseen", "hard")
+
+
+@dataclass(frozen=True)
+class SpokenSentence:
+    """One clip: who speaks which sentence in which language, and the sentence in all languages."""
+
+    id: str
+    language: str
+    audio: Path
+    voice: str
+    template: str
+    texts: Mapping[str, str]
+
+
+def bundled_model() -> Path:
+    """The miniature's folder."""
+    return ROOT / "mini"
+
+
+def read_manifest(name: str) -> list[SpokenSentence]:
+    """The clips of one of SETS. Raises ValueError for another name, or where the set is not installed."""
+    if name not in SETS:
+        raise ValueError(f"set must be one of {', '.join(SETS)}, got {name!r}")
+    folder = ROOT / "speech" / name
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        raise ValueError(f"{manifest}: no such file; this installation lacks the set {name!r}")
+    entries = json.loads(manifest.read_text("utf-8"))
+    return [SpokenSentence(**{**entry, "audio": folder / entry["audio"]}) for entry in entries]

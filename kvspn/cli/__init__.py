@@ -1,0 +1,71 @@
+"""The command line, one file per command. What a command needs is imported when it runs: help is quick."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from kvspn import __version__
+from kvspn.cli.common import print_error
+from kvspn.cli.convert import convert
+from kvspn.cli.demo import demo
+from kvspn.cli.doctor import doctor
+from kvspn.cli.evaluate import evaluate
+from kvspn.cli.train import app as train
+from kvspn.cli.translate import translate
+
+
+class OneLineErrors(TyperGroup):
+    """Whatever is wrong with the input ends in one line on stderr and a non-zero exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except typer.TyperException as error:
+            context = getattr(error, "ctx", None)
+            hint = f" (see {context.command_path} --help)" if context else ""
+            if message := error.format_message().rstrip("."):  # none where only the help was shown
+                print_error(message + hint)
+            code = error.exit_code
+        except (ValueError, OSError) as error:
+            print_error(error)
+            code = 1
+        sys.exit(code)
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with: kvspn demo",
+)
+for command in (translate, demo, evaluate):
+    app.command(rich_help_panel="Use a model")(command)
+app.add_typer(train, name="train", rich_help_panel="Make a model")
+app.command(rich_help_panel="Make a model")(convert)
+app.command(rich_help_panel="This machine")(doctor)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvspn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Speech translation with whisperM2M and its draft network KVSPN.
+
+    Speech in one of six languages goes in, text in any of them comes out. KVSPN guesses each next token from
+    the model's own key-value cache, and the model checks the guess in the same step: with --k 1 the text is
+    exactly the model's own, in fewer steps.
+    """

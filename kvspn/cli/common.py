@@ -1,0 +1,66 @@
+"""What several commands share: options, opening a model, and error lines."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from kvspn.translator import Translator
+
+
+def parse_k(text: str) -> int | str:
+    """ "3" -> 3, "inf" -> "inf"; BadParameter for anything else."""
+    if text == "inf":
+        return text
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
+        raise typer.BadParameter(f"must be a whole number from 1, or inf; got {text!r}")
+    return int(text)
+
+
+Model = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        metavar="FOLDER",
+        help="A whisperM2M model folder. By default the miniature that ships with kvspn.",
+        show_default=False,
+    ),
+]
+K = Annotated[
+    Any,
+    typer.Option(
+        "--k",
+        metavar="K",
+        parser=parse_k,
+        help="A guess is accepted if it is among the model's K likeliest tokens: 1 never changes the text, "
+        "more is faster and looser, inf accepts every guess.",
+    ),
+]
+
+
+def print_error(error: object) -> None:
+    """One line on stderr."""
+    line = " ".join(str(error).split())
+    typer.echo(f"{typer.style('kvspn:', fg='red', bold=True)} {line}", err=True)
+
+
+def silence_transformers() -> None:
+    """Keeps its notes and loading bars off the terminal: what matters in them is reported as errors here."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def open_translator(model: Path | None) -> Translator:
+    """The model of the --model option, with a note on the terminal while it loads."""
+    with Console(stderr=True).status("Loading the model"):
+        from kvspn.translator import Translator
+
+        silence_transformers()
+        return Translator.from_folder(model)

@@ -1,0 +1,65 @@
+"""`kvspn doctor`: what runs here, and why the rest does not."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Show which backends, CPU features, GPU and versions are here, and why something is missing."""
+    report = _examine()
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, reason in report["backends"].items():
+        table.add_row(f"backend {name}", _state(reason))
+    cpu, gpu = report["cpu"], report["gpu"]
+    flags = [name for name, has in cpu["flags"].items() if has]
+    table.add_row("CPU", f"{cpu['model']}, {cpu['cores']} cores; {', '.join(flags) or 'no AVX2 or later'}")
+    devices = [f"{each['name']}, {each['capability']}, {each['gib']} GiB" for each in gpu["devices"]]
+    table.add_row("GPU", "; ".join(devices) or "none that torch can use")
+    table.add_row("CUDA", f"torch: {gpu['cuda'] or 'built without'}; nvcc: {gpu['nvcc'] or 'not found'}")
+    for name, version in report["versions"].items():
+        table.add_row(name, version or Text("not installed", style="yellow"))
+    table.add_row(
+        "espeak-ng", report["espeak_ng"] or Text("not installed: only training needs it", style="yellow")
+    )
+    table.add_row("bundled model", _state(report["model"]))
+    Console().print(table)
+
+
+def _state(reason: str | None) -> Text:
+    return Text("ready", style="green") if reason is None else Text(f"missing: {reason}", style="yellow")
+
+
+def _examine() -> dict[str, Any]:
+    """Everything by name; for backends and the model, None where ready, else why not."""
+    from kvspn import machine
+    from kvspn.assets import bundled_model
+    from kvspn.engine import backends
+    from kvspn.model_folder import ModelError, check_parts
+
+    missing = None
+    try:
+        check_parts(bundled_model())
+    except ModelError as error:
+        missing = str(error)
+    return {
+        "backends": backends(),
+        "cpu": machine.cpu(),
+        "gpu": machine.gpu(),
+        "versions": machine.versions(),
+        "espeak_ng": machine.program("espeak-ng"),
+        "model": missing,
+    }

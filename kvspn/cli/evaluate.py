@@ -1,0 +1,132 @@
+"""`kvspn evaluate`: BLEU and acceptance on the shipped test sets."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from datetime import datetime, timezone
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from kvspn.cli.common import Model, open_translator, parse_k
+
+if TYPE_CHECKING:
+    from kvspn.evaluation import Row
+    from kvspn.translator import Translator
+
+
+class TestSet(str, Enum):
+    """A shipped set of spoken sentences."""
+
+    UNSEEN = "unseen"
+    HARD = "hard"
+
+
+def _parse_ks(text: str) -> list[int | str]:
+    return list(dict.fromkeys(parse_k(part.strip()) for part in text.split(",")))
+
+
+def evaluate(
+    ks: Annotated[
+        Any,
+        typer.Option(
+            "--k",
+            metavar="K,K,...",
+            parser=_parse_ks,
+            help="Values of k, with commas: whole numbers from 1, or inf.",
+        ),
+    ] = "1,2,3,inf",
+    sets: Annotated[
+        list[TestSet] | None,
+        typer.Option(
+            "--set",
+            help="unseen: new sentences of templates known from training; hard: sentences of new templates.",
+            show_default="both",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N clips of each set.")
+    ] = None,
+    model: Model = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Write the figures of every direction here.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Measure translation quality, acceptance and tokens per step on the shipped test sets.
+
+    Every clip is decoded into all six languages, by plain greedy decoding and with KVSPN at each k; the
+    spoken language is given.
+    """
+    from kvspn.assets import read_manifest
+    from kvspn.evaluation import evaluate
+
+    if output is not None and not output.absolute().parent.is_dir():
+        raise ValueError(f"{output}: no such folder to write to")
+    names = [each.value for each in sets or TestSet]
+    chosen = {name: read_manifest(name)[:limit] for name in names}
+    translator = open_translator(model)
+    rows: list[Row] = []
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("clips"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as progress:
+        tasks = {name: progress.add_task(name, total=len(clips)) for name, clips in chosen.items()}
+        for name, clips in chosen.items():
+            rows += evaluate(translator, name, clips, ks, partial(progress.advance, tasks[name]))
+    Console().print(_table(rows))
+    if output is not None:
+        document = {"rows": [asdict(row) for row in rows], "machine": _machine(translator, model)}
+        output.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table("set", box=None, pad_edge=False)
+    for heading in ("k", "BLEU", "transcription", "accepted", "tokens/step", "as greedy"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.set,
+            str(row.k),
+            *("–" if bleu is None else f"{bleu:.1f}" for bleu in (row.bleu, row.bleu_transcription)),
+            f"{row.acceptance:.1%}",
+            f"{row.tokens_per_step:.2f}",
+            f"{row.identical_to_greedy:.1%}",
+        )
+    return table
+
+
+def _machine(translator: Translator, model: Path | None) -> dict[str, Any]:
+    from kvspn.machine import cpu, gpu, versions
+
+    return {
+        "model": "mini (bundled)" if model is None else model.name,
+        "parameters": translator.model.num_parameters(),
+        "backend": "reference",
+        "dtype": "float32",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "cpu": cpu(),
+        "gpu": gpu(),
+    }

@@ -1,0 +1,235 @@
+"""The decoder step as an object, on a chosen backend."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvspn.cache import StepCache
+from kvspn.ops import K_INF, DecoderWeights
+from kvspn.ops._checks import FLOATS, Shapes, integer
+from kvspn.ops.decoder_step import base_pass, step_rows
+from kvspn.ops.fused_linear import FP32, dequantise
+
+PREFILL_CHUNK = 16  # query tokens of one pass
+
+
+class Engine(abc.ABC):
+    """Decodes a batch of rows, each independent of the others, in buffers whose addresses never change.
+
+    Attributes:
+        tokens: int32 [batch, capacity]; row b holds lengths[b] + 1 tokens, prompt included.
+        lengths: int32 [batch], positions in the cache: all tokens but the newest.
+        finished: bool [batch].
+        stats: int32 [batch, 3]: steps, drafted tokens, accepted tokens.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    finished: Tensor
+    stats: Tensor
+
+    @abc.abstractmethod
+    def __init__(self, weights: DecoderWeights, *, batch: int, capacity: int, cross_capacity: int) -> None:
+        """Allocate everything: see :func:`engine`."""
+
+    @abc.abstractmethod
+    def start(
+        self,
+        encoder_states: Sequence[Tensor],
+        prompt: Sequence[Sequence[int]],
+        *,
+        eos: int,
+        max_length: int,
+        mask: Tensor | None = None,
+        begin_mask: Tensor | None = None,
+    ) -> None:
+        """Forget the last utterances, take new ones, and process their prompts up to the newest token.
+
+        Args:
+            encoder_states: per row one tensor [E_b, d] without padding; a tensor [batch, E, d] is such a
+                sequence too.
+            prompt: per row one or more token ids; rows may differ in number.
+            eos: the token that ends a row; -1 for none.
+            max_length: tokens of a row at most, prompt included; at most capacity. A row whose prompt is
+                that long is finished from the start.
+            mask: fp32 [V], added to the logits of every step; -inf suppresses a token.
+            begin_mask: fp32 [V], added to ``mask`` for the first generated token alone, which a plain
+                greedy step then makes.
+
+        Raises:
+            TypeError, ValueError: naming the argument, before anything changes.
+        """
+
+    @abc.abstractmethod
+    def step(self, k: int = 1, draft: bool = True) -> None:
+        """One decoder step of every unfinished row: tokens, lengths, finished and stats move on.
+
+        Args:
+            k: a drafted token stands if it is among the k best; K_INF accepts every one.
+            draft: False for a plain greedy step.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+
+
+class ReferenceEngine(Engine):
+    """The plain-PyTorch references of the ops, one row at a time, on any device."""
+
+    def __init__(self, weights: DecoderWeights, *, batch: int, capacity: int, cross_capacity: int) -> None:
+        if not isinstance(weights, DecoderWeights):
+            raise TypeError(f"weights must be DecoderWeights, got {type(weights).__name__}")
+        integer("batch", batch, 1, K_INF)
+        integer("capacity", capacity, 1, len(weights.embed_positions))
+        self._weights = weights
+        self._embed = weights.embed_tokens
+        self.cache = StepCache(
+            len(weights.layers),
+            batch,
+            weights.heads,
+            self._embed.shape[1] // weights.heads,
+            capacity,
+            cross_capacity,
+            self._embed.dtype,
+            self._embed.device,
+        )
+        with torch.inference_mode(False):
+            self.tokens = torch.zeros(batch, capacity, dtype=torch.int32, device=self._embed.device)
+            self.finished = torch.ones(batch, dtype=torch.bool, device=self._embed.device)
+            self.stats = torch.zeros(batch, 3, dtype=torch.int32, device=self._embed.device)
+        self.lengths = self.cache.lengths
+        self._mask: Tensor | None = None
+        self._first_mask: Tensor | None = None  # None once the first token is made
+        self._eos, self._max_length = -1, 1
+
+    @torch.no_grad()
+    def start(
+        self,
+        encoder_states: Sequence[Tensor],
+        prompt: Sequence[Sequence[int]],
+        *,
+        eos: int,
+        max_length: int,
+        mask: Tensor | None = None,
+        begin_mask: Tensor | None = None,
+    ) -> None:
+        self._check_start(encoder_states, prompt, eos, max_length, mask, begin_mask)
+        self._eos, self._max_length, self._mask = eos, max_length, mask
+        self._first_mask = begin_mask if mask is None or begin_mask is None else mask + begin_mask
+        self.cache.reset()
+        self.stats.zero_()
+        for row, (states, ids) in enumerate(zip(encoder_states, prompt, strict=True)):
+            self.cache.write_cross(row, self._cross_kv(states))
+            self.tokens[row, : len(ids)] = self.tokens.new_tensor(ids)
+            self.finished[row] = len(ids) >= max_length
+            self._prefill(slice(row, row + 1), len(ids) - 1)
+
+    @torch.no_grad()
+    def step(self, k: int = 1, draft: bool = True) -> None:
+        integer("k", k, 1, K_INF)
+        if draft and not self._weights.blocks:
+            raise ValueError("draft must be False without draft blocks among the weights, got True")
+        first, self._first_mask = self._first_mask, None
+        step_rows(
+            self._weights,
+            self.cache.kv,
+            self.lengths,
+            self.tokens,
+            self.finished,
+            self.stats,
+            self.cache.cross_kv,
+            self.cache.cross_lengths,
+            self._mask if first is None else first,
+            k,
+            self._eos,
+            self._max_length,
+            use_draft=draft and first is None,
+        )
+
+    def _cross_kv(self, states: Tensor) -> Tensor:
+        """Encoder states [E, d] of one row -> [L, 2, H, E, D]."""
+        states = states.to(torch.float32, copy=True)
+        projections = []
+        for layer in self._weights.layers:
+            weight, bias, scale = layer.cross_kv
+            projections.append(
+                F.linear(states, dequantise(weight, scale), None if bias is None else bias.float())
+            )
+        # [L, E, 2 * d] -> [L, 2, H, E, D]
+        kv = torch.stack(projections).unflatten(2, (2, self._weights.heads, -1)).permute(0, 2, 3, 1, 4)
+        return kv.to(self._embed.dtype)
+
+    def _prefill(self, row: slice, count: int) -> None:
+        """Process the first ``count`` tokens of one row into the cache."""
+        for first in range(0, count, PREFILL_CHUNK):
+            ids = self.tokens[row, first : min(first + PREFILL_CHUNK, count)]
+            base_pass(
+                self._weights,
+                ids,
+                self.cache.kv[:, :, row],
+                self.lengths[row],
+                self.cache.cross_kv[:, :, row],
+                self.cache.cross_lengths[row],
+            )
+            self.lengths[row] += ids.shape[1]
+
+    def _check_start(
+        self,
+        encoder_states: Sequence[Tensor],
+        prompt: Sequence[Sequence[int]],
+        eos: int,
+        max_length: int,
+        mask: Tensor | None,
+        begin_mask: Tensor | None,
+    ) -> None:
+        batch, capacity = self.tokens.shape
+        vocabulary = len(self._embed)
+        integer("eos", eos, -1, K_INF)
+        integer("max_length", max_length, 1, capacity)
+        for name, rows in (("encoder_states", encoder_states), ("prompt", prompt)):
+            if len(rows) != batch:
+                raise ValueError(f"{name} must hold {batch} rows, got {len(rows)}")
+        shapes = Shapes()
+        shapes.tensor("embed_tokens", self._embed, "V d", FLOATS)
+        for row, (states, ids) in enumerate(zip(encoder_states, prompt, strict=True)):
+            shapes.tensor(f"encoder_states[{row}]", states, "? d", FLOATS)
+            integer(f"the number of encoder_states[{row}]", len(states), 1, self.cache.cross_kv.shape[4])
+            integer(f"the number of tokens in prompt[{row}]", len(ids), 1, max_length)
+            for token in ids:
+                integer(f"every token of prompt[{row}]", token, 0, vocabulary - 1)
+        for name, value in (("mask", mask), ("begin_mask", begin_mask)):
+            if value is not None:
+                shapes.tensor(name, value, "V", FP32)
+
+
+_ENGINES: dict[str, type[Engine]] = {"reference": ReferenceEngine}
+_MISSING = dict.fromkeys(("native", "cuda", "triton"), "not part of this version")
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend by name: None where it is ready, else why it is missing."""
+    return {**dict.fromkeys(_ENGINES), **_MISSING}
+
+
+def engine(name: str, weights: DecoderWeights, *, batch: int, capacity: int, cross_capacity: int) -> Engine:
+    """Make an engine on a backend.
+
+    Args:
+        name: one of :func:`backends`.
+        weights: the decoder and its draft network; they settle dtype and device.
+        batch: rows decoded together.
+        capacity: tokens that a row may hold, prompt included; at most the number of positions.
+        cross_capacity: encoder states that a row may hold.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if name not in _ENGINES:
+        reasons = "".join(f"; {other}: {reason}" for other, reason in _MISSING.items())
+        raise ValueError(f"name must be one of {', '.join(_ENGINES)}, got {name!r}{reasons}")
+    return _ENGINES[name](weights, batch=batch, capacity=capacity, cross_capacity=cross_capacity)

@@ -1,0 +1,83 @@
+"""What this machine and installation are: for `kvspn doctor`, and beside figures measured here."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kvspn
+
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
+_PACKAGES = ("torch", "triton", "transformers", "tokenizers", "soundfile", "soxr", "sacrebleu")
+TRAINING_PACKAGES = ("peft", "accelerate", "Babel")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions by name; None for what is not installed."""
+    found = {"kvspn": kvspn.__version__, "python": platform.python_version()}
+    return {**found, **{name: _installed(name) for name in (*_PACKAGES, *TRAINING_PACKAGES)}}
+
+
+def cpu() -> dict[str, Any]:
+    """model, cores (that this process may use), threads (of torch), flags: which of CPU_FLAGS it has."""
+    file = Path("/proc/cpuinfo")
+    info = file.read_text() if file.exists() else ""
+    model = re.search(r"^model name\s*: (.*)", info, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*: (.*)", info, re.MULTILINE)
+    found = flags[1].split() if flags else []
+    return {
+        "model": model[1] if model else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "flags": {flag: flag in found for flag in CPU_FLAGS},
+    }
+
+
+def gpu() -> dict[str, Any]:
+    """devices: name, compute capability and GiB of each; cuda: the version torch was built for; nvcc."""
+    devices = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        capability = f"{properties.major}.{properties.minor}"
+        devices.append(
+            {
+                "name": properties.name,
+                "capability": capability,
+                "gib": round(properties.total_memory / 2**30, 1),
+            }
+        )
+    return {"devices": devices, "cuda": torch.version.cuda, "nvcc": _nvcc()}
+
+
+def program(name: str) -> str | None:
+    """The first line of what a program's --version says; None where it is not installed."""
+    path = shutil.which(name)
+    if path is None:
+        return None
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    return done.stdout.strip().partition("\n")[0]
+
+
+def _nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    path = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    if path is None:
+        return None
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release ([\d.]+)", said)
+    return release[1] if release else "unknown"
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,30 @@
+"""The ops: each a contract, its checks and a plain-PyTorch reference, dispatched by device.
+
+A backend joins by registering its kernel for ``torch.ops.kvspn.<op>`` under its dispatch key (CPU, CUDA).
+The reference serves the rest; it takes every row and query on its own and so reads lengths on the host.
+"""
+
+from kvspn.ops.accept_and_rollback import accept_and_rollback
+from kvspn.ops.append_kv import append_kv
+from kvspn.ops.compact_kv import compact_kv
+from kvspn.ops.decoder_step import decoder_step
+from kvspn.ops.flat_kv_attention import flat_kv_attention
+from kvspn.ops.fused_linear import fused_linear
+from kvspn.ops.lm_head_verify import K_INF, lm_head_verify
+from kvspn.ops.weights import DecoderWeights, DraftBlockWeights, LayerWeights, Linear, Norm
+
+__all__ = [
+    "K_INF",
+    "DecoderWeights",
+    "DraftBlockWeights",
+    "LayerWeights",
+    "Linear",
+    "Norm",
+    "accept_and_rollback",
+    "append_kv",
+    "compact_kv",
+    "decoder_step",
+    "flat_kv_attention",
+    "fused_linear",
+    "lm_head_verify",
+]

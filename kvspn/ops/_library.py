@@ -1,0 +1,53 @@
+"""Registration of the ops with PyTorch: schema, shapes for tracing, and the reference kernel."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_LIBRARY = torch.library.Library("kvspn", "DEF")
+
+
+def register(
+    schema: str, *, check: Callable[P, object], fake: Callable[P, R], reference: Callable[P, R]
+) -> Callable[P, R]:
+    """Define ``torch.ops.kvspn.<name>`` and return the public function that calls it.
+
+    The reference serves every device (CompositeExplicitAutograd) until a backend registers a kernel for one
+    (CPU, CUDA). No op has a gradient: results never require one, so that backward() through an op is refused.
+
+    ``check`` runs before any kernel: in the public function, so that every backend refuses the same calls in
+    the same words; and in the fake and the reference, for those who trace or who call ``torch.ops`` directly.
+    It must look at types, shapes and devices only.
+    """
+    name = schema.partition("(")[0]
+
+    def traced(*args: P.args, **kwargs: P.kwargs) -> R:
+        check(*args, **kwargs)
+        return fake(*args, **kwargs)
+
+    @torch.no_grad()
+    def kernel(*args: P.args, **kwargs: P.kwargs) -> R:
+        check(*args, **kwargs)
+        return reference(*args, **kwargs)
+
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"kvspn::{name}", traced, lib=_LIBRARY)
+    overload = getattr(torch.ops.kvspn, name).default
+
+    @functools.wraps(reference)
+    def public(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.compiler.is_compiling():
+            check(*args, **kwargs)
+        return overload(*args, **kwargs)
+
+    public.__name__ = public.__qualname__ = name
+    return public

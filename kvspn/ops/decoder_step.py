@@ -1,0 +1,225 @@
+"""decoder_step: draft, verify, accept and roll back: one step of every row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvspn.ops._checks import BOOL, FLOATS, INT32, Shapes, boolean, integer, same_dtype
+from kvspn.ops._library import register
+from kvspn.ops.accept_and_rollback import reference as accept_and_rollback
+from kvspn.ops.append_kv import reference as append_kv
+from kvspn.ops.flat_kv_attention import reference as flat_kv_attention
+from kvspn.ops.fused_linear import FP32
+from kvspn.ops.fused_linear import reference as fused_linear
+from kvspn.ops.lm_head_verify import K_INF
+from kvspn.ops.lm_head_verify import reference as lm_head_verify
+from kvspn.ops.weights import DecoderWeights, Linear, Norm
+
+
+def check(
+    kv: Tensor,
+    lengths: Tensor,
+    tokens: Tensor,
+    finished: Tensor,
+    stats: Tensor,
+    cross_kv: Tensor,
+    cross_lengths: Tensor,
+    weights: Sequence[Tensor],
+    mask: Tensor | None,
+    k: int,
+    eos: int,
+    max_length: int,
+    use_draft: bool = True,
+    groups: int = 0,
+    last_layer_only: bool = False,
+) -> None:
+    shapes = Shapes()
+    shapes.tensor("kv", kv, "L 2 B H S D", FLOATS)
+    shapes.tensor("lengths", lengths, "B", INT32)
+    shapes.tensor("tokens", tokens, "B N", INT32)
+    shapes.tensor("finished", finished, "B", BOOL)
+    shapes.tensor("stats", stats, "B 3", INT32)
+    shapes.tensor("cross_kv", cross_kv, "L 2 B H E D", FLOATS)
+    same_dtype("cross_kv", cross_kv, "kv", kv.dtype)
+    shapes.tensor("cross_lengths", cross_lengths, "B", INT32)
+    w = DecoderWeights.unflatten(
+        weights, heads=shapes["H"], num_layers=shapes["L"], groups=groups, last_layer_only=last_layer_only
+    )
+    shapes.sizes |= {"V": w.embed_tokens.shape[0], "H*D": shapes["H"] * shapes["D"]}
+    shapes.tensor("weights[0] (embed_tokens)", w.embed_tokens, "V H*D", FLOATS)
+    same_dtype("weights[0] (embed_tokens)", w.embed_tokens, "kv", kv.dtype)
+    if mask is not None:
+        shapes.tensor("mask", mask, "V", FP32)
+    integer("k", k, 1, K_INF)
+    integer("eos", eos, -1, K_INF)
+    integer("max_length", max_length, 1, min(shapes["N"], shapes["S"], w.embed_positions.shape[0]))
+    boolean("use_draft", use_draft)
+    if use_draft and not w.blocks:
+        raise ValueError("use_draft must be False without draft blocks among the weights, got True")
+
+
+def reference(
+    kv: Tensor,
+    lengths: Tensor,
+    tokens: Tensor,
+    finished: Tensor,
+    stats: Tensor,
+    cross_kv: Tensor,
+    cross_lengths: Tensor,
+    weights: Sequence[Tensor],
+    mask: Tensor | None,
+    k: int,
+    eos: int,
+    max_length: int,
+    use_draft: bool = True,
+    groups: int = 0,
+    last_layer_only: bool = False,
+) -> None:
+    """One step of KVSPN decoding ("Parasitic dual-scale modelling", arXiv 2508.11189), all in place.
+
+    Per unfinished row: the draft network guesses y'_{t+1} from the newest token y_t and the base model's
+    own cache; the base model runs y_t and y'_{t+1} in one pass; the guess stands if its rank is under k;
+    the lengths roll back what was rejected. Without a draft: one plain greedy step.
+
+    Args:
+        kv: [L, 2, B, H, S, D], fp32, bf16 or fp16; the positions of this step are written.
+        lengths, tokens, finished, stats: as in :func:`accept_and_rollback`.
+        cross_kv: [L, 2, B, H, E, D] in kv's dtype, with cross_lengths int32 [B].
+        weights: ``DecoderWeights.flatten()``, embeddings in kv's dtype.
+        mask: fp32 [V], added to the logits of base model and draft network alike.
+        k, eos, max_length: as in :func:`accept_and_rollback`; max_length is at most S and the number of
+            positions too.
+        use_draft: False for a plain greedy step.
+        groups, last_layer_only: as in ``DecoderWeights``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything is written.
+    """
+    w = DecoderWeights.unflatten(
+        weights, heads=kv.shape[3], num_layers=kv.shape[0], groups=groups, last_layer_only=last_layer_only
+    )
+    step_rows(
+        w, kv, lengths, tokens, finished, stats, cross_kv, cross_lengths, mask, k, eos, max_length, use_draft
+    )
+
+
+def step_rows(
+    w: DecoderWeights,
+    kv: Tensor,
+    lengths: Tensor,
+    tokens: Tensor,
+    finished: Tensor,
+    stats: Tensor,
+    cross_kv: Tensor,
+    cross_lengths: Tensor,
+    mask: Tensor | None,
+    k: int,
+    eos: int,
+    max_length: int,
+    use_draft: bool,
+) -> None:
+    """The step on named weights, unchecked: each unfinished row alone, as a batch of one."""
+    for b, done in enumerate(finished.tolist()):
+        if done:
+            continue
+        row = slice(b, b + 1)
+        cache, length = kv[:, :, row], lengths[row]
+        cross, cross_length = cross_kv[:, :, row], cross_lengths[row]
+        newest = tokens[row, int(length) : int(length) + 1]
+        draft = newest[:, :0]
+        if use_draft:
+            draft = propose(w, newest, cache, length, cross, cross_length, mask)
+        x = base_pass(w, torch.cat([newest, draft], dim=1), cache, length, cross, cross_length)
+        argmax, rank = lm_head_verify(x, w.head.weight, draft, mask, w.head.scale, *w.norm)
+        accept_and_rollback(
+            tokens[row], length, finished[row], stats[row], draft, argmax, rank, k, eos, max_length
+        )
+
+
+def base_pass(
+    w: DecoderWeights, ids: Tensor, kv: Tensor, lengths: Tensor, cross_kv: Tensor, cross_lengths: Tensor
+) -> Tensor:
+    """Run tokens int32 [B, Q] at positions lengths[b] ... through the base model's layers.
+
+    Appends their keys and values to ``kv``; returns [B, Q, d], before the final LayerNorm.
+    """
+    x = embed(w, ids, lengths)
+    for i, layer in enumerate(w.layers):
+        q, k, v = split_heads(linear(x, layer.self_qkv, layer.self_norm), 3, w.heads)
+        append_kv(kv, k, v, lengths, i)
+        x = linear(flat_kv_attention(q, kv[i : i + 1], lengths, True), layer.self_out, residual=x)
+        x = attend(x, layer.cross_norm, layer.cross_q, layer.cross_out, cross_kv[i : i + 1], cross_lengths)
+        x = feed_forward(x, layer.ffn_norm, layer.fc1, layer.fc2)
+    return x
+
+
+def propose(
+    w: DecoderWeights,
+    newest: Tensor,
+    kv: Tensor,
+    lengths: Tensor,
+    cross_kv: Tensor,
+    cross_lengths: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """The draft network's guess int32 [B, 1] of what follows the newest token int32 [B, 1]."""
+    x = embed(w, newest, lengths)
+    for i, block in enumerate(w.blocks):
+        layers = w.group(i)
+        x = attend(x, block.kv_norm, block.kv_q, block.kv_out, kv[layers], lengths)
+        if block.cross_norm and block.cross_q and block.cross_out:
+            last = slice(layers.stop - 1, layers.stop)
+            x = attend(x, block.cross_norm, block.cross_q, block.cross_out, cross_kv[last], cross_lengths)
+        x = feed_forward(x, block.ffn_norm, block.fc1, block.fc2)
+    if mask is not None and w.draft_ids is not None:
+        mask = mask[w.draft_ids]
+    head, norm = w.draft_output, w.draft_norm or (None, None)
+    choice, _ = lm_head_verify(x, head.weight, newest[:, :0], mask, head.scale, *norm)
+    return choice if w.draft_ids is None else w.draft_ids[choice]
+
+
+def embed(w: DecoderWeights, ids: Tensor, lengths: Tensor) -> Tensor:
+    """Tokens int32 [B, Q] at positions lengths[b] ... -> [B, Q, d]."""
+    positions = lengths[:, None] + torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)
+    positions = positions.clamp_(max=len(w.embed_positions) - 1)  # a draft past the end is never emitted
+    return F.embedding(ids, w.embed_tokens) + F.embedding(positions, w.embed_positions)
+
+
+def attend(x: Tensor, norm: Norm, q: Linear, out: Linear, kv: Tensor, lengths: Tensor) -> Tensor:
+    """x [B, Q, d] plus its attention to all the keys of ``kv``."""
+    (query,) = split_heads(linear(x, q, norm), 1, q.weight.shape[0] // kv.shape[-1])
+    return linear(flat_kv_attention(query, kv, lengths, False), out, residual=x)
+
+
+def feed_forward(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> Tensor:
+    """x [B, Q, d] plus its feed-forward."""
+    return linear(linear(x, fc1, norm, gelu=True), fc2, residual=x)
+
+
+def linear(
+    x: Tensor, w: Linear, norm: Norm | None = None, gelu: bool = False, residual: Tensor | None = None
+) -> Tensor:
+    """fused_linear on named weights."""
+    norm_weight, norm_bias = norm or (None, None)
+    return fused_linear(
+        x, w.weight, w.bias, norm_weight, norm_bias, gelu=gelu, residual=residual, scale=w.scale
+    )
+
+
+def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """[B, Q, parts * heads * D] -> ``parts`` views [B, heads, Q, D]."""
+    return x.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+
+decoder_step = register(
+    "decoder_step(Tensor(a!) kv, Tensor(b!) lengths, Tensor(c!) tokens, Tensor(d!) finished, "
+    "Tensor(e!) stats, Tensor cross_kv, Tensor cross_lengths, Tensor[] weights, Tensor? mask, "
+    "int k, int eos, int max_length, bool use_draft=True, int groups=0, bool last_layer_only=False) -> ()",
+    check=check,
+    fake=lambda *args, **kwargs: None,
+    reference=reference,
+)

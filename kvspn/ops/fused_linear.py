@@ -1,0 +1,160 @@
+"""fused_linear: [LayerNorm ->] x @ weight.T + bias [-> GELU] [-> + residual] for a few rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvspn.ops._checks import FLOATS, Shapes, boolean, number, same_dtype
+from kvspn.ops._library import register
+
+FP32 = (torch.float32,)
+
+
+def check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> None:
+    shapes = Shapes()
+    shapes.tensor("x", x, "... K", FLOATS)
+    check_weight(shapes, "weight", "scale", weight, scale, "N", "K")
+    if bias is not None:
+        shapes.tensor("bias", bias, "N", FLOATS)
+    check_norm(shapes, norm_weight, norm_bias, eps)
+    boolean("gelu", gelu)
+    if residual is not None:
+        shapes.tensor("residual", residual, "... N", FLOATS)
+        same_dtype("residual", residual, "x", x.dtype)
+        if residual.shape[:-1] != x.shape[:-1]:
+            expected = [*x.shape[:-1], shapes["N"]]
+            raise ValueError(f"residual must have shape {expected}, got {list(residual.shape)}")
+
+
+def check_weight(
+    shapes: Shapes, weight_name: str, scale_name: str, weight: Tensor, scale: Tensor | None, n: str, k: str
+) -> None:
+    """Check a weight [n, k] in any format; the letter ``k`` must be bound already."""
+    if isinstance(weight, Tensor) and weight.dtype == torch.uint8:
+        shapes.sizes[f"{k}/2"] = shapes[k] // 2
+        shapes.tensor(weight_name, weight, f"{n} {k}/2", (torch.uint8,))
+        shapes.tensor(scale_name, scale, f"{n} ?", FP32)
+        if scale is not None and (shapes[k] % 2 or not scale.shape[1] or shapes[k] % scale.shape[1]):
+            raise ValueError(
+                f"{scale_name} must divide {k}={shapes[k]} (even) into groups, got {scale.shape[1]}"
+            )
+        return
+    shapes.tensor(weight_name, weight, f"{n} {k}", (*FLOATS, torch.int8, torch.uint8))
+    if weight.dtype == torch.int8:
+        shapes.tensor(scale_name, scale, n, FP32)
+    elif scale is not None:
+        raise ValueError(f"{scale_name} must be None unless {weight_name} is int8 or uint8, got a tensor")
+
+
+def check_norm(shapes: Shapes, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float) -> None:
+    """Check the optional LayerNorm over the dimension "K"."""
+    if norm_weight is not None:
+        shapes.tensor("norm_weight", norm_weight, "K", FLOATS)
+    if norm_bias is not None:
+        if norm_weight is None:
+            raise ValueError("norm_bias must be None without norm_weight, got a tensor")
+        shapes.tensor("norm_bias", norm_bias, "K", FLOATS)
+    number("eps", eps)
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """[LayerNorm ->] x @ weight.T + bias [-> GELU] [-> + residual], each row of x on its own.
+
+    Args:
+        x: [..., K], fp32, bf16 or fp16. Made for 1 to 16 rows; any number is right.
+        weight: [N, K] in fp32, bf16 or fp16; or int8 with one scale per output channel; or int4 packed in
+            uint8 [N, K/2], low nibble first, each nibble the value plus 8, with one scale per group.
+        bias: [N] or None.
+        norm_weight, norm_bias: [K], LayerNorm over x first; norm_bias may be left out.
+        eps: of the LayerNorm.
+        gelu: the exact GELU, with erf.
+        residual: [..., N] in x's dtype, added last.
+        scale: fp32; None, [N] for int8, [N, groups] for int4, each group K/groups long.
+
+    Returns:
+        [..., N] in x's dtype. Everything is fp32 inside, LayerNorm's output too; one rounding at the end.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything runs.
+    """
+    matrix = dequantise(weight, scale)
+    bias = None if bias is None else bias.float()
+    rows = x.reshape(-1, x.shape[-1])
+    out = torch.empty(rows.shape[0], matrix.shape[0], dtype=torch.float32, device=x.device)
+    for r, row in enumerate(rows):
+        y = project(row, matrix, bias, norm_weight, norm_bias, eps)
+        out[r] = F.gelu(y) if gelu else y
+    out = out.view(*x.shape[:-1], matrix.shape[0])
+    return (out if residual is None else out + residual).to(x.dtype)
+
+
+def dequantise(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """A weight in any format -> fp32 [N, K]."""
+    if scale is None:
+        return weight.float()
+    if weight.dtype == torch.int8:
+        return weight * scale[:, None]
+    nibbles = torch.stack([weight & 15, weight >> 4], dim=-1).flatten(1).float() - 8
+    return (nibbles.unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1)
+
+
+def project(
+    row: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """One row [K] -> fp32 [N]. A fresh copy of the row: its place in memory must not show in the sums."""
+    row = row.to(torch.float32, copy=True)
+    if norm_weight is not None:
+        shift = None if norm_bias is None else norm_bias.float()
+        row = F.layer_norm(row, row.shape, norm_weight.float(), shift, eps)
+    return F.linear(row, matrix, bias)
+
+
+def fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+fused_linear = register(
+    "fused_linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? norm_weight=None, "
+    "Tensor? norm_bias=None, float eps=1e-5, bool gelu=False, Tensor? residual=None, "
+    "Tensor? scale=None) -> Tensor",
+    check=check,
+    fake=fake,
+    reference=reference,
+)

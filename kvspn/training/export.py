@@ -1,0 +1,64 @@
+"""What the recipe ships: fp16 weights, and spoken test sets in voices that training never hears."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import soundfile
+import torch
+from transformers import WhisperFeatureExtractor
+
+from kvspn.models import WhisperM2MForConditionalGeneration
+from kvspn.training.corpus import LANGUAGES, Sentence, Split
+from kvspn.training.speech import SAMPLING_RATE, TEST_VARIANTS, Voice, augment, synthesize
+
+
+def export_model(trained: Path, folder: Path) -> None:
+    """The trained model in fp16 (safetensors), with its tokenizer and feature extractor."""
+    model = WhisperM2MForConditionalGeneration.from_pretrained(trained, dtype=torch.float16)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        shutil.copy(trained / name, folder / name)
+
+
+def export_speech(split: Split, extractor: WhisperFeatureExtractor, folder: Path, seed: int) -> None:
+    """Speaks the test sets: `unseen` and `hard` in all languages with noise, `demo` a clip a language without."""
+    rng = random.Random(seed + 1)
+    limit = extractor.n_samples
+    for name, sentences in (("unseen", split.unseen), ("hard", split.hard)):
+        pairs = [(sentence, language) for sentence in sentences for language in LANGUAGES]
+        _speak(folder / name, pairs, rng, limit, noisy=True)
+    # The demo's sentences are the first of the unseen set, another one for each language.
+    _speak(folder / "demo", list(zip(split.unseen, LANGUAGES, strict=False)), rng, limit, noisy=False)
+
+
+def _speak(
+    folder: Path, pairs: Sequence[tuple[Sentence, str]], rng: random.Random, limit: int, noisy: bool
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = []
+    for sentence, language in pairs:
+        while True:  # another voice, where this one speaks too slowly for the window
+            voice = Voice.draw(language, TEST_VARIANTS, rng)
+            samples = synthesize(sentence.texts[language], voice)
+            samples = augment(samples, rng) if noisy else samples
+            if len(samples) <= limit:
+                break
+        name = f"{len(manifest):03d}-{language}"
+        soundfile.write(folder / f"{name}.ogg", samples, SAMPLING_RATE, format="OGG", subtype="VORBIS")
+        manifest.append(
+            {
+                "id": name,
+                "language": language,
+                "audio": f"{name}.ogg",
+                "voice": voice.name,
+                "template": sentence.template,
+                "texts": dict(sentence.texts),
+            }
+        )
+    text = json.dumps(manifest, ensure_ascii=False, indent=1)
+    (folder / "manifest.json").write_text(text + "\n", "utf-8")

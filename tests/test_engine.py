@@ -1,0 +1,201 @@
+import pytest
+import torch
+from random_decoder import random_decoder
+
+from kvspn.engine import backends, engine
+
+READY = [name for name, missing in backends().items() if missing is None]
+
+
+@pytest.fixture(params=READY)
+def make_engine(request):
+    """An engine maker for each backend that can run here."""
+
+    def make(weights, batch=2, capacity=20, cross_capacity=6):
+        return engine(request.param, weights, batch=batch, capacity=capacity, cross_capacity=cross_capacity)
+
+    return make
+
+
+def start(e, prompt=((1, 2, 3), (4,)), **options):
+    states = [torch.randn(5, 16), torch.randn(2, 16)]
+    e.start(states, prompt, **({"eos": -1, "max_length": 20} | options))
+
+
+def state(e):
+    return {name: getattr(e, name).clone() for name in ("tokens", "lengths", "finished", "stats")}
+
+
+def test_start(make_engine):
+    e = make_engine(random_decoder())
+    assert e.finished.all()
+    start(e)
+    assert e.lengths.tolist() == [2, 0]
+    assert e.tokens[0, :3].tolist() == [1, 2, 3]
+    assert e.tokens[1, 0] == 4
+    assert not e.finished.any()
+    assert not e.stats.any()
+
+
+def test_a_prompt_of_many_chunks_equals_steps(make_engine):
+    """A prompt processed in chunks leaves the state that generating the same tokens would have left."""
+    weights = random_decoder(positions=40)
+    e, states = make_engine(weights, batch=1, capacity=40), [torch.randn(4, 16)]
+    e.start(states, [[5]], eos=-1, max_length=40)
+    while e.lengths[0] < 37:
+        e.step(draft=False)
+    tokens, kv = e.tokens.clone(), e.cache.kv[..., :36, :].clone()
+    e.start(states, [tokens[0, :37].tolist()], eos=-1, max_length=40)
+    assert e.lengths.tolist() == [36]
+    assert torch.equal(e.cache.kv[..., :36, :], kv)
+    e.step(draft=False)
+    assert e.tokens[0, 37] == tokens[0, 37]
+
+
+def test_addresses_never_change(make_engine):
+    e = make_engine(random_decoder())
+    buffers = ("tokens", "lengths", "finished", "stats")
+    before = [getattr(e, name).data_ptr() for name in buffers]
+    for _ in range(2):
+        start(e)
+        for k in (1, 3, 2**31 - 1):
+            e.step(k)
+    assert [getattr(e, name).data_ptr() for name in buffers] == before
+
+
+def test_a_second_start_forgets_the_first(make_engine):
+    e = make_engine(random_decoder())
+    states = [torch.randn(5, 16), torch.randn(2, 16)]
+    runs = []
+    for _ in range(2):
+        e.start(states, [[1, 2, 3], [4]], eos=3, max_length=12)
+        while not e.finished.all():
+            e.step()
+        runs.append([e.tokens[b, : e.lengths[b] + 1].tolist() for b in range(2)])
+        start(e, prompt=[[7], [8, 9]])
+        e.step()
+    assert runs[0] == runs[1]
+
+
+def test_the_encoder_states_of_a_row_alone(make_engine, dtype):
+    """Cross-attention keys and values do not depend on the other rows; a padded tensor's rows will do."""
+    weights = random_decoder(dtype=dtype)
+    states, e = torch.randn(2, 6, 16).to(dtype), make_engine(weights)
+    e.start(states, [[1], [2]], eos=-1, max_length=20)
+    together = e.cache.cross_kv.clone()
+    for b in range(2):
+        alone = make_engine(weights, batch=1)
+        alone.start(states[b : b + 1], [[1]], eos=-1, max_length=20)
+        assert torch.equal(alone.cache.cross_kv[:, :, 0], together[:, :, b])
+
+
+def test_begin_mask_is_for_the_first_token(make_engine):
+    e = make_engine(random_decoder())
+    only = torch.full((29,), -torch.inf)
+    only[7] = 0
+    mask = torch.zeros(29)
+    mask[7] = -torch.inf
+    start(e, begin_mask=only)
+    e.step()
+    assert (e.tokens[0, 3], e.tokens[1, 1]) == (7, 7)
+    assert e.stats.tolist() == [[1, 0, 0], [1, 0, 0]]  # made without the draft network
+    e.step()
+    assert e.stats[:, :2].tolist() == [[2, 1], [2, 1]]
+    start(e, mask=mask)
+    for _ in range(6):
+        e.step(k=2**31 - 1)
+    assert 7 not in e.tokens
+
+
+def test_a_full_prompt_is_finished(make_engine):
+    e = make_engine(random_decoder())
+    start(e, max_length=3)
+    assert e.finished.tolist() == [True, False]
+    before = state(e)
+    e.step()
+    after = state(e)
+    assert all(torch.equal(before[name][0], after[name][0]) for name in before)
+    assert after["lengths"][1] > 0
+
+
+def test_parameters_and_inference_mode(make_engine):
+    """Weights may be Parameters; an engine made or used in inference mode works outside of it."""
+    weights = random_decoder()
+    weights.embed_tokens.requires_grad_()
+    with torch.inference_mode():
+        e = make_engine(weights)
+        start(e)
+        e.step()
+    start(e)
+    e.step()
+    assert not e.cache.kv.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("name", {"name": "cublas"}),
+        ("name", {"name": "cuda"}),
+        ("weights", {"weights": []}),
+        ("batch", {"batch": 0}),
+        ("capacity", {"capacity": 25}),
+        ("cross_capacity", {"cross_capacity": 0}),
+    ],
+)
+def test_engine_errors_name_the_argument(name, options):
+    arguments = {
+        "name": "reference",
+        "weights": random_decoder(),
+        "batch": 1,
+        "capacity": 9,
+        "cross_capacity": 9,
+    }
+    with pytest.raises((TypeError, ValueError), match=rf"^{name} must .*, got "):
+        engine(**(arguments | options))
+
+
+def test_an_unknown_backend_hears_why():
+    with pytest.raises(ValueError, match=r"reference.*got 'native'.*native: not part of this version"):
+        engine("native", random_decoder(), batch=1, capacity=9, cross_capacity=9)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("encoder_states", {"encoder_states": [torch.zeros(5, 16)]}),
+        ("encoder_states[0]", {"encoder_states": torch.zeros(2, 5, 8)}),
+        ("encoder_states[1]", {"encoder_states": [torch.zeros(5, 16), None]}),
+        ("the number of encoder_states[0]", {"encoder_states": torch.zeros(2, 7, 16)}),
+        ("the number of encoder_states[0]", {"encoder_states": torch.zeros(2, 0, 16)}),
+        ("prompt", {"prompt": [[1]]}),
+        ("the number of tokens in prompt[1]", {"prompt": [[1], []]}),
+        ("the number of tokens in prompt[0]", {"prompt": [[1] * 13, [1]]}),
+        ("every token of prompt[0]", {"prompt": [[29], [1]]}),
+        ("every token of prompt[1]", {"prompt": [[2], [-1]]}),
+        ("every token of prompt[1]", {"prompt": [[2], ["a"]]}),
+        ("eos", {"eos": -2}),
+        ("max_length", {"max_length": 21}),
+        ("mask", {"mask": torch.zeros(28)}),
+        ("begin_mask", {"begin_mask": torch.zeros(29, dtype=torch.bool)}),
+    ],
+)
+def test_start_errors_name_the_argument(make_engine, name, options):
+    e = make_engine(random_decoder())
+    start(e)
+    e.step()
+    before = state(e)
+    arguments = {"encoder_states": torch.zeros(2, 5, 16), "prompt": [[1], [2]], "eos": 3, "max_length": 12}
+    with pytest.raises((TypeError, ValueError)) as caught:
+        e.start(**(arguments | options))
+    assert str(caught.value).startswith(f"{name} must ")
+    assert all(torch.equal(before[name], value) for name, value in state(e).items())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("k", {"k": 0}), ("k", {"k": 1.5}), ("draft", {"k": 1, "draft": True})]
+)
+def test_step_errors_name_the_argument(make_engine, name, options):
+    e = make_engine(random_decoder(blocks=0))
+    start(e)
+    with pytest.raises((TypeError, ValueError), match=rf"^{name} must .*, got "):
+        e.step(**options)

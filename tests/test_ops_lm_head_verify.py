@@ -1,0 +1,97 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kvspn.ops import K_INF
+
+
+def by_sorting(logits, drafts):
+    """Choices and ranks from a stable sort: larger logits first, smaller ids first among equals."""
+    order = logits.argsort(dim=-1, descending=True, stable=True)
+    ranks = [
+        [order[b, j].tolist().index(d) for j, d in enumerate(row)] for b, row in enumerate(drafts.tolist())
+    ]
+    return order[..., 0].int(), torch.tensor(ranks, dtype=torch.int32).reshape(drafts.shape)
+
+
+@pytest.mark.parametrize(
+    ("batch", "queries", "width", "vocabulary"), [(2, 3, 8, 31), (1, 1, 5, 1), (3, 2, 4, 100)]
+)
+@pytest.mark.parametrize("norm", [False, True])
+def test_against_a_sort(ops, dtype, batch, queries, width, vocabulary, norm):
+    """Small integers make every logit exact, and many of them equal."""
+    x = torch.randint(-2, 3, (batch, queries, width)).to(dtype)
+    weight = torch.randint(-2, 3, (vocabulary, width)).to(dtype)
+    draft = torch.randint(0, vocabulary, (batch, queries - 1), dtype=torch.int32)
+    arguments, rows = {}, x.float()
+    if norm:
+        arguments = {"norm_weight": torch.rand(width), "norm_bias": torch.rand(width), "eps": 1e-3}
+        rows = F.layer_norm(rows, (width,), *list(arguments.values()))
+    argmax, rank = ops.lm_head_verify(x, weight, draft, **arguments)
+    expected_argmax, expected_rank = by_sorting(rows @ weight.float().T, draft)
+    if not norm:  # sums of integers are exact in any order
+        assert torch.equal(argmax, expected_argmax)
+        assert torch.equal(rank, expected_rank)
+    assert (argmax.dtype, rank.dtype) == (torch.int32, torch.int32)
+    assert torch.equal((rank < 1), (draft == argmax[:, :-1]))
+
+
+def test_norm_and_weight_formats(ops):
+    """Well-separated logits: LayerNorm and a quantised weight give the formula's order."""
+    x = torch.randn(2, 2, 16)
+    values, scale = torch.randint(-127, 128, (40, 16)), torch.rand(40)
+    norm_weight, norm_bias = torch.rand(16), torch.rand(16)
+    draft = torch.tensor([[3], [39]], dtype=torch.int32)
+    actual = ops.lm_head_verify(
+        x, values.to(torch.int8), draft, scale=scale, norm_weight=norm_weight, norm_bias=norm_bias
+    )
+    rows = F.layer_norm(x.double(), (16,), norm_weight.double(), norm_bias.double())
+    expected = by_sorting(rows @ (values * scale[:, None]).double().T, draft)
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_ties_and_mask(ops):
+    x = torch.ones(1, 2, 1)
+    weight = torch.tensor([[1.0], [5.0], [5.0], [3.0], [5.0]])
+    for draft, rank in ((1, 0), (2, 1), (4, 2), (3, 3), (0, 4)):
+        choices, ranks = ops.lm_head_verify(x, weight, torch.tensor([[draft]], dtype=torch.int32))
+        assert choices.tolist() == [[1, 1]]
+        assert ranks.tolist() == [[rank]]
+    mask = torch.tensor([0, -torch.inf, -torch.inf, 2.5, 0])
+    choices, ranks = ops.lm_head_verify(x, weight, torch.tensor([[4]], dtype=torch.int32), mask)
+    assert choices.tolist() == [[3, 3]]
+    assert ranks.tolist() == [[1]]
+
+
+def test_nan_is_never_chosen(ops):
+    weight = torch.tensor([[torch.nan], [1.0], [torch.nan], [2.0]])
+    draft = torch.tensor([[2]], dtype=torch.int32)
+    choices, ranks = ops.lm_head_verify(torch.ones(1, 2, 1), weight, draft)
+    assert choices.tolist() == [[3, 3]]
+    assert ranks.tolist() == [[3]]  # behind 3, 1 and its equal 0
+    choices, _ = ops.lm_head_verify(torch.full((1, 2, 1), torch.nan), weight, draft)
+    assert choices.tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("draft", [-1, 7, 2**31 - 1, -(2**31)])
+def test_a_draft_outside_the_vocabulary_ranks_last(ops, draft):
+    _, ranks = ops.lm_head_verify(
+        torch.randn(1, 2, 3), torch.randn(7, 3), torch.tensor([[draft]], dtype=torch.int32)
+    )
+    assert ranks.tolist() == [[K_INF]]
+
+
+def test_row_invariance(ops, dtype, set_threads):
+    x, weight = torch.randn(3, 4, 32).to(dtype), torch.randn(3000, 32).to(dtype)
+    draft = torch.randint(0, 3000, (3, 3), dtype=torch.int32)
+    mask, norm = torch.randn(3000), {"norm_weight": torch.rand(32), "norm_bias": torch.rand(32)}
+    set_threads(1)
+    argmax, rank = ops.lm_head_verify(x, weight, draft, mask, **norm)
+    set_threads(2)
+    assert all(map(torch.equal, ops.lm_head_verify(x, weight, draft, mask, **norm), (argmax, rank)))
+    for b in range(3):
+        for j in range(3):
+            pair = x[b : b + 1, j : j + 2].clone()
+            choices, ranks = ops.lm_head_verify(pair, weight, draft[b : b + 1, j : j + 1], mask, **norm)
+            assert torch.equal(choices[0], argmax[b, j : j + 2])
+            assert torch.equal(ranks[0, 0], rank[b, j])

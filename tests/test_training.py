@@ -1,0 +1,220 @@
+"""The corpus, the losses and the recipe, the latter whole at a tiny size."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import WhisperFeatureExtractor
+
+pytest.importorskip("babel")
+pytest.importorskip("peft")
+
+from kvspn.models import WhisperM2MForConditionalGeneration
+from kvspn.training.corpus import LANGUAGES, Phrasebook, Template, split
+from kvspn.training.data import IGNORE, pad, prompt_tokens
+from kvspn.training.losses import accuracy, cross_entropy, ctc, distillation
+from kvspn.training.recipe import Recipe, Stage, draw_clips, train_mini
+from kvspn.training.speech import SAMPLING_RATE, TEST_VARIANTS, TRAIN_VARIANTS, Voice, augment, synthesize
+from kvspn.training.store import log_mel, pad_features
+from kvspn.training.tokenizer import SPECIAL_TOKENS, train_tokenizer
+
+needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs espeak-ng")
+
+
+@pytest.fixture(scope="module")
+def book() -> Phrasebook:
+    return Phrasebook.load()
+
+
+@pytest.fixture(scope="module")
+def corpus(book):
+    return split(book)
+
+
+def test_phrasebook_is_large_and_well_formed(book, corpus):
+    assert len(book.templates) >= 250
+    assert len({template.id for template in book.templates}) == len(book.templates)
+    assert len(corpus.train) >= 10_000
+    assert len(corpus.unseen) == len(corpus.hard) == 30
+    for sentence in (*corpus.train[:2000], *corpus.unseen, *corpus.hard):
+        assert set(sentence.texts) == set(LANGUAGES)
+        for language, text in sentence.texts.items():
+            assert text == text.strip() and "{" not in text and "  " not in text, text
+            assert text[-1] in ("。？！" if language == "zh" else ".?!"), text
+            first = next(char for char in text if char.isalnum())
+            assert not first.islower(), text
+        assert bool(re.search(r"[¿¡]", sentence.texts["es"])) == (sentence.texts["es"][-1] in "?!")
+
+
+def test_split_keeps_test_sentences_out_of_training(corpus):
+    train = {text for sentence in corpus.train for text in sentence.texts.values()}
+    for sentence in (*corpus.unseen, *corpus.hard):
+        assert train.isdisjoint(sentence.texts.values()), sentence
+    templates = {sentence.template for sentence in corpus.train}
+    assert templates.issuperset(sentence.template for sentence in corpus.unseen)
+    assert templates.isdisjoint(sentence.template for sentence in corpus.hard)
+
+
+def test_split_is_deterministic(book, corpus):
+    assert split(book) == corpus
+
+
+def test_articles_and_elision(book):
+    countries = {item["en"]["the"]: item for item in book.lexicon["country"]}
+    assert countries["Japan"]["fr"] == {"the": "le Japon", "in": "au Japon", "to": "au Japon", "from": "du Japon"}
+    assert countries["Spain"]["fr"]["from"] == "d'Espagne"
+    assert countries["Italy"]["it"]["from"] == "dall'Italia"
+    assert countries["China"]["it"]["from"] == "dalla Cina"
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"de": "Ohne."}, "the de text has other slots"),
+        (dict.fromkeys(LANGUAGES, "A {nothing}."), "no list named 'nothing'"),
+        (dict.fromkeys(LANGUAGES, "A {city.of}."), None),
+        (dict.fromkeys(LANGUAGES, "A {weekday.under}."), "has no en form 'under'"),
+    ],
+)
+def test_malformed_templates(book, texts, message):
+    template = Template("x", {**dict.fromkeys(LANGUAGES, "In {city}."), **texts})
+    if message is None:
+        Phrasebook([template], book.lexicon)
+    else:
+        with pytest.raises(ValueError, match=message):
+            Phrasebook([template], book.lexicon)
+
+
+def test_clips_are_balanced(corpus):
+    clips = draw_clips(corpus.train, 12, random.Random(0))
+    counts: dict[str, int] = {}
+    for clip in clips:
+        sentence = corpus.train[clip.sentence]
+        counts[sentence.template] = counts.get(sentence.template, 0) + 1
+        assert clip.text == sentence.texts[clip.language]
+    assert set(counts.values()) == {12}
+
+
+def test_tokenizer_round_trip(corpus, tmp_path):
+    texts = [text for sentence in corpus.train[:300] for text in sentence.texts.values()]
+    tokenizer = train_tokenizer(texts, 1200)
+    assert len(tokenizer) == 1200
+    for text in texts[:60]:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids) == text
+    start = tokenizer.convert_tokens_to_ids("<|startoftranscript|>")
+    tokenizer.set_prefix_tokens(language="de", task="transcribe")
+    assert tokenizer.convert_ids_to_tokens(tokenizer("Ja").input_ids)[:4] == prompt_tokens("de", "de")
+    assert start == 1200 - len(SPECIAL_TOKENS) + 1
+    assert prompt_tokens("de", "fr")[2:4] == ["<|translate|>", "<|fr|>"]
+
+
+def test_losses_against_their_definitions():
+    student, teacher = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 3, 5, requires_grad=True)
+    labels = torch.tensor([[1, IGNORE, 2], [IGNORE, 4, 0]])
+    kept = labels != IGNORE
+    p, q = teacher.softmax(-1)[kept], student.softmax(-1)[kept]
+    loss = distillation(student, teacher, labels)
+    torch.testing.assert_close(loss, (p * (p / q).log()).sum(-1).mean())
+    loss.backward()
+    assert teacher.grad is None
+    assert student.grad is not None and student.grad[0, 1].abs().sum() == 0
+    expected = -student.log_softmax(-1)[kept].gather(1, labels[kept][:, None]).mean()
+    torch.testing.assert_close(cross_entropy(student, labels), expected)
+    assert accuracy(F.one_hot(labels.clamp(0), 5), labels) == 1
+
+
+def test_ctc_against_enumeration():
+    """Three frames, one character: the sum over all paths that collapse to it."""
+    logits = torch.randn(1, 3, 3)
+    log_probs = logits.log_softmax(-1)[0]
+    paths = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 1, 1)]
+    total = sum(math.exp(sum(log_probs[t, c].item() for t, c in enumerate(path))) for path in paths)
+    loss = ctc(logits, torch.tensor([3]), torch.tensor([[1, IGNORE]]))
+    assert loss.item() == pytest.approx(-math.log(total), rel=1e-5)
+
+
+def test_pad():
+    assert pad([[1], [2, 3]], 9).tolist() == [[1, 9], [2, 3]]
+
+
+def test_stored_features_are_the_extractors():
+    """Cut, stored and padded again, they equal what the extractor gives for the whole window."""
+    extractor = WhisperFeatureExtractor(chunk_length=2)
+    rng = np.random.default_rng(0)
+    clips = [0.1 * rng.standard_normal(length).astype(np.float32) for length in (9000, 32000, 160)]
+    whole = extractor(clips, sampling_rate=SAMPLING_RATE, return_tensors="np").input_features
+    padded = pad_features(log_mel(clips, extractor), 200)
+    assert np.abs(padded - whole).max() < 2e-3  # float16
+
+
+def test_test_voices_are_kept_out():
+    assert not set(TRAIN_VARIANTS) & set(TEST_VARIANTS)
+    rng = random.Random(0)
+    assert {Voice.draw("de", TEST_VARIANTS, rng).name for _ in range(50)} == {"de+m7", "de+f4"}
+
+
+@needs_espeak
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_speech(corpus, language):
+    rng = random.Random(1)
+    samples = synthesize(corpus.train[0].texts[language], Voice.draw(language, TRAIN_VARIANTS, rng))
+    assert samples.dtype == np.float32 and samples.ndim == 1
+    assert 0.5 < len(samples) / SAMPLING_RATE < 8
+    louder = augment(samples, rng)
+    assert louder.dtype == np.float32 and np.isfinite(louder).all() and np.abs(louder).max() <= 1
+    assert len(louder) >= len(samples)
+
+
+@needs_espeak
+def test_unknown_voice():
+    with pytest.raises(RuntimeError, match="espeak-ng failed"):
+        synthesize("Hello", Voice("no-such-voice", 150, 50))
+
+
+@needs_espeak
+def test_whole_recipe_and_resuming(tmp_path: Path):
+    """Every stage at a tiny size; a second call finds all done; a lost stage is trained from its checkpoint."""
+    stage = Stage(steps=2, batch=4, learning_rate=1e-3)
+    recipe = Recipe(
+        clips_per_template=1,
+        vocab_size=500,
+        d_model=32,
+        heads=2,
+        ffn_dim=48,
+        encoder_layers=1,
+        parent_decoder_layers=4,
+        decoder_layers=3,
+        text_encoder_layers=1,
+        parent=stage,
+        base=stage,
+        draft=stage,
+    )
+    mini = train_mini(tmp_path, recipe, log=lambda line: None)
+    model = WhisperM2MForConditionalGeneration.from_pretrained(mini)
+    assert model.dtype == torch.float16
+    assert model.kvspn is not None and len(model.kvspn.blocks) == 3
+    base = WhisperM2MForConditionalGeneration.from_pretrained(tmp_path / "base")
+    assert not any("lora" in name for name in base.state_dict())
+    shared = [name for name in base.state_dict() if not name.startswith("kvspn")]
+    trained = WhisperM2MForConditionalGeneration.from_pretrained(tmp_path / "draft").state_dict()
+    assert all(torch.equal(base.state_dict()[name], trained[name]) for name in shared), "the base was not frozen"
+    manifest = json.loads((tmp_path / "speech" / "demo" / "manifest.json").read_text("utf-8"))
+    assert [entry["language"] for entry in manifest] == list(LANGUAGES)
+    assert len(list((tmp_path / "speech" / "unseen").glob("*.ogg"))) == 30 * len(LANGUAGES)
+    stamp = (tmp_path / "parent" / "model.safetensors").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "draft")
+    train_mini(tmp_path, dataclasses.replace(recipe, draft=dataclasses.replace(stage, steps=3)), log=lambda line: None)
+    assert (tmp_path / "parent" / "model.safetensors").stat().st_mtime_ns == stamp
+    state = json.loads((tmp_path / "draft-checkpoints" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3

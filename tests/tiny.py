@@ -1,0 +1,106 @@
+"""Tiny random models, and sounds, for tests of what runs on whole models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import (
+    GenerationConfig,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
+
+from kvspn.audio import SAMPLING_RATE
+from kvspn.models import convert_whisper
+from kvspn.training.tokenizer import SPECIAL_TOKENS, train_tokenizer
+
+LANGUAGES = ("en", "zh", "de", "es", "fr", "it")
+WINDOW_SECONDS = 2
+TEXTS = {
+    "en": "Where is the station?",
+    "zh": "车站在哪里?",
+    "de": "Wo ist der Bahnhof?",
+    "es": "¿Dónde está la estación?",
+    "fr": "Où est la gare ?",
+    "it": "Dov'è la stazione?",
+}
+
+
+def tokenizer() -> WhisperTokenizer:
+    """Trained on TEXTS alone."""
+    return train_tokenizer(TEXTS.values(), 420)
+
+
+def whisper(tokenizer: WhisperTokenizer, decoder_layers: int = 4) -> WhisperForConditionalGeneration:
+    """A random Whisper, 32 wide, with a window of 2 s."""
+    torch.manual_seed(0)
+    ids, eos = tokenizer.convert_tokens_to_ids, tokenizer.eos_token_id
+    start = ids("<|startoftranscript|>")
+    config = WhisperConfig(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        encoder_layers=1,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_layers=decoder_layers,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=64,
+        max_source_positions=50 * WINDOW_SECONDS,
+        max_target_positions=24,
+        pad_token_id=eos,
+        bos_token_id=eos,
+        eos_token_id=eos,
+        decoder_start_token_id=start,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+        init_std=0.4,  # so that the output depends on the input
+    )
+    model = WhisperForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        is_multilingual=True,
+        lang_to_id={f"<|{code}|>": ids(f"<|{code}|>") for code in LANGUAGES},
+        task_to_id={task: ids(f"<|{task}|>") for task in ("transcribe", "translate")},
+        no_timestamps_token_id=ids("<|notimestamps|>"),
+        decoder_start_token_id=start,
+        bos_token_id=eos,
+        eos_token_id=eos,
+        pad_token_id=eos,
+        suppress_tokens=[ids(token) for token in SPECIAL_TOKENS[1:]],
+        begin_suppress_tokens=[eos],
+    )
+    return model
+
+
+def save_whisper(folder: Path, decoder_layers: int = 4) -> Path:
+    """A random Whisper's folder."""
+    words = tokenizer()
+    whisper(words, decoder_layers).save_pretrained(folder)
+    words.save_pretrained(folder)
+    WhisperFeatureExtractor(chunk_length=WINDOW_SECONDS).save_pretrained(folder)
+    return folder
+
+
+def save_model(folder: Path, **config: object) -> Path:
+    """A random whisperM2M's folder; `config` are fields of its configuration."""
+    words = tokenizer()
+    settings: dict[str, object] = {
+        "text_encoder_layers": 1,
+        "text_encoder_ffn_dim": 64,
+        "max_text_positions": 24,
+        "kvspn_blocks": 2,
+        "kvspn_groups": 2,
+        "kvspn_ffn_dim": 64,
+    }
+    convert_whisper(whisper(words), range(4), **{**settings, **config}).save_pretrained(folder)
+    words.save_pretrained(folder)
+    WhisperFeatureExtractor(chunk_length=WINDOW_SECONDS).save_pretrained(folder)
+    return folder
+
+
+def sound(seconds: float, seed: int = 0, rate: int = SAMPLING_RATE) -> np.ndarray:
+    """Noise in place of speech: float32 [N], about -10 dB of full scale."""
+    return np.random.default_rng(seed).uniform(-0.5, 0.5, round(seconds * rate)).astype(np.float32)
