@@ -9,7 +9,7 @@ import torch
 from random_decoder import random_decoder
 
 from bench import nbytes
-from kvspn.engine import backends, engine
+from kvspn.engines import backends, engine
 from kvspn.ops import K_INF, DecoderWeights
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvspn.cache import StepCache
-    from kvspn.engine import engine
+    from kvspn.engines import engine
     from kvspn.models import WhisperM2MConfig, WhisperM2MForConditionalGeneration, WhisperM2MProcessor
 
 __version__ = "0.1.0.dev0"
@@ -27,7 +27,7 @@ _HOME = {
     "WhisperM2MConfig": "kvspn.models",
     "WhisperM2MForConditionalGeneration": "kvspn.models",
     "WhisperM2MProcessor": "kvspn.models",
-    "engine": "kvspn.engine",
+    "engine": "kvspn.engines",
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvspn.assets import SpokenSentence
 from kvspn.audio import SAMPLING_RATE, load_audio
 from kvspn.decoding import DecodeStats
-from kvspn.engine import Engine
+from kvspn.engines import Engine
 from kvspn.translator import Translator
 
 

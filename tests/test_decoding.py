@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from random_decoder import random_decoder
 
 from kvspn.decoding import DecodeStats, decode, parse_k
-from kvspn.engine import backends, engine
+from kvspn.engines import backends, engine
 from kvspn.ops import K_INF, DecoderWeights
 
 step_module = importlib.import_module("kvspn.ops.decoder_step")  # the package's name for it is the op

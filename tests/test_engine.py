@@ -2,7 +2,7 @@ import pytest
 import torch
 from random_decoder import random_decoder
 
-from kvspn.engine import backends, engine
+from kvspn.engines import backends, engine
 
 READY = [name for name, missing in backends().items() if missing is None]
 

@@ -10,7 +10,7 @@ from random_decoder import random_decoder
 from torch import Tensor
 
 from kvspn.decoding import DecodeResult, decode
-from kvspn.engine import engine
+from kvspn.engines import engine
 from kvspn.ops import (
     DecoderWeights,
     accept_and_rollback,

@@ -11,7 +11,7 @@ from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
 from kvspn.cache import StepCache
 from kvspn.decoding import decode
-from kvspn.engine import engine
+from kvspn.engines import engine
 from kvspn.ops import DecoderWeights, LayerWeights, Linear, Norm
 
 step_module = importlib.import_module("kvspn.ops.decoder_step")  # the package's name for it is the op

@@ -47,7 +47,7 @@ def _examine() -> dict[str, Any]:
     """Everything by name; for backends and the model, None where ready, else why not."""
     from kvspn import machine
     from kvspn.assets import bundled_model
-    from kvspn.engine import backends
+    from kvspn.engines import backends
     from kvspn.model_folder import ModelError, check_parts
 
     missing = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvspn.decoding.statistics import DecodeStats
-from kvspn.engine import Engine
+from kvspn.engines import Engine
 from kvspn.ops import K_INF
 from kvspn.ops._checks import integer
 

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from kvspn.decoding import DecodeResult, DecodeStats, decode
-from kvspn.engine import Engine, engine
+from kvspn.engines import Engine, engine
 from kvspn.models.weights import decoder_weights
 
 TASKS = ("transcribe", "translate")

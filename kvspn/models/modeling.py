@@ -1,7 +1,7 @@
 """whisperM2M: Whisper with a text encoder beside the speech encoder and a KVSPN draft network.
 
 The classes here hold the weights and the differentiable, teacher-forced forward pass. Decoding runs on an
-engine (`kvspn.engine`) that is handed the weights: see `generation.py`.
+engine (`kvspn.engines`) that is handed the weights: see `generation.py`.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ def decoder_weights(model: WhisperM2MForConditionalGeneration) -> DecoderWeights
             norm=_norm(decoder.layer_norm),
             head=Linear(model.proj_out.weight.detach()),
             blocks=() if draft is None else tuple(_block(block) for block in draft.blocks),
+            groups=0 if draft is None else draft.groups,
             draft_norm=None if draft is None else _norm(draft.layer_norm),
             draft_head=None if ids is None else Linear(draft.head_weight(model.proj_out.weight).detach()),
             draft_ids=None if ids is None else ids.to(torch.int32),
