@@ -62,7 +62,12 @@ def make_whisper(decoder_layers: int = 6) -> WhisperForConditionalGeneration:
 
 
 def make_m2m(layers: int = 6, **added) -> WhisperM2MForConditionalGeneration:
-    fields = {"text_encoder_layers": 2, "text_encoder_ffn_dim": 48, "max_text_positions": 16, "kvspn_ffn_dim": 40}
+    fields = {
+        "text_encoder_layers": 2,
+        "text_encoder_ffn_dim": 48,
+        "max_text_positions": 16,
+        "kvspn_ffn_dim": 40,
+    }
     return convert_whisper(make_whisper(layers), range(layers), **{**fields, **added}).eval()
 
 
@@ -84,7 +89,10 @@ def test_pruning_keeps_the_named_layers():
     whisper = make_whisper()
     model = convert_whisper(whisper, [0, 3, 5], kvspn_blocks=0, text_encoder_layers=0)
     for new, old in enumerate([0, 3, 5]):
-        kept, source = model.model.decoder.layers[new].state_dict(), whisper.model.decoder.layers[old].state_dict()
+        kept, source = (
+            model.model.decoder.layers[new].state_dict(),
+            whisper.model.decoder.layers[old].state_dict(),
+        )
         assert all(torch.equal(kept[name], source[name]) for name in source)
     assert model.config.decoder_layers == 3
     assert model.generation_config.lang_to_id == LANGUAGES
@@ -119,7 +127,12 @@ def test_config_refuses_what_does_not_fit(field, value, message):
 
 def test_default_config_is_the_papers():
     config = WhisperM2MConfig()
-    assert (config.d_model, config.encoder_layers, config.decoder_layers, config.text_encoder_layers) == (1024, 24, 12, 6)
+    assert (config.d_model, config.encoder_layers, config.decoder_layers, config.text_encoder_layers) == (
+        1024,
+        24,
+        12,
+        6,
+    )
     assert (config.kvspn_blocks, config.kvspn_groups) == (3, 3)
 
 
@@ -156,10 +169,14 @@ def test_padded_source_text_changes_nothing():
     alone = model(input_ids=text, decoder_input_ids=target).logits
     padded = torch.cat([text, torch.full((1, 4), EOS)], 1)
     mask = torch.tensor([[1] * 6 + [0] * 4])
-    torch.testing.assert_close(model(input_ids=padded, attention_mask=mask, decoder_input_ids=target).logits, alone)
+    torch.testing.assert_close(
+        model(input_ids=padded, attention_mask=mask, decoder_input_ids=target).logits, alone
+    )
 
 
-def greedy(model: WhisperM2MForConditionalGeneration, x: torch.Tensor, prompt: list[int], new: int) -> list[int]:
+def greedy(
+    model: WhisperM2MForConditionalGeneration, x: torch.Tensor, prompt: list[int], new: int
+) -> list[int]:
     """Greedy decoding by full teacher-forced passes, with Whisper's suppressed tokens."""
     tokens = list(prompt)
     for _ in range(new):
@@ -173,14 +190,18 @@ def greedy(model: WhisperM2MForConditionalGeneration, x: torch.Tensor, prompt: l
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("fields", [{}, {"kvspn_heads": 4, "kvspn_blocks": 6}, {"kvspn_encoder_attention": False}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"kvspn_heads": 4, "kvspn_blocks": 6}, {"kvspn_encoder_attention": False}]
+)
 def test_generate_equals_teacher_forcing(fields):
     model, x = make_m2m(**fields), features(1)
     expected = greedy(model, x, [START, 81, 85, 82, 86], 12)
     for settings in ({}, {"draft": False}):
         found = model.generate(x, language="en", target_language="de", max_new_tokens=12, **settings)
         assert found[0].tolist() == expected
-    assert model.generate(x, language="en", max_new_tokens=5)[0].tolist() == greedy(model, x, [START, 81, 84, 86], 5)
+    assert model.generate(x, language="en", max_new_tokens=5)[0].tolist() == greedy(
+        model, x, [START, 81, 84, 86], 5
+    )
 
 
 @pytest.mark.parametrize(
@@ -203,7 +224,7 @@ def test_drafts_are_those_of_training(fields):
         model.kvspn.start_from(model.model.decoder) if not fields else None
     out = model.generate(x, language="en", max_new_tokens=18, return_dict_in_generate=True)
     tokens = torch.tensor([[START, 81, 84, 86, *out.sequences[0].tolist()]])
-    base, draft = model.draft_logits(tokens, model.encode(x))
+    _, draft = model.draft_logits(tokens, model.encode(x))
     vocabulary = torch.arange(VOCAB) if model.kvspn.draft_ids is None else model.kvspn.draft_ids
     suppressed = (vocabulary >= START) & (vocabulary < 87)
     choice = vocabulary[draft[0].masked_fill(suppressed, -torch.inf).argmax(-1)]

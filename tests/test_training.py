@@ -71,7 +71,12 @@ def test_split_is_deterministic(book, corpus):
 
 def test_articles_and_elision(book):
     countries = {item["en"]["the"]: item for item in book.lexicon["country"]}
-    assert countries["Japan"]["fr"] == {"the": "le Japon", "in": "au Japon", "to": "au Japon", "from": "du Japon"}
+    assert countries["Japan"]["fr"] == {
+        "the": "le Japon",
+        "in": "au Japon",
+        "to": "au Japon",
+        "from": "du Japon",
+    }
     assert countries["Spain"]["fr"]["from"] == "d'Espagne"
     assert countries["Italy"]["it"]["from"] == "dall'Italia"
     assert countries["China"]["it"]["from"] == "dalla Cina"
@@ -184,7 +189,7 @@ def test_unknown_voice():
 
 @needs_espeak
 def test_whole_recipe_and_resuming(tmp_path: Path):
-    """Every stage at a tiny size; a second call finds all done; a lost stage is trained from its checkpoint."""
+    """Every stage at a tiny size; done stages are skipped, an unfinished one goes on from its checkpoint."""
     stage = Stage(steps=2, batch=4, learning_rate=1e-3)
     recipe = Recipe(
         clips_per_template=1,
@@ -208,13 +213,19 @@ def test_whole_recipe_and_resuming(tmp_path: Path):
     assert not any("lora" in name for name in base.state_dict())
     shared = [name for name in base.state_dict() if not name.startswith("kvspn")]
     trained = WhisperM2MForConditionalGeneration.from_pretrained(tmp_path / "draft").state_dict()
-    assert all(torch.equal(base.state_dict()[name], trained[name]) for name in shared), "the base was not frozen"
+    assert all(torch.equal(base.state_dict()[name], trained[name]) for name in shared), (
+        "the base was not frozen"
+    )
     manifest = json.loads((tmp_path / "speech" / "demo" / "manifest.json").read_text("utf-8"))
     assert [entry["language"] for entry in manifest] == list(LANGUAGES)
     assert len(list((tmp_path / "speech" / "unseen").glob("*.ogg"))) == 30 * len(LANGUAGES)
     stamp = (tmp_path / "parent" / "model.safetensors").stat().st_mtime_ns
     shutil.rmtree(tmp_path / "draft")
-    train_mini(tmp_path, dataclasses.replace(recipe, draft=dataclasses.replace(stage, steps=3)), log=lambda line: None)
+    train_mini(
+        tmp_path,
+        dataclasses.replace(recipe, draft=dataclasses.replace(stage, steps=3)),
+        log=lambda line: None,
+    )
     assert (tmp_path / "parent" / "model.safetensors").stat().st_mtime_ns == stamp
     state = json.loads((tmp_path / "draft-checkpoints" / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["global_step"] == 3

@@ -50,7 +50,7 @@ def whisper(tokenizer: WhisperTokenizer, decoder_layers: int = 4) -> WhisperForC
         decoder_attention_heads=2,
         decoder_ffn_dim=64,
         max_source_positions=50 * WINDOW_SECONDS,
-        max_target_positions=24,
+        max_target_positions=16,
         pad_token_id=eos,
         bos_token_id=eos,
         eos_token_id=eos,
@@ -90,7 +90,7 @@ def save_model(folder: Path, **config: object) -> Path:
     settings: dict[str, object] = {
         "text_encoder_layers": 1,
         "text_encoder_ffn_dim": 64,
-        "max_text_positions": 24,
+        "max_text_positions": 16,
         "kvspn_blocks": 2,
         "kvspn_groups": 2,
         "kvspn_ffn_dim": 64,

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 _NOTE = (
     "The figure that counts here is tokens per step. The reference backend is plain PyTorch and computes "
-    "every row by itself: its milliseconds say little about a backend made for speed, which reads the weights "
-    "once for a guess and its check."
+    "every row by itself: its milliseconds say little about a backend made for speed, which reads the "
+    "weights once for a guess and its check."
 )
 
 

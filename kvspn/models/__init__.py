@@ -12,7 +12,9 @@ AutoConfig.register(WhisperM2MConfig.model_type, WhisperM2MConfig)
 AutoModelForSpeechSeq2Seq.register(WhisperM2MConfig, WhisperM2MForConditionalGeneration)
 AutoProcessor.register(WhisperM2MConfig, WhisperM2MProcessor)
 # The speech recognition pipeline looks here to tell an encoder-decoder from a CTC model.
-MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES[WhisperM2MConfig.model_type] = WhisperM2MForConditionalGeneration.__name__
+MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES[WhisperM2MConfig.model_type] = (
+    WhisperM2MForConditionalGeneration.__name__
+)
 
 __all__ = [
     "WhisperM2MConfig",

@@ -1,4 +1,4 @@
-"""From a Whisper to whisperM2M: prune the decoder, add a text encoder and KVSPN (arXiv 2508.11189, section 2)."""
+"""From Whisper to whisperM2M: prune the decoder, add a text encoder and KVSPN (arXiv 2508.11189)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ADDED = ("model.text_encoder.", "kvspn.")
 
 
 def spread_layers(available: int, kept: int) -> list[int]:
-    """`kept` of `available` layers, evenly spaced, the first and the last among them (the paper is silent)."""
+    """`kept` of `available` layers, evenly spaced, first and last among them (the paper is silent)."""
     if not 1 <= kept <= available:
         raise ValueError(f"decoder layers to keep must be 1 to {available}, got {kept}")
     return [round(i * (available - 1) / max(kept - 1, 1)) for i in range(kept)]
@@ -58,4 +58,3 @@ def _rename(name: str, layers: Sequence[int]) -> str:
         return name
     index, rest = name[len(_DECODER_LAYER) :].split(".", 1)
     return f"{_DECODER_LAYER}{layers.index(int(index))}.{rest}" if int(index) in layers else ""
-

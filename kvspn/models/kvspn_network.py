@@ -1,7 +1,7 @@
-"""KVSPN, the key-value parasitic speculative network (arXiv 2508.11189, section 2.2), for training.
+"""KVSPN, the key-value parasitic speculative network (arXiv 2508.11189), for training.
 
-Each block attends by cross-model attention to the base decoder's own self-attention cache, the keys and values
-of a group of layers flattened into one sequence. Nothing of the base model is recomputed or copied.
+Each block attends by cross-model attention to the base decoder's own self-attention cache, the keys and
+values of a group of layers flattened into one sequence. Nothing of the base model is computed again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
 from kvspn.models.configuration import WhisperM2MConfig
@@ -88,7 +87,9 @@ class KVSPN(nn.Module):
         for i, block in enumerate(self.blocks):
             layer = decoder.layers[self.group(i, len(decoder.layers)).stop - 1]
             pairs = [(block.attn, layer.self_attn), (block.attn_layer_norm, layer.self_attn_layer_norm)]
-            pairs += [(getattr(block, name), getattr(layer, name)) for name in ("fc1", "fc2", "final_layer_norm")]
+            pairs += [
+                (getattr(block, name), getattr(layer, name)) for name in ("fc1", "fc2", "final_layer_norm")
+            ]
             if hasattr(block, "encoder_attn"):
                 pairs.append((block.encoder_attn, layer.encoder_attn))
                 pairs.append((block.encoder_attn_layer_norm, layer.encoder_attn_layer_norm))

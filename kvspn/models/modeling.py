@@ -48,7 +48,7 @@ class SpeechEncoder(WhisperEncoder):
 
 
 class TextEncoder(nn.Module):
-    """Whisper encoder layers over source text (the paper, section 2.1: six layers); shares the decoder's embedding."""
+    """Whisper encoder layers over source text (six in the paper); shares the decoder's embedding."""
 
     def __init__(self, config: WhisperM2MConfig):
         super().__init__()
@@ -56,12 +56,14 @@ class TextEncoder(nn.Module):
         layer_config.encoder_ffn_dim = config.text_encoder_ffn_dim
         self.max_positions = config.max_text_positions
         self.embed_positions = nn.Embedding(config.max_text_positions, config.d_model)
-        self.layers = nn.ModuleList(WhisperEncoderLayer(layer_config) for _ in range(config.text_encoder_layers))
+        self.layers = nn.ModuleList(
+            WhisperEncoderLayer(layer_config) for _ in range(config.text_encoder_layers)
+        )
         self.layer_norm = nn.LayerNorm(config.d_model)
         self.dropout = config.dropout
 
     def forward(self, embedded: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutput:
-        """embedded [B, T, d] (token embeddings), attention_mask [B, T] (1 keeps) -> last_hidden_state [B, T, d]."""
+        """Token embeddings [B, T, d], attention_mask [B, T] (1 keeps) -> last_hidden_state [B, T, d]."""
         length = embedded.shape[1]
         if not 0 < length <= self.max_positions:
             raise ValueError(f"input_ids must have 1 to {self.max_positions} tokens a row, got {length}")
@@ -86,7 +88,10 @@ class Decoder(WhisperDecoder):
 
         An empty `past_key_values` is filled with the layers' keys and values, which KVSPN trains on.
         """
-        x = self.embed_tokens(input_ids) * self.embed_scale + self.embed_positions.weight[: input_ids.shape[1]]
+        x = (
+            self.embed_tokens(input_ids) * self.embed_scale
+            + self.embed_positions.weight[: input_ids.shape[1]]
+        )
         x = F.dropout(x, self.dropout, self.training)
         mask = _additive(encoder_attention_mask, x.dtype)
         for layer in self.layers:
@@ -129,7 +134,7 @@ class WhisperM2MForConditionalGeneration(GenerationMixin, WhisperForConditionalG
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Speech features [B, mel bins, frames] or source text [B, T] (and its mask) -> encoder states [B, E, d]."""
+        """Speech [B, mel bins, frames] or source text [B, T] (and its mask) -> encoder states [B, E, d]."""
         if (input_features is None) == (input_ids is None):
             raise ValueError("give either input_features (speech) or input_ids (source text)")
         if input_features is not None:
@@ -199,7 +204,10 @@ class WhisperM2MForConditionalGeneration(GenerationMixin, WhisperForConditionalG
             for name in ("keys", "values")
         )
         hidden = self.kvspn(
-            x, list(zip(keys, values, strict=True)), list(zip(cross_keys, cross_values, strict=True)), encoder_mask
+            x,
+            list(zip(keys, values, strict=True)),
+            list(zip(cross_keys, cross_values, strict=True)),
+            encoder_mask,
         )
         return base, F.linear(hidden, self.kvspn.head_weight(self.proj_out.weight))
 

@@ -41,6 +41,9 @@ class WhisperM2MProcessor(WhisperProcessor):
             raise ValueError(f"text must not be empty, got {text!r}")
         eos = self.tokenizer.eos_token
         encoded = self.tokenizer(
-            [each + eos for each in texts], add_special_tokens=False, padding=True, return_tensors=return_tensors
+            [each + eos for each in texts],
+            add_special_tokens=False,
+            padding=True,
+            return_tensors=return_tensors,
         )
         return BatchFeature(dict(encoded))

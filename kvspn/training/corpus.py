@@ -135,7 +135,16 @@ def split(book: Phrasebook, per_template: int = 250, test: int = 30, seed: int =
         for sentence in sentences
         if taken.isdisjoint(sentence.texts.values())
     ]
-    hard = list(_round_robin([book.sentences(t, test, rng) for t in hard_templates], test))
+    known = {text for sentence in train for text in sentence.texts.values()}
+    wordings = {text for template in templates for text in template.texts.values()}
+    hard_drawn = [
+        # Two templates may say the same in one of the languages.
+        [each for each in sentences if known.isdisjoint(each.texts.values())]
+        if wordings.isdisjoint(template.texts.values())
+        else []
+        for template, sentences in [(t, book.sentences(t, test, rng)) for t in hard_templates]
+    ]
+    hard = list(_round_robin(hard_drawn, test))
     rng.shuffle(train)
     return Split(tuple(train), tuple(unseen), tuple(hard))
 
@@ -168,7 +177,10 @@ def cldr_lexicon() -> dict[str, Sequence[Item]]:
             for m in range(1, 13)
         ],
         "date": [
-            {c: {"on": on_date[c].format(format_skeleton("MMMMd", date(2024, m, d), locale=locales[c]))} for c in LANGUAGES}
+            {
+                c: {"on": on_date[c].format(format_skeleton("MMMMd", date(2024, m, d), locale=locales[c]))}
+                for c in LANGUAGES
+            }
             for m in range(1, 13)
             for d in range(2, 29)  # the 1st is irregular in French
             if d not in (8, 11)  # Italian elides before these: l'8, l'11
@@ -218,11 +230,13 @@ _CITIES = (  # en, zh, de, es, fr, it; names that begin with a consonant, so tha
     ("Tokyo", "东京", "Tokio", "Tokio", "Tokyo", "Tokyo"),
 )
 _COUNTRIES = {  # gender in French and Italian; all elide before a vowel
-    "DE": "ff", "FR": "ff", "ES": "ff", "IT": "ff", "CN": "ff", "JP": "mm", "PT": "mm", "PL": "ff", "SE": "ff",
-    "NO": "ff", "GR": "ff", "BE": "mm", "CA": "mm", "MX": "mm", "BR": "mm", "AU": "ff", "AT": "ff", "DK": "mf",
-    "FI": "ff", "HU": "ff", "RU": "ff", "EG": "fm",
+    "DE": "ff", "FR": "ff", "ES": "ff", "IT": "ff", "CN": "ff", "JP": "mm", "PT": "mm", "PL": "ff",
+    "SE": "ff", "NO": "ff", "GR": "ff", "BE": "mm", "CA": "mm", "MX": "mm", "BR": "mm", "AU": "ff",
+    "AT": "ff", "DK": "mf", "FI": "ff", "HU": "ff", "RU": "ff", "EG": "fm",
 }
-_LANGUAGE_TAGS = ("de", "en", "fr", "it", "es", "zh", "ja", "pt", "ru", "pl", "sv", "nl", "tr", "el", "ko", "ar")
+_LANGUAGE_TAGS = (
+    "de", "en", "fr", "it", "es", "zh", "ja", "pt", "ru", "pl", "sv", "nl", "tr", "el", "ko", "ar",
+)
 # fmt: on
 _COUNTRY_FORMS = {
     "fr-m": {"the": "le {}", "in": "au {}", "to": "au {}", "from": "du {}"},
@@ -279,7 +293,9 @@ def _check(template: Template, lexicon: Mapping[str, Sequence[Item]]) -> None:
                 raise ValueError(f"template {template.id}: no list named {name!r}")
             for item in lexicon[name]:
                 if not isinstance(item[code], str) and form not in item[code]:
-                    raise ValueError(f"template {template.id}: an item of {name!r} has no {code} form {form!r}")
+                    raise ValueError(
+                        f"template {template.id}: an item of {name!r} has no {code} form {form!r}"
+                    )
 
 
 def _round_robin(groups: Sequence[Sequence[Sentence]], count: int) -> Iterator[Sentence]:

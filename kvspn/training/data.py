@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,21 +55,20 @@ class Collator:
     store: FeatureStore
     sentences: Sequence[Sentence]
     tokenizer: WhisperTokenizer
+    alphabet: Mapping[str, int]  # CTC's classes
     window: int  # frames
     transcribe: float
     rng: random.Random
 
     def __post_init__(self) -> None:
-        letters = sorted({char for sentence in self.sentences for text in sentence.texts.values() for char in text})
-        self.alphabet = {char: 1 + i for i, char in enumerate(letters)}  # 0 is left for CTC's blank
         self._text_ids: dict[tuple[int, str], list[int]] = {}
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """
-        Returns: input_features float32 [B, mel bins, frames] and feature_lengths [B] (frames without padding);
+        Returns: input_features float32 [B, mel bins, frames], feature_lengths [B] (frames without padding);
         input_ids and attention_mask [B, T] (source text), characters [B, C] (the same by characters);
-        decoder_input_ids and labels [B, T'], the prompt's
-        labels ignored but for the source language, which Whisper predicts.
+        decoder_input_ids and labels [B, T'], the prompt's labels ignored but for the source language,
+        which Whisper predicts.
         """
         clips = [item["clip"] for item in items]
         features = [self.store.features(clip) for clip in clips]
@@ -83,7 +82,8 @@ class Collator:
             target = source if self.rng.random() < self.transcribe else self.rng.choice(others)
             sentence = self.store.sentences[clip]
             sources.append([*self.text_ids(sentence, source), self.tokenizer.eos_token_id])
-            characters.append([self.alphabet[char] for char in self.sentences[sentence].texts[source]])
+            text = self.sentences[sentence].texts[source]
+            characters.append([self.alphabet[char] for char in text if char in self.alphabet])
             prompt = self.tokenizer.convert_tokens_to_ids(prompt_tokens(source, target))
             tokens = [*prompt, *self.text_ids(sentence, target), self.tokenizer.eos_token_id]
             inputs.append(tokens[:-1])
@@ -112,3 +112,9 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """int64 [B, longest], filled up on the right."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+
+def alphabet(sentences: Iterable[Sentence]) -> dict[str, int]:
+    """A class for every character that occurs; 0 is left for CTC's blank."""
+    letters = {char for sentence in sentences for text in sentence.texts.values() for char in text}
+    return {char: 1 + i for i, char in enumerate(sorted(letters))}

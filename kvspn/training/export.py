@@ -26,7 +26,7 @@ def export_model(trained: Path, folder: Path) -> None:
 
 
 def export_speech(split: Split, extractor: WhisperFeatureExtractor, folder: Path, seed: int) -> None:
-    """Speaks the test sets: `unseen` and `hard` in all languages with noise, `demo` a clip a language without."""
+    """Speaks the test sets: `unseen` and `hard` in all languages, with noise; `demo` a clean clip each."""
     rng = random.Random(seed + 1)
     limit = extractor.n_samples
     for name, sentences in (("unseen", split.unseen), ("hard", split.hard)):

@@ -16,10 +16,12 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
 
 
 def distillation(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """KL(teacher || student) over the labelled positions; no gradient flows to the teacher. Logits [B, T, V]."""
+    """KL(teacher || student) over the labelled positions, no gradient to the teacher. Logits [B, T, V]."""
     kept = labels != IGNORE
     target = F.log_softmax(teacher.detach()[kept].float(), dim=-1)
-    return F.kl_div(F.log_softmax(student[kept].float(), dim=-1), target, reduction="batchmean", log_target=True)
+    return F.kl_div(
+        F.log_softmax(student[kept].float(), dim=-1), target, reduction="batchmean", log_target=True
+    )
 
 
 def ctc(logits: Tensor, lengths: Tensor, characters: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ on from its last checkpoint.
 
 from __future__ import annotations
 
-import json
 import random
 from collections import defaultdict
 from collections.abc import Callable
@@ -36,9 +35,10 @@ from kvspn.models.configuration import WhisperM2MConfig
 from kvspn.models.conversion import convert_whisper, spread_layers
 from kvspn.models.modeling import SpeechEncoder, WhisperM2MForConditionalGeneration
 from kvspn.training.corpus import LANGUAGES, Phrasebook, Sentence, Split, split
+from kvspn.training.data import IGNORE, ClipDataset, Collator, alphabet
 from kvspn.training.export import export_model, export_speech
-from kvspn.training.data import IGNORE, ClipDataset, Collator
 from kvspn.training.losses import accuracy, cross_entropy, ctc, distillation
+from kvspn.training.speech import TEST_VARIANTS, TRAIN_VARIANTS
 from kvspn.training.store import Clip, FeatureStore
 from kvspn.training.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from kvspn.training.trainer import Batch, Losses, fit
@@ -73,7 +73,7 @@ class Recipe:
     max_target_positions: int = 96
     dropout: float = 0.0
     ctc: float = 0.5
-    lora_rank: int = 16
+    lora_rank: int = 32
     distillation: float = 1.0
     parent: Stage = field(default_factory=lambda: Stage(3200, 32, 1.5e-3))
     base: Stage = field(default_factory=lambda: Stage(3000, 32, 1e-3))
@@ -88,6 +88,7 @@ class Corpus:
     tokenizer: WhisperTokenizer
     extractor: WhisperFeatureExtractor
     store: FeatureStore
+    held_out: FeatureStore  # the unseen test set, in test voices
 
 
 def train_mini(folder: Path, recipe: Recipe | None = None, log: Log = print) -> Path:
@@ -109,7 +110,7 @@ ABLATIONS = {
     "draft-without-encoder-attention": {"kvspn_encoder_attention": False},
     "draft-last-layer-only": {"kvspn_last_layer_only": True},
 }
-"""Draft networks trained on the same base and budget, for the record: name of the folder -> fields of the config."""
+"""Draft networks on the same base and budget, for the record: folder -> fields of the config."""
 
 
 def train_ablations(folder: Path, recipe: Recipe | None = None, log: Log = print) -> list[Path]:
@@ -133,15 +134,26 @@ def make_data(folder: Path, recipe: Recipe, log: Log = print) -> Corpus:
         folder / "features",
         clips,
         extractor,
+        TRAIN_VARIANTS,
         recipe.seed,
-        progress=lambda done, total: log(f"spoken {done}/{total}") if done % 3200 == 0 or done == total else None,
+        progress=lambda done, total: (
+            log(f"spoken {done}/{total}") if done % 3200 == 0 or done == total else None
+        ),
     )
-    return Corpus(sentences, tokenizer, extractor, store)
+    unseen = [
+        Clip(i, language, sentence.texts[language])
+        for i, sentence in enumerate(sentences.unseen)
+        for language in LANGUAGES
+    ]
+    held_out = FeatureStore.build(folder / "features-unseen", unseen, extractor, TEST_VARIANTS, recipe.seed)
+    return Corpus(sentences, tokenizer, extractor, store, held_out)
 
 
 def draw_clips(sentences: tuple[Sentence, ...], per_template: int, rng: random.Random) -> list[Clip]:
-    """As many clips of every template, so that those with few slots are not drowned: sentence x language pairs
-    in random order, each again in another voice where there are too few."""
+    """As many clips of every template, so that those with few slots are not drowned.
+
+    Sentence x language pairs in random order, each again in another voice where there are too few.
+    """
     by_template: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for i, sentence in enumerate(sentences):
         by_template[sentence.template] += [(i, language) for language in LANGUAGES]
@@ -163,9 +175,11 @@ def train_parent(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
     torch.manual_seed(recipe.seed)
     model = WhisperForConditionalGeneration(parent_config(recipe, corpus.tokenizer))
     model.generation_config = generation_config(corpus.tokenizer)
-    model.model.encoder = SpeechEncoder(model.config)  # the same weights; takes short windows, which train faster
-    collator = _collator(recipe, corpus, transcribe=1.0)
-    model.ctc_head = nn.Linear(recipe.d_model, 1 + len(collator.alphabet))
+    model.model.encoder = SpeechEncoder(
+        model.config
+    )  # the same weights; takes short windows, which train faster
+    collators = _collators(recipe, corpus, transcribe=1.0)
+    model.ctc_head = nn.Linear(recipe.d_model, 1 + len(collators[0].alphabet))
 
     def losses(model: WhisperForConditionalGeneration, batch: Batch) -> dict[str, Tensor]:
         out = model(input_features=batch["input_features"], decoder_input_ids=batch["decoder_input_ids"])
@@ -176,13 +190,13 @@ def train_parent(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
             "_accuracy": accuracy(out.logits, batch["labels"]),
         }
 
-    _run(model, folder / "parent-checkpoints", recipe, recipe.parent, collator, losses)
+    _run(model, folder / "parent-checkpoints", recipe, recipe.parent, collators, losses)
     del model.ctc_head
     return _save(model, corpus, result)
 
 
 def train_base(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
-    """The parent pruned and given a text encoder, on every direction: ST + MT + distillation, LoRA on the encoder."""
+    """The parent, pruned and with a text encoder, on all directions: ST + MT + distillation, LoRA encoder."""
     result = folder / "base"
     if (result / "config.json").exists():
         return result
@@ -221,13 +235,13 @@ def train_base(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
             "_text_accuracy": accuracy(text, labels),
         }
 
-    _run(model, folder / "base-checkpoints", recipe, recipe.base, _collator(recipe, corpus), losses)
+    _run(model, folder / "base-checkpoints", recipe, recipe.base, _collators(recipe, corpus), losses)
     lora.merge_and_unload()
     return _save(model, corpus, result)
 
 
 def train_draft(folder: Path, recipe: Recipe, corpus: Corpus, name: str = "draft", **kvspn: bool) -> Path:
-    """KVSPN alone, on the frozen base model's own distribution. `kvspn`: fields of the config, for ablations."""
+    """KVSPN alone, on the frozen base model's distribution. `kvspn`: fields of the config, for ablations."""
     result = folder / name
     if (result / "config.json").exists():
         return result
@@ -254,24 +268,57 @@ def train_draft(folder: Path, recipe: Recipe, corpus: Corpus, name: str = "draft
             "_agreement": agreed[kept != IGNORE].float().mean(),
         }
 
-    _run(model, folder / f"{name}-checkpoints", recipe, recipe.draft, _collator(recipe, corpus), losses)
+    _run(model, folder / f"{name}-checkpoints", recipe, recipe.draft, _collators(recipe, corpus), losses)
     return _save(model, corpus, result)
 
 
-def _collator(recipe: Recipe, corpus: Corpus, transcribe: float = 1 / len(LANGUAGES)) -> Collator:
-    return Collator(
-        corpus.store,
-        corpus.split.train,
-        corpus.tokenizer,
-        window(recipe),
-        transcribe,
-        random.Random(recipe.seed),
+def _collators(
+    recipe: Recipe, corpus: Corpus, transcribe: float = 1 / len(LANGUAGES)
+) -> tuple[Collator, Collator]:
+    """For training and for the held-out set."""
+    classes = alphabet(corpus.split.train)
+    training, held_out = (
+        Collator(
+            store,
+            sentences,
+            corpus.tokenizer,
+            classes,
+            window(recipe),
+            transcribe,
+            random.Random(recipe.seed),
+        )
+        for store, sentences in (
+            (corpus.store, corpus.split.train),
+            (corpus.held_out, corpus.split.unseen),
+        )
     )
+    return training, held_out
 
 
-def _run(model: nn.Module, folder: Path, recipe: Recipe, stage: Stage, collator: Collator, losses: Losses) -> None:
-    dataset = ClipDataset(collator.store)
-    fit(model, folder, dataset, collator, losses, **asdict(stage), seed=recipe.seed)
+def _run(
+    model: nn.Module,
+    folder: Path,
+    recipe: Recipe,
+    stage: Stage,
+    collators: tuple[Collator, Collator],
+    losses: Losses,
+) -> None:
+    training, held_out = collators
+    clips = ClipDataset(held_out.store)
+    batches = [
+        held_out([clips[i] for i in range(first, min(first + stage.batch, len(clips)))])
+        for first in range(0, len(clips), stage.batch)
+    ]
+    fit(
+        model,
+        folder,
+        ClipDataset(training.store),
+        training,
+        losses,
+        batches,
+        **asdict(stage),
+        seed=recipe.seed,
+    )
 
 
 def _save(model: PreTrainedModel, corpus: Corpus, folder: Path) -> Path:

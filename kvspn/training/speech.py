@@ -1,7 +1,7 @@
 """Synthetic speech: espeak-ng voices, and noise and gain augmentation.
 
-Every clip is drawn from a random generator: a voice variant, speed, pitch, gain and noise. The test voices are
-never drawn for training.
+Every clip is drawn at random: a voice variant, speed, pitch, gain and noise. The test voices are never drawn
+for training.
 """
 
 from __future__ import annotations

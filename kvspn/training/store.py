@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from transformers import WhisperFeatureExtractor
 
-from kvspn.training.speech import SAMPLING_RATE, TRAIN_VARIANTS, Voice, augment, synthesize
+from kvspn.training.speech import SAMPLING_RATE, Voice, augment, synthesize
 
 HOP = 160  # samples a frame
 _CHUNK = 64  # clips a worker makes at a time
@@ -53,11 +53,12 @@ class FeatureStore:
         folder: Path,
         clips: Sequence[Clip],
         extractor: WhisperFeatureExtractor,
+        variants: tuple[str, ...],
         seed: int = 0,
         workers: int = 2,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> FeatureStore:
-        """Speaks every clip in a random training voice, augments it and stores its features.
+        """Speaks every clip in a random voice of `variants`, augments it and stores its features.
 
         Clips longer than the extractor's window are left out. The index is written last: a folder that has
         one is complete and is opened as it is.
@@ -65,7 +66,9 @@ class FeatureStore:
         if (folder / "index.json").exists():
             return cls(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        chunks = [(seed + i, clips[i : i + _CHUNK], extractor) for i in range(0, len(clips), _CHUNK)]
+        chunks = [
+            (seed + i, clips[i : i + _CHUNK], variants, extractor) for i in range(0, len(clips), _CHUNK)
+        ]
         frames: list[int] = []
         kept: list[Clip] = []
         # Fresh processes: a fork of a process in which torch has threads may hang.
@@ -89,10 +92,15 @@ class FeatureStore:
         return cls(folder)
 
 
-def _make_chunk(job: tuple[int, Sequence[Clip], WhisperFeatureExtractor]) -> list[tuple[Clip, np.ndarray]]:
-    seed, clips, extractor = job
+def _make_chunk(
+    job: tuple[int, Sequence[Clip], tuple[str, ...], WhisperFeatureExtractor],
+) -> list[tuple[Clip, np.ndarray]]:
+    seed, clips, variants, extractor = job
     rng = random.Random(seed)
-    spoken = [(clip, augment(synthesize(clip.text, Voice.draw(clip.language, TRAIN_VARIANTS, rng)), rng)) for clip in clips]
+    spoken = []
+    for clip in clips:
+        voice = Voice.draw(clip.language, variants, rng)
+        spoken.append((clip, augment(synthesize(clip.text, voice), rng)))
     spoken = [(clip, samples) for clip, samples in spoken if len(samples) <= extractor.n_samples]
     features = log_mel([samples for _, samples in spoken], extractor)
     return [(clip, each) for (clip, _), each in zip(spoken, features, strict=True)]
@@ -108,7 +116,7 @@ def log_mel(clips: Iterable[np.ndarray], extractor: WhisperFeatureExtractor) -> 
 
 
 def pad_features(features: Sequence[np.ndarray], frames: int) -> np.ndarray:
-    """float32 [B, mel bins, frames]; the padding is what the extractor gives for silence, 2 under the maximum.
+    """float32 [B, mel bins, frames], padded with what the extractor gives for silence: 2 under the maximum.
 
     (Whisper's features are clamped to 8 decades under the window's maximum and divided by 4.)
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ Losses = Callable[[Any, Batch], dict[str, Tensor]]
 
 
 class LossTrainer(Trainer):
-    """Minimises the sum of what `losses(model, batch)` returns and logs each part."""
+    """Minimises the sum of what `losses(model, batch)` returns and logs each part.
+
+    A part whose name begins with "_" is only logged. The evaluation set is a list of ready batches.
+    """
 
     def __init__(self, model: nn.Module, args: TrainingArguments, losses: Losses, **kwargs: Any):
         super().__init__(model, args, **kwargs)
@@ -32,10 +35,24 @@ class LossTrainer(Trainer):
         loss = torch.stack([value for name, value in parts.items() if not name.startswith("_")]).sum()
         return (loss, None) if return_outputs else loss
 
+    @torch.no_grad()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Means of the loss's parts over the held-out batches, logged as `eval_...`."""
+        model = self.model.eval()
+        totals: dict[str, float] = defaultdict(float)
+        for batch in self.eval_dataset:
+            with self.compute_loss_context_manager():
+                for name, value in self._losses(model, self._prepare_inputs(dict(batch))).items():
+                    totals[f"eval_{name.lstrip('_')}"] += value.item() / len(self.eval_dataset)
+        metrics = {name: round(value, 4) for name, value in totals.items()}
+        self.log(metrics)
+        return metrics
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        for name, values in self._parts.items():
-            logs[name.lstrip("_")] = round(sum(values) / len(values), 4)
-        self._parts.clear()
+        if "loss" in logs:
+            for name, values in self._parts.items():
+                logs[name.lstrip("_")] = round(sum(values) / len(values), 4)
+            self._parts.clear()
         super().log(logs, *args, **kwargs)
 
 
@@ -45,15 +62,16 @@ def fit(
     dataset: torch.utils.data.Dataset,
     collator: Callable[..., Batch],
     losses: Losses,
+    held_out: Sequence[Batch],
     *,
     steps: int,
     batch: int,
     learning_rate: float,
     seed: int,
 ) -> None:
-    """Trains in place: AdamW, linear warm-up and cosine decay, bf16 autocast, checkpoints in `folder`.
+    """Trains in place: AdamW, linear warm-up and cosine decay, bf16 autocast.
 
-    Goes on from the folder's last checkpoint where there is one.
+    Keeps checkpoints in `folder`, each evaluated on the `held_out` batches, and goes on from the last one.
     """
     args = TrainingArguments(
         output_dir=str(folder),
@@ -73,10 +91,14 @@ def fit(
         dataloader_pin_memory=False,
         logging_steps=50,
         save_steps=400,
+        eval_strategy="steps",
+        eval_steps=400,
         save_total_limit=1,
         seed=seed,
         report_to=[],
     )
-    trainer = LossTrainer(model, args, losses, train_dataset=dataset, data_collator=collator)
+    trainer = LossTrainer(
+        model, args, losses, train_dataset=dataset, eval_dataset=held_out, data_collator=collator
+    )
     folder.mkdir(parents=True, exist_ok=True)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))

@@ -1,0 +1,351 @@
+"""The command line: what each command prints, and one clear line for every bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+from tiny import TEXTS, save_model, save_whisper, sound
+from typer.testing import CliRunner, Result
+
+import kvspn
+from kvspn import assets
+from kvspn.cli import app
+from kvspn.model_folder import PARTS
+from kvspn.translator import Translator
+
+STATS = {"tokens", "steps", "drafted", "accepted", "acceptance", "tokens_per_step", "alpt_ms", "seconds"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Assets of our own: a tiny model, and test sets of noise."""
+    root = tmp_path_factory.mktemp("assets")
+    save_model(root / "mini")
+    for name, spoken in (("demo", list(TEXTS)), ("unseen", ["en", "zh"]), ("hard", ["de"])):
+        folder = root / "speech" / name
+        folder.mkdir(parents=True)
+        manifest = []
+        for i, language in enumerate(spoken):
+            soundfile.write(folder / f"{language}.ogg", sound(1, i), 16_000)
+            manifest.append(
+                {
+                    "id": language,
+                    "language": language,
+                    "audio": f"{language}.ogg",
+                    "voice": "noise",
+                    "template": "station",
+                    "texts": TEXTS,
+                }
+            )
+        (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _use_root(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "ROOT", root)
+
+
+def kvspn_(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def assert_one_line(result: Result, *parts: str) -> None:
+    """One line of error on stderr, nothing on stdout, and a non-zero exit code."""
+    assert result.exit_code != 0
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("kvspn: ")
+    for part in parts:
+        assert part in line
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    soundfile.write(tmp_path / "clip.wav", sound(1), 16_000)
+    return tmp_path / "clip.wav"
+
+
+def test_help_and_version() -> None:
+    for command in (
+        [],
+        ["translate"],
+        ["demo"],
+        ["evaluate"],
+        ["train"],
+        ["train", "mini"],
+        ["convert"],
+        ["doctor"],
+    ):
+        result = kvspn_(*command, "--help")
+        assert result.exit_code == 0
+        assert "Usage:" in result.stdout
+    assert kvspn_("--version").stdout == f"kvspn {kvspn.__version__}\n"
+
+
+def test_help_loads_no_torch() -> None:
+    code = "import sys, kvspn.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_translate_prints_the_text(clip: Path, root: Path) -> None:
+    text = Translator.from_folder().translate(sound(1), "de").text
+    for arguments in ((), ("--no-draft",), ("--model", root / "mini")):
+        result = kvspn_("translate", clip, "--to", "de", *arguments)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert result.stdout.strip() == text.strip()
+
+
+def test_translate_json(tmp_path: Path, clip: Path) -> None:
+    soundfile.write(tmp_path / "long.mp3", np.stack([sound(5, i, 44_100) for i in range(2)], axis=1), 44_100)
+    soundfile.write(
+        tmp_path / "stereo.flac", np.stack([sound(1, i, 44_100) for i in range(2)], axis=1), 44_100
+    )
+    files = [str(clip), str(tmp_path / "long.mp3"), str(tmp_path / "stereo.flac")]
+    result = kvspn_("translate", *files, "--to", "zh", "--from", "en", "--k", "2", "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    documents = json.loads(result.stdout)
+    assert [document["file"] for document in documents] == files
+    for document in documents:
+        assert set(document) == {"file", "source", "target", "text", "stats"}
+        assert (document["source"], document["target"]) == ("en", "zh")
+        assert set(document["stats"]) == STATS
+    assert documents[1]["stats"]["tokens"] > documents[0]["stats"]["tokens"]
+
+
+def test_translate_goes_on_after_a_bad_file(tmp_path: Path, clip: Path) -> None:
+    result = kvspn_("translate", tmp_path / "none.wav", clip, tmp_path, "--to", "de")
+    assert result.exit_code == 1
+    assert result.stdout.startswith(f"{clip}: ")
+    first, second = result.stderr.splitlines()
+    assert "none.wav: no such file" in first
+    assert f"{tmp_path}: is a directory" in second
+
+
+def test_translate_streams_to_a_terminal(tmp_path: Path, clip: Path, root: Path) -> None:
+    terminal, stdout = pty.openpty()
+    command = [sys.executable, "-m", "kvspn", "translate", clip, tmp_path / "none.wav", "--to", "de"]
+    done = subprocess.run(
+        [*map(str, command), "--model", str(root / "mini")],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(kvspn.__file__).parents[1])},
+        check=False,
+    )
+    os.close(stdout)
+    shown = os.read(terminal, 10_000).decode()
+    os.close(terminal)
+    assert done.returncode == 1
+    assert shown.startswith(f"{clip}: ")
+    summary, error = done.stderr.decode().splitlines()
+    assert "tokens in" in summary
+    assert "none.wav: no such file" in error
+
+
+def bad_audio(folder: Path, kind: str) -> Path:
+    path = folder / f"{kind}.wav"
+    if kind == "empty":
+        path.touch()
+    elif kind == "corrupt":
+        path.write_bytes(b"RIFF" + bytes(range(256)))
+    elif kind != "missing":
+        value = {"silence": 0, "nan": np.nan}[kind]
+        soundfile.write(path, np.full(16_000, value, np.float32), 16_000, subtype="FLOAT")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "no such file"),
+        ("empty", "not a readable audio file"),
+        ("corrupt", "not a readable audio file"),
+        ("silence", "only silence"),
+        ("nan", "NaN"),
+    ],
+)
+def test_translate_bad_audio(tmp_path: Path, kind: str, message: str) -> None:
+    assert_one_line(kvspn_("translate", bad_audio(tmp_path, kind), "--to", "de"), f"{kind}.wav", message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "xx"], "unknown language 'xx': this model knows de, en, es, fr, it, zh"),
+        (["--to", "de", "--from", "xx"], "unknown language 'xx'"),
+        (["--to", "de", "--k", "0"], "whole number from 1, or inf"),
+        (["--to", "de", "--k", "1.5"], "whole number from 1, or inf"),
+        (["--to", "de", "--model", "/nowhere"], "/nowhere: no such model folder"),
+        (["--to", "de", "--mode", "x"], "--mode"),
+        ([], "--to"),
+    ],
+)
+def test_translate_bad_options(clip: Path, arguments: list[str], message: str) -> None:
+    assert_one_line(kvspn_("translate", clip, *arguments), message)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_translate_with_a_folder_that_lacks_a_part(tmp_path: Path, clip: Path, root: Path, part: str) -> None:
+    shutil.copytree(root / "mini", tmp_path / "model")
+    (tmp_path / "model" / PARTS[part][0]).unlink()
+    result = kvspn_("translate", clip, "--to", "de", "--model", tmp_path / "model")
+    assert_one_line(result, str(tmp_path / "model"), f"the {part} is missing")
+
+
+def test_demo() -> None:
+    result = kvspn_("demo")
+    assert (result.exit_code, result.stderr) == (0, "")
+    for text in TEXTS.values():
+        assert text in result.stdout
+    assert result.stdout.count("reference") == 31  # 30 directions and the closing note's
+    summary = result.stdout.partition("Summary")[2]
+    assert summary.count("5 of 5") == 6
+    assert "30 of 30" in summary
+
+
+def test_demo_of_an_installation_without_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "ROOT", tmp_path)
+    assert_one_line(kvspn_("demo"), "lacks the set 'demo'")
+
+
+def test_evaluate(tmp_path: Path) -> None:
+    result = kvspn_("evaluate", "--k", "1,3,inf", "--json", tmp_path / "out.json")
+    assert result.exit_code == 0
+    assert "tokens/step" in result.stdout
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert set(document) == {"rows", "machine"}
+    assert {"versions", "date", "model"} <= set(document["machine"])
+    rows = document["rows"]
+    assert [(row["set"], row["k"]) for row in rows] == [
+        (name, k) for name in ("unseen", "hard") for k in (1, 3, "inf")
+    ]
+    figures = {"bleu", "acceptance", "tokens_per_step", "identical_to_greedy"}
+    for row in rows:
+        assert set(row) == {"set", "k", "bleu_transcription", "per_direction"} | figures
+        sources = ["en", "zh"] if row["set"] == "unseen" else ["de"]
+        assert set(row["per_direction"]) == {f"{source}-{target}" for source in sources for target in TEXTS}
+        assert all(set(scores) == figures for scores in row["per_direction"].values())
+        assert row["identical_to_greedy"] == 1 or row["k"] != 1
+        assert row["acceptance"] == 1 or row["k"] != "inf"
+
+
+def test_evaluate_a_part(tmp_path: Path) -> None:
+    result = kvspn_(
+        "evaluate", "--k", "2", "--set", "unseen", "--limit", "1", "--json", tmp_path / "out.json"
+    )
+    assert result.exit_code == 0
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert set(row["per_direction"]) == {f"en-{target}" for target in TEXTS}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--k", "1,x"], "whole number from 1, or inf"),
+        (["--set", "demo"], "'unseen', 'hard'"),
+        (["--limit", "0"], "--limit"),
+        (["--json", "/nowhere/out.json"], "/nowhere/out.json: no such folder"),
+        (["--model", "/nowhere"], "/nowhere: no such model folder"),
+    ],
+)
+def test_evaluate_bad_options(arguments: list[str], message: str) -> None:
+    assert_one_line(kvspn_("evaluate", *arguments), message)
+
+
+def test_convert(tmp_path: Path, clip: Path) -> None:
+    save_whisper(tmp_path / "whisper", decoder_layers=6)
+    options = [
+        "--text-encoder-layers",
+        1,
+        "--kvspn-ffn-dim",
+        48,
+        "--draft-vocab",
+        300,
+        "--no-kvspn-encoder-attention",
+    ]
+    result = kvspn_("convert", tmp_path / "whisper", tmp_path / "out", "--decoder-layers", 3, *options)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "0, 2, 5 (of 6)" in result.stdout
+    assert "untrained" in result.stdout
+    translated = kvspn_("translate", clip, "--to", "de", "--model", tmp_path / "out", "--json")
+    assert translated.exit_code == 0
+    assert json.loads(translated.stdout)[0]["stats"]["drafted"] > 0
+
+
+def test_convert_named_layers(tmp_path: Path) -> None:
+    save_whisper(tmp_path / "whisper")
+    result = kvspn_(
+        "convert",
+        tmp_path / "whisper",
+        tmp_path / "out",
+        "--layers",
+        "0,3",
+        "--kvspn-groups",
+        2,
+        "--kvspn-blocks",
+        2,
+    )
+    assert "0, 3 (of 4)" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layers", "0,4"], "each 0 to 3"),
+        (["--layers", "first"], "whole numbers"),
+        (["--layers", "0,1", "--decoder-layers", "2"], "not both"),
+        (["--decoder-layers", "5"], "1 to 4"),
+        ([], "multiple of kvspn_groups (3)"),
+        (["--draft-vocab", "99999"], "--draft-vocab"),
+    ],
+)
+def test_convert_bad_options(tmp_path: Path, options: list[str], message: str) -> None:
+    save_whisper(tmp_path / "whisper")
+    assert_one_line(kvspn_("convert", tmp_path / "whisper", tmp_path / "out", *options), message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_bad_folders(tmp_path: Path, root: Path) -> None:
+    assert_one_line(kvspn_("convert", tmp_path / "none", tmp_path / "out"), "no such model folder")
+    assert_one_line(kvspn_("convert", root / "mini", tmp_path / "out"), "must be 'whisper'")
+    assert_one_line(kvspn_("convert", root / "mini", tmp_path), "exists already")
+
+
+def test_train_mini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = SimpleNamespace(train_mini=lambda folder, log: log("trained") or folder / "mini")
+    monkeypatch.setitem(sys.modules, "kvspn.training.recipe", recipe)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    result = kvspn_("train", "mini", "--out", tmp_path)
+    assert result.exit_code == 0
+    assert "trained" in result.stdout
+    assert f"--model {tmp_path / 'mini'}" in result.stdout
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert_one_line(kvspn_("train", "mini", "--out", tmp_path), "espeak-ng")
+    monkeypatch.delitem(sys.modules, "kvspn.training.recipe")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert_one_line(kvspn_("train", "mini", "--out", tmp_path), "peft", "kvspn[train]")
+
+
+def test_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = json.loads(kvspn_("doctor", "--json").stdout)
+    assert set(report) == {"backends", "cpu", "gpu", "versions", "espeak_ng", "model"}
+    assert report["backends"]["reference"] is None
+    assert report["versions"]["kvspn"] == kvspn.__version__
+    assert "avx2" in report["cpu"]["flags"]
+    assert report["model"] is None
+    monkeypatch.setattr(assets, "ROOT", tmp_path)
+    result = kvspn_("doctor")
+    assert result.exit_code == 0
+    assert "backend reference" in result.stdout
+    assert "no such model folder" in " ".join(result.stdout.split())
