@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -54,103 +54,121 @@ class Row:
 
 
 @dataclass(frozen=True)
-class _Output:
-    """One sentence in one direction."""
+class Output:
+    """One clip in one direction ("en-de")."""
 
+    direction: str
     text: str
     reference: str
     stats: DecodeStats
     identical: bool
 
 
-def evaluate(
-    translator: Translator,
-    name: str,
-    clips: Sequence[SpokenSentence],
-    ks: Sequence[int | str],
-    on_clip: Callable[[], object] = lambda: None,
-) -> list[Row]:
-    """Decodes every clip into all its languages, greedily and at every k; the spoken language is given.
-
-    Args:
-        name: the test set's.
-        ks: ints >= 1 or "inf".
-        on_clip: called after each clip.
-
-    Returns: a row for each k.
+class ClipDecoder:
+    """Decodes clips into all their languages, greedily and at every k; the spoken language is given.
 
     Raises:
-        ValueError: no clips, a model without a draft network, a language that the model does not know.
-        AudioError: a clip that cannot be used.
+        ValueError: a model without a draft network.
     """
-    if not clips:
-        raise ValueError(f"clips must not be empty, got none for the set {name!r}")
-    if translator.model.kvspn is None:
-        raise ValueError("the model has no draft network: there is nothing to compare with greedy decoding")
-    outputs: dict[int | str, dict[str, list[_Output]]] = {k: defaultdict(list) for k in ks}
-    engine = translator.model.engine(len(clips[0].texts), translator.model.config.max_source_positions)
+
+    def __init__(self, translator: Translator, ks: Sequence[int | str]) -> None:
+        """ks: ints >= 1 or "inf"."""
+        if translator.model.kvspn is None:
+            raise ValueError(
+                "the model has no draft network: there is nothing to compare with greedy decoding"
+            )
+        self._translator = translator
+        self._ks = ks
+        self._engines: dict[int, Engine] = {}
+
+    def __call__(self, clip: SpokenSentence) -> dict[int | str, list[Output]]:
+        """The outputs at each k.
+
+        Raises:
+            AudioError: a clip that cannot be used.
+            ValueError: a language that the model does not know.
+        """
+        states = self._encode(clip)
+        greedy, _ = self._decode(clip, states, 1, draft=False)
+        found = {}
+        for k in self._ks:
+            tokens, stats = self._decode(clip, states, k, draft=True)
+            found[k] = [
+                Output(
+                    f"{clip.language}-{target}",
+                    self._translator.decode(tokens[i]),
+                    reference,
+                    stats[i],
+                    tokens[i] == greedy[i],
+                )
+                for i, (target, reference) in enumerate(clip.texts.items())
+            ]
+        return found
+
+    @torch.no_grad()
+    def _encode(self, clip: SpokenSentence) -> Tensor:
+        """Encoder states [1, E, d]; what lies past the model's window is cut off."""
+        samples = load_audio(clip.audio)
+        features = self._translator.processor(samples, sampling_rate=SAMPLING_RATE).input_features
+        return self._translator.model.encode(features)
+
+    def _decode(
+        self, clip: SpokenSentence, states: Tensor, k: int | str, draft: bool
+    ) -> tuple[list[list[int]], list[DecodeStats]]:
+        """All languages at once, a row each: generated tokens and figures."""
+        model, batch = self._translator.model, len(clip.texts)
+        if batch not in self._engines:
+            self._engines[batch] = model.engine(batch, model.config.max_source_positions)
+        output: Any = model.generate(
+            encoder_outputs=(states.expand(batch, -1, -1),),
+            language=clip.language,
+            target_language=list(clip.texts),
+            k=k,
+            draft=draft,
+            return_dict_in_generate=True,
+            engine=self._engines[batch],
+        )
+        rows = zip(output.sequences.tolist(), output.stats, strict=True)
+        return [tokens[: stats.tokens] for tokens, stats in rows], output.stats
+
+
+def score(name: str, clips: Iterable[Mapping[int | str, Sequence[Output]]]) -> list[Row]:
+    """A row for each k, from what ClipDecoder made of the clips of the test set `name`."""
+    by_k: dict[int | str, list[Output]] = defaultdict(list)
     for clip in clips:
-        states = _encode(translator, clip)
-        greedy, _ = _decode(translator, engine, clip, states, 1, draft=False)
-        for k in ks:
-            tokens, stats = _decode(translator, engine, clip, states, k, draft=True)
-            for i, (target, reference) in enumerate(clip.texts.items()):
-                output = _Output(translator.decode(tokens[i]), reference, stats[i], tokens[i] == greedy[i])
-                outputs[k][f"{clip.language}-{target}"].append(output)
-        on_clip()
-    return [_row(name, k, outputs[k]) for k in ks]
+        for k, outputs in clip.items():
+            by_k[k] += outputs
+    return [_row(name, k, outputs) for k, outputs in by_k.items()]
 
 
-@torch.no_grad()
-def _encode(translator: Translator, clip: SpokenSentence) -> Tensor:
-    """Encoder states [1, E, d]; what lies past the model's window is cut off."""
-    features = translator.processor(load_audio(clip.audio), sampling_rate=SAMPLING_RATE).input_features
-    return translator.model.encode(features)
-
-
-def _decode(
-    translator: Translator, engine: Engine, clip: SpokenSentence, states: Tensor, k: int | str, draft: bool
-) -> tuple[list[list[int]], list[DecodeStats]]:
-    """One clip into all its languages at once, a row each: generated tokens and figures."""
-    output: Any = translator.model.generate(
-        encoder_outputs=(states.expand(len(clip.texts), -1, -1),),
-        language=clip.language,
-        target_language=list(clip.texts),
-        k=k,
-        draft=draft,
-        return_dict_in_generate=True,
-        engine=engine,
-    )
-    rows = zip(output.sequences.tolist(), output.stats, strict=True)
-    return [tokens[: stats.tokens] for tokens, stats in rows], output.stats
-
-
-def _row(name: str, k: int | str, directions: dict[str, list[_Output]]) -> Row:
-    scores = {direction: _score(direction, outputs) for direction, outputs in sorted(directions.items())}
+def _row(name: str, k: int | str, outputs: Sequence[Output]) -> Row:
+    directions: dict[str, list[Output]] = defaultdict(list)
+    for output in outputs:
+        directions[output.direction].append(output)
+    scores = {direction: _score(direction, each) for direction, each in sorted(directions.items())}
     translated: list[float] = []
     transcribed: list[float] = []
-    for direction, score in scores.items():
+    for direction, each in scores.items():
         source, target = direction.split("-")
-        (transcribed if source == target else translated).append(score.bleu)
-    every = [output for outputs in directions.values() for output in outputs]
+        (transcribed if source == target else translated).append(each.bleu)
     return Row(
         name,
         k,
         round(fmean(translated), 2) if translated else None,
         round(fmean(transcribed), 2) if transcribed else None,
-        *_figures(every),
+        *_figures(outputs),
         scores,
     )
 
 
-def _score(direction: str, outputs: Sequence[_Output]) -> Score:
+def _score(direction: str, outputs: Sequence[Output]) -> Score:
     tokenizer = "zh" if direction.endswith("-zh") else "13a"
     texts, references = [each.text for each in outputs], [each.reference for each in outputs]
     bleu = corpus_bleu(texts, [references], tokenize=tokenizer).score
     return Score(round(bleu, 2), *_figures(outputs))
 
 
-def _figures(outputs: Sequence[_Output]) -> tuple[float, float, float]:
+def _figures(outputs: Sequence[Output]) -> tuple[float, float, float]:
     """acceptance, tokens_per_step, identical_to_greedy."""
     total = DecodeStats.total([output.stats for output in outputs], 0.0)
     identical = fmean(output.identical for output in outputs)

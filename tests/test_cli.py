@@ -220,7 +220,7 @@ def test_demo_of_an_installation_without_clips(tmp_path: Path, monkeypatch: pyte
 
 
 def test_evaluate(tmp_path: Path) -> None:
-    result = kvspn_("evaluate", "--k", "1,3,inf", "--json", tmp_path / "out.json")
+    result = kvspn_("evaluate", "--k", "1,3,inf", "--workers", 1, "--json", tmp_path / "out.json")
     assert result.exit_code == 0
     assert "tokens/step" in result.stdout
     document = json.loads((tmp_path / "out.json").read_text())
@@ -240,10 +240,9 @@ def test_evaluate(tmp_path: Path) -> None:
         assert row["acceptance"] == 1 or row["k"] != "inf"
 
 
-def test_evaluate_a_part(tmp_path: Path) -> None:
-    result = kvspn_(
-        "evaluate", "--k", "2", "--set", "unseen", "--limit", "1", "--json", tmp_path / "out.json"
-    )
+def test_evaluate_a_part_in_a_worker_process(tmp_path: Path, root: Path) -> None:
+    options = ["--k", "2", "--set", "unseen", "--limit", "1", "--workers", "2", "--model", root / "mini"]
+    result = kvspn_("evaluate", *options, "--json", tmp_path / "out.json")
     assert result.exit_code == 0
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert set(row["per_direction"]) == {f"en-{target}" for target in TEXTS}

@@ -181,10 +181,12 @@ def test_speech(corpus, language):
     assert len(louder) >= len(samples)
 
 
-@needs_espeak
-def test_unknown_voice():
-    with pytest.raises(RuntimeError, match="espeak-ng failed"):
-        synthesize("Hello", Voice("no-such-voice", 150, 50))
+@pytest.mark.parametrize(("program", "message"), [(None, "is not installed"), ("false", "failed on 'Hello'")])
+def test_speech_without_espeak(monkeypatch, program, message):
+    found = shutil.which(program) if program else None
+    monkeypatch.setattr(shutil, "which", lambda name: found)
+    with pytest.raises(RuntimeError, match=message):
+        synthesize("Hello", Voice("en-us", 150, 50))
 
 
 @needs_espeak

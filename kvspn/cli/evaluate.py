@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from enum import Enum
@@ -22,11 +27,16 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from kvspn.cli.common import Model, open_translator, parse_k
+from kvspn.cli.common import Model, open_translator, parse_k, silence_transformers
 
 if TYPE_CHECKING:
-    from kvspn.evaluation import Row
+    from kvspn.assets import SpokenSentence
+    from kvspn.evaluation import ClipDecoder, Output, Row
     from kvspn.translator import Translator
+
+    Outputs = Mapping[int | str, Sequence[Output]]
+
+_worker_decoder: ClipDecoder  # of a worker process
 
 
 class TestSet(str, Enum):
@@ -61,6 +71,9 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N clips of each set.")
     ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, metavar="N", help="Processes that share the clips.")
+    ] = 2,
     model: Model = None,
     output: Annotated[
         Path | None,
@@ -75,7 +88,7 @@ def evaluate(
     spoken language is given.
     """
     from kvspn.assets import read_manifest
-    from kvspn.evaluation import evaluate
+    from kvspn.evaluation import score
 
     if output is not None and not output.absolute().parent.is_dir():
         raise ValueError(f"{output}: no such folder to write to")
@@ -83,7 +96,7 @@ def evaluate(
     chosen = {name: read_manifest(name)[:limit] for name in names}
     translator = open_translator(model)
     rows: list[Row] = []
-    with Progress(
+    progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -91,14 +104,48 @@ def evaluate(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
-    ) as progress:
-        tasks = {name: progress.add_task(name, total=len(clips)) for name, clips in chosen.items()}
+    )
+    with _decoder(translator, model, ks, workers) as decode, progress:
         for name, clips in chosen.items():
-            rows += evaluate(translator, name, clips, ks, partial(progress.advance, tasks[name]))
+            rows += score(name, progress.track(decode(clips), len(clips), description=name))
     Console().print(_table(rows))
     if output is not None:
         document = {"rows": [asdict(row) for row in rows], "machine": _machine(translator, model)}
         output.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+
+
+@contextmanager
+def _decoder(
+    translator: Translator, model: Path | None, ks: list[int | str], workers: int
+) -> Iterator[Callable[[list[SpokenSentence]], Iterable[Outputs]]]:
+    """Decodes clips in order: here, or in worker processes that each open the model again."""
+    from kvspn.evaluation import ClipDecoder
+
+    decoder = ClipDecoder(translator, ks)
+    if workers == 1:
+        yield partial(map, decoder)
+        return
+    # Fresh processes: a fork of a process in which torch has threads may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (model, ks)) as pool:
+        yield partial(pool.map, _decode_in_worker)
+
+
+def _start_worker(model: Path | None, ks: list[int | str]) -> None:
+    import torch
+
+    from kvspn.evaluation import ClipDecoder
+    from kvspn.translator import Translator
+
+    global _worker_decoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
+    torch.set_num_threads(1)
+    silence_transformers()
+    _worker_decoder = ClipDecoder(Translator.from_folder(model), ks)
+
+
+def _decode_in_worker(clip: SpokenSentence) -> Outputs:
+    return _worker_decoder(clip)
 
 
 def _table(rows: list[Row]) -> Table:

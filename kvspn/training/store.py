@@ -14,7 +14,6 @@ from transformers import WhisperFeatureExtractor
 
 from kvspn.training.speech import SAMPLING_RATE, Voice, augment, synthesize
 
-HOP = 160  # samples a frame
 _CHUNK = 64  # clips a worker makes at a time
 
 
@@ -110,9 +109,9 @@ def log_mel(clips: Iterable[np.ndarray], extractor: WhisperFeatureExtractor) -> 
     """float16 [frames, mel bins] of each clip, as in a full window but without its padding."""
     clips = list(clips)
     padded = extractor(clips, sampling_rate=SAMPLING_RATE, return_tensors="np").input_features
-    return [
-        each[:, : -(-len(clip) // HOP)].T.astype(np.float16) for each, clip in zip(padded, clips, strict=True)
-    ]
+    reach = extractor.n_fft // 2  # a frame sees that far to both sides of its centre
+    frames = [-(-(len(clip) + reach) // extractor.hop_length) for clip in clips]
+    return [each[:, :count].T.astype(np.float16) for each, count in zip(padded, frames, strict=True)]
 
 
 def pad_features(features: Sequence[np.ndarray], frames: int) -> np.ndarray:
