@@ -131,6 +131,9 @@ def test_losses_against_their_definitions():
     p, q = teacher.softmax(-1)[kept], student.softmax(-1)[kept]
     loss = distillation(student, teacher, labels)
     torch.testing.assert_close(loss, (p * (p / q).log()).sum(-1).mean())
+    right = p.gather(1, labels[kept][:, None])[:, 0]
+    trusted = (right * (p * (p / q).log()).sum(-1)).mean()
+    torch.testing.assert_close(distillation(student, teacher, labels, trust=True), trusted)
     loss.backward()
     assert teacher.grad is None
     assert student.grad is not None and student.grad[0, 1].abs().sum() == 0

@@ -15,13 +15,20 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
     )
 
 
-def distillation(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """KL(teacher || student) over the labelled positions, no gradient to the teacher. Logits [B, T, V]."""
+def distillation(student: Tensor, teacher: Tensor, labels: Tensor, trust: bool = False) -> Tensor:
+    """Mean KL(teacher || student) over the labelled positions, the teacher detached. Logits [B, T, V].
+
+    `trust`: weigh each position by the probability that the teacher gives the label, so that a teacher
+    that is still learning, as the text encoder is at first, leads only where it is right (the paper is
+    silent).
+    """
     kept = labels != IGNORE
     target = F.log_softmax(teacher.detach()[kept].float(), dim=-1)
-    return F.kl_div(
-        F.log_softmax(student[kept].float(), dim=-1), target, reduction="batchmean", log_target=True
-    )
+    scores = F.log_softmax(student[kept].float(), dim=-1)
+    divergence = F.kl_div(scores, target, reduction="none", log_target=True).sum(-1)
+    if trust:
+        divergence = divergence * target.gather(1, labels[kept][:, None])[:, 0].exp()
+    return divergence.mean()
 
 
 def ctc(logits: Tensor, lengths: Tensor, characters: Tensor) -> Tensor:
