@@ -54,26 +54,18 @@ def gpu() -> dict[str, Any]:
                 "gib": round(properties.total_memory / 2**30, 1),
             }
         )
-    return {"devices": devices, "cuda": torch.version.cuda, "nvcc": _nvcc()}
+    nvcc = program("nvcc", f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
+    return {"devices": devices, "cuda": torch.version.cuda, "nvcc": nvcc}
 
 
-def program(name: str) -> str | None:
-    """The first line of what a program's --version says; None where it is not installed."""
-    path = shutil.which(name)
-    if path is None:
-        return None
-    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    return done.stdout.strip().partition("\n")[0]
-
-
-def _nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    path = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+def program(name: str, folder: str | None = None) -> str | None:
+    """The version of a program on the path, or else in `folder`; None where it is not installed."""
+    path = shutil.which(name) or (shutil.which(name, path=folder) if folder else None)
     if path is None:
         return None
     said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    release = re.search(r"release ([\d.]+)", said)
-    return release[1] if release else "unknown"
+    version = re.search(r"\d+(\.\d+)+", said)
+    return version[0] if version else "unknown"
 
 
 def _installed(name: str) -> str | None:

@@ -62,7 +62,7 @@ def demo(model: Model = None) -> None:
             table.add_row("", "KVSPN", Text(drafted.text) + verdict, *_figures(drafted.total))
         console.print(table)
         console.print()
-    console.rule("[bold]Summary", align="left")
+    console.rule("[bold]Summary[/bold], greedy → KVSPN", align="left")
     console.print(_summary(pairs))
     console.print(_NOTE, style="dim")
     if not all(_same(pair) for group in pairs.values() for pair in group):
