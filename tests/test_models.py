@@ -6,18 +6,22 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
     GenerationConfig,
     WhisperConfig,
     WhisperForConditionalGeneration,
+    pipeline,
 )
 
 from kvspn.models import (
     WhisperM2MConfig,
     WhisperM2MForConditionalGeneration,
+    WhisperM2MProcessor,
     convert_whisper,
     spread_layers,
 )
@@ -322,3 +326,28 @@ def test_no_draft_network():
         model.draft_logits(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 4, 32))
     with pytest.raises(ValueError, match="no text encoder"):
         model.generate(input_ids=torch.zeros(1, 3, dtype=torch.long), language="en")
+
+
+def test_speech_recognition_pipeline(tmp_path: Path):
+    """transformers' own pipeline finds model, tokenizer and feature extractor in the folder."""
+    folder = tiny.save_model(tmp_path)
+    recognise = pipeline("automatic-speech-recognition", model=str(folder))
+    samples = tiny.sound(1.0)
+    found = recognise(samples, generate_kwargs={"language": "en", "target_language": "de"})
+    processor = AutoProcessor.from_pretrained(folder)
+    assert type(processor) is WhisperM2MProcessor
+    features = processor(samples, sampling_rate=16_000).input_features
+    expected = recognise.model.generate(features, language="en", target_language="de")
+    assert found["text"] == processor.tokenizer.decode(expected[0], skip_special_tokens=True)
+
+
+def test_processor(tmp_path: Path):
+    processor = WhisperM2MProcessor.from_pretrained(tiny.save_model(tmp_path))
+    encoded = processor(text=["Wo ist der Bahnhof?", "Wo?"])
+    assert encoded.input_ids.shape == encoded.attention_mask.shape
+    assert encoded.attention_mask[1].sum() < encoded.attention_mask[0].sum()
+    assert processor.tokenizer.decode(encoded.input_ids[0], skip_special_tokens=True) == "Wo ist der Bahnhof?"
+    assert encoded.input_ids[0, -1] == processor.tokenizer.eos_token_id
+    for bad in ({}, {"audio": tiny.sound(1.0), "text": "x"}, {"text": " "}, {"text": []}):
+        with pytest.raises(ValueError, match=r"either audio or text|text must not be empty"):
+            processor(**bad)

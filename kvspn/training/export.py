@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import soundfile
 import torch
-from transformers import WhisperFeatureExtractor
 
 from kvspn.models import WhisperM2MForConditionalGeneration
-from kvspn.training.corpus import LANGUAGES, Sentence, Split
+from kvspn.training.corpus import LANGUAGES, Sentence
+from kvspn.training.prepare import Corpus
 from kvspn.training.speech import SAMPLING_RATE, TEST_VARIANTS, Voice, augment, synthesize
 
 
-def export_model(trained: Path, folder: Path) -> None:
+def export_model(trained: Path, corpus: Corpus, folder: Path) -> None:
     """The trained model in fp16 (safetensors), with its tokenizer and feature extractor."""
     model = WhisperM2MForConditionalGeneration.from_pretrained(trained, dtype=torch.float16)
     model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
-        shutil.copy(trained / name, folder / name)
+    corpus.tokenizer.save_pretrained(folder)
+    corpus.extractor.save_pretrained(folder)
 
 
-def export_speech(split: Split, extractor: WhisperFeatureExtractor, folder: Path, seed: int) -> None:
+def export_speech(corpus: Corpus, folder: Path, seed: int) -> None:
     """Speaks the test sets: `unseen` and `hard` in all languages, with noise; `demo` a clean clip each."""
     rng = random.Random(seed + 1)
-    limit = extractor.n_samples
+    split, limit = corpus.split, corpus.extractor.n_samples
     for name, sentences in (("unseen", split.unseen), ("hard", split.hard)):
         pairs = [(sentence, language) for sentence in sentences for language in LANGUAGES]
         _speak(folder / name, pairs, rng, limit, noisy=True)

@@ -73,8 +73,8 @@ def train_mini(folder: Path, recipe: Recipe | None = None, log: Log = print) -> 
     for stage in (train_parent, train_base, train_draft):
         log(stage.__doc__.splitlines()[0])
         trained = stage(folder, recipe, corpus)
-    export_model(trained, folder / "mini")
-    export_speech(corpus.split, corpus.extractor, folder / "speech", recipe.seed)
+    export_model(trained, corpus, folder / "mini")
+    export_speech(corpus, folder / "speech", recipe.seed)
     return folder / "mini"
 
 

@@ -40,5 +40,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> WhisperTokenizer:
     return WhisperTokenizer(
         vocab=vocab,
         merges=[tuple(pair) for pair in model["merges"]],
+        pad_token=SPECIAL_TOKENS[0],
         additional_special_tokens=list(SPECIAL_TOKENS[1:]),
     )
