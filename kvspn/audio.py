@@ -26,12 +26,13 @@ def load_audio(path: str | PathLike[str]) -> np.ndarray:
     Returns: float32 [N], mono at 16 kHz, in [-1, 1].
 
     Raises:
-        AudioError: no such file, a folder, not audio, corrupt, empty, not finite, or silent.
+        AudioError: no such file, a folder, not audio, damaged, empty, not finite, or silent.
     """
     try:
         with open(path, "rb"):  # libsndfile would only say "System error"
             pass
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(path) as file:
+            samples, rate, frames = file.read(dtype="float32", always_2d=True), file.samplerate, file.frames
     except OSError as error:
         raise AudioError(f"{path}: {(error.strerror or str(error)).lower()}") from error
     except soundfile.LibsndfileError as error:
@@ -41,6 +42,8 @@ def load_audio(path: str | PathLike[str]) -> np.ndarray:
         ) from error
     if not samples.size:
         raise AudioError(f"{path}: no audio in it")
+    if len(samples) < frames:
+        raise AudioError(f"{path}: damaged after {len(samples) / rate:.1f} of {frames / rate:.1f} seconds")
     if not np.isfinite(samples).all():
         raise AudioError(f"{path}: broken samples (NaN or infinite)")
     samples /= max(1.0, float(np.abs(samples).max()))  # floating-point files may go beyond full scale

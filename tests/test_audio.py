@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from tiny import sound
+from tiny import damaged, sound
 
 from kvspn.audio import SAMPLING_RATE, AudioError, load_audio, split_audio
 
@@ -88,6 +88,11 @@ def test_unusable_audio_is_one_line_that_names_the_file(
 def test_a_folder_is_not_audio(tmp_path: Path) -> None:
     with pytest.raises(AudioError, match="is a directory"):
         load_audio(tmp_path)
+
+
+def test_damage_inside_a_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(AudioError, match=r"damaged after 0\.\d of 3\.\d seconds"):
+        load_audio(damaged(tmp_path / "clip.mp3"))
 
 
 def test_a_file_cut_short_gives_what_is_there_or_an_error(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
 from transformers import (
     GenerationConfig,
@@ -99,6 +100,16 @@ def save_model(folder: Path, **config: object) -> Path:
     words.save_pretrained(folder)
     WhisperFeatureExtractor(chunk_length=WINDOW_SECONDS).save_pretrained(folder)
     return folder
+
+
+def damaged(path: Path) -> Path:
+    """An mp3 of noise in which an eighth of the bytes is not what it was."""
+    soundfile.write(path, sound(3), SAMPLING_RATE)
+    content = np.frombuffer(path.read_bytes(), np.uint8).copy()
+    random = np.random.default_rng(0)
+    content[random.integers(0, len(content), len(content) // 8)] = 7
+    path.write_bytes(content.tobytes())
+    return path
 
 
 def sound(seconds: float, seed: int = 0, rate: int = SAMPLING_RATE) -> np.ndarray:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,6 +51,20 @@ def print_error(error: object) -> None:
     """One line on stderr."""
     line = " ".join(str(error).split())
     typer.echo(f"{typer.style('kvspn:', fg='red', bold=True)} {line}", err=True)
+
+
+@contextmanager
+def muted_stderr() -> Iterator[None]:
+    """Keeps what C libraries say off the terminal: libmpg123 comments on every flaw of an mp3."""
+    sys.stderr.flush()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
 
 
 def silence_transformers() -> None:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from kvspn.cli.common import K, Model, open_translator, print_error
+from kvspn.cli.common import K, Model, muted_stderr, open_translator, print_error
 
 if TYPE_CHECKING:
     from kvspn.translator import Translation
@@ -73,7 +73,8 @@ def translate(
     ) as progress:
         for path in audio:
             try:
-                samples = load_audio(path)
+                with muted_stderr():
+                    samples = load_audio(path)
             except AudioError as error:
                 print_error(error)
                 continue
