@@ -7,19 +7,19 @@ import platform
 import subprocess
 import time
 from datetime import datetime, timezone
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
 import kvspn
+from kvspn.machine import cpu
 
 
 def machine(device: str) -> dict[str, Any]:
     """Device, driver, versions, date, and the bandwidth of a copy as measured now: the peak to judge by."""
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu()["model"],
         "driver": driver() if device == "cuda" else None,
         "cuda": torch.version.cuda if device == "cuda" else None,
         "threads": torch.get_num_threads(),
@@ -30,14 +30,6 @@ def machine(device: str) -> dict[str, Any]:
         "system": platform.platform(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
-    )
 
 
 def driver() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import WhisperConfig
 
@@ -47,7 +49,7 @@ class WhisperM2MConfig(WhisperConfig):
     kvspn_last_layer_only: bool = False
     kvspn_draft_vocab_size: int | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if not self.kvspn_blocks:
             return

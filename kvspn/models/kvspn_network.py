@@ -50,7 +50,9 @@ class KVSPNBlock(nn.Module):
         self.fc1 = nn.Linear(d, config.kvspn_ffn_dim)
         self.fc2 = nn.Linear(config.kvspn_ffn_dim, d)
 
-    def forward(self, x: Tensor, self_kv: KeyValue, causal: Tensor, cross_kv: KeyValue, mask: Tensor | None):
+    def forward(
+        self, x: Tensor, self_kv: KeyValue, causal: Tensor, cross_kv: KeyValue, mask: Tensor | None
+    ) -> Tensor:
         x = x + self.attn(self.attn_layer_norm(x), *self_kv, causal)
         if hasattr(self, "encoder_attn"):
             x = x + self.encoder_attn(self.encoder_attn_layer_norm(x), *cross_kv, mask)

@@ -7,6 +7,7 @@ engine (`kvspn.engines`) that is handed the weights: see `generation.py`.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from kvspn.models.kvspn_network import KVSPN
 class SpeechEncoder(WhisperEncoder):
     """Whisper's encoder, which also takes windows shorter than the full one."""
 
-    def forward(self, input_features: Tensor, **kwargs) -> BaseModelOutput:
+    def forward(self, input_features: Tensor, **kwargs: Any) -> BaseModelOutput:
         """input_features [B, mel bins, frames] -> last_hidden_state [B, frames / 2, d]."""
         limit = 2 * self.max_source_positions
         if input_features.dim() != 3 or input_features.shape[1] != self.num_mel_bins:
@@ -153,7 +154,7 @@ class WhisperM2MForConditionalGeneration(GenerationMixin, WhisperForConditionalG
         labels: Tensor | None = None,
         encoder_outputs: BaseModelOutput | tuple[Tensor, ...] | None = None,
         past_key_values: EncoderDecoderCache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Seq2SeqLMOutput:
         """Teacher-forced logits.
 

@@ -39,7 +39,7 @@ def _speak(
     folder: Path, pairs: Sequence[tuple[Sentence, str]], rng: random.Random, limit: int, noisy: bool
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = []
+    manifest: list[dict[str, object]] = []
     for sentence, language in pairs:
         while True:  # another voice, where this one speaks too slowly for the window
             voice = Voice.draw(language, TEST_VARIANTS, rng)

@@ -71,7 +71,7 @@ def train_mini(folder: Path, recipe: Recipe | None = None, log: Log = print) -> 
     recipe = recipe or Recipe()
     corpus = make_data(folder, recipe, log)
     for stage in (train_parent, train_base, train_draft):
-        log(stage.__doc__.splitlines()[0])
+        log(stage.__name__.replace("_", " "))
         trained = stage(folder, recipe, corpus)
     export_model(trained, corpus, folder / "mini")
     export_speech(corpus, folder / "speech", recipe.seed)

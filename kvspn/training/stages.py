@@ -116,6 +116,7 @@ def train_draft(folder: Path, recipe: Recipe, corpus: Corpus, name: str = "draft
     model = WhisperM2MForConditionalGeneration(WhisperM2MConfig.from_dict(settings))
     model.load_state_dict(base.state_dict(), strict=False)
     model.generation_config = base.generation_config
+    assert model.kvspn is not None
     model.kvspn.start_from(model.model.decoder)
     model.requires_grad_(False)
     model.kvspn.requires_grad_(True)

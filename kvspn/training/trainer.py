@@ -27,7 +27,13 @@ class LossTrainer(Trainer):
         self._losses = losses
         self._parts: dict[str, list[float]] = defaultdict(list)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
         parts = self._losses(model, inputs)
         if model.training:
             for name, value in parts.items():
