@@ -36,13 +36,23 @@ def tokenizer() -> WhisperTokenizer:
     return train_tokenizer(TEXTS.values(), 420)
 
 
-def whisper(tokenizer: WhisperTokenizer, decoder_layers: int = 4) -> WhisperForConditionalGeneration:
-    """A random Whisper, 32 wide, with a window of 2 s."""
-    torch.manual_seed(0)
-    ids, eos = tokenizer.convert_tokens_to_ids, tokenizer.eos_token_id
-    start = ids("<|startoftranscript|>")
+def random_whisper(
+    vocab_size: int,
+    languages: dict[str, int],
+    *,
+    start: int,
+    eos: int,
+    tasks: dict[str, int],
+    no_timestamps: int,
+    suppressed: list[int],
+    decoder_layers: int,
+    source_positions: int,
+    target_positions: int,
+) -> WhisperForConditionalGeneration:
+    """A random Whisper, 32 wide; `languages` by token ("<|en|>"), ids as in its generation config."""
+    shared = {"pad_token_id": eos, "bos_token_id": eos, "eos_token_id": eos, "decoder_start_token_id": start}
     config = WhisperConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         d_model=32,
         encoder_layers=1,
         encoder_attention_heads=2,
@@ -50,30 +60,42 @@ def whisper(tokenizer: WhisperTokenizer, decoder_layers: int = 4) -> WhisperForC
         decoder_layers=decoder_layers,
         decoder_attention_heads=2,
         decoder_ffn_dim=64,
-        max_source_positions=50 * WINDOW_SECONDS,
-        max_target_positions=16,
-        pad_token_id=eos,
-        bos_token_id=eos,
-        eos_token_id=eos,
-        decoder_start_token_id=start,
+        max_source_positions=source_positions,
+        max_target_positions=target_positions,
         suppress_tokens=None,
         begin_suppress_tokens=None,
         init_std=0.4,  # so that the output depends on the input
+        **shared,
     )
-    model = WhisperForConditionalGeneration(config)
+    model = WhisperForConditionalGeneration(config).eval()
     model.generation_config = GenerationConfig(
         is_multilingual=True,
-        lang_to_id={f"<|{code}|>": ids(f"<|{code}|>") for code in LANGUAGES},
-        task_to_id={task: ids(f"<|{task}|>") for task in ("transcribe", "translate")},
-        no_timestamps_token_id=ids("<|notimestamps|>"),
-        decoder_start_token_id=start,
-        bos_token_id=eos,
-        eos_token_id=eos,
-        pad_token_id=eos,
-        suppress_tokens=[ids(token) for token in SPECIAL_TOKENS[1:]],
+        lang_to_id=languages,
+        task_to_id=tasks,
+        no_timestamps_token_id=no_timestamps,
+        suppress_tokens=suppressed,
         begin_suppress_tokens=[eos],
+        **shared,
     )
     return model
+
+
+def whisper(tokenizer: WhisperTokenizer, decoder_layers: int = 4) -> WhisperForConditionalGeneration:
+    """A random Whisper for the tokenizer, with a window of 2 s."""
+    torch.manual_seed(0)
+    ids = tokenizer.convert_tokens_to_ids
+    return random_whisper(
+        len(tokenizer),
+        {f"<|{code}|>": ids(f"<|{code}|>") for code in LANGUAGES},
+        start=ids("<|startoftranscript|>"),
+        eos=tokenizer.eos_token_id,
+        tasks={task: ids(f"<|{task}|>") for task in ("transcribe", "translate")},
+        no_timestamps=ids("<|notimestamps|>"),
+        suppressed=[ids(token) for token in SPECIAL_TOKENS[1:]],
+        decoder_layers=decoder_layers,
+        source_positions=50 * WINDOW_SECONDS,
+        target_positions=16,
+    )
 
 
 def save_whisper(folder: Path, decoder_layers: int = 4) -> Path:
