@@ -323,16 +323,24 @@ def test_convert_bad_folders(tmp_path: Path, root: Path) -> None:
 
 
 def test_train_mini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = SimpleNamespace(train_mini=lambda folder, log: log("trained") or folder / "mini")
+    recipe = SimpleNamespace(
+        train_mini=lambda folder, log: log("trained") or folder / "mini",
+        train_ablations=lambda folder, log: [folder / "smaller"],
+    )
     monkeypatch.setitem(sys.modules, "kvspn.training.recipe", recipe)
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     result = kvspn_("train", "mini", "--out", tmp_path)
     assert result.exit_code == 0
     assert "trained" in result.stdout
     assert f"--model {tmp_path / 'mini'}" in result.stdout
+    assert "smaller" not in result.stdout
+    assert (
+        f"--model {tmp_path / 'smaller'}" in kvspn_("train", "mini", "--ablations", "--out", tmp_path).stdout
+    )
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert_one_line(kvspn_("train", "mini", "--out", tmp_path), "espeak-ng")
-    monkeypatch.delitem(sys.modules, "kvspn.training.recipe")
+    for module in ("recipe", "stages"):
+        monkeypatch.delitem(sys.modules, f"kvspn.training.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "peft", None)
     assert_one_line(kvspn_("train", "mini", "--out", tmp_path), "peft", "kvspn[train]")
 

@@ -26,6 +26,10 @@ def mini(
         Path,
         typer.Option("--out", metavar="FOLDER", help="Where data, checkpoints and the finished model go."),
     ] = Path("runs/mini"),
+    ablations: Annotated[
+        bool,
+        typer.Option("--ablations", help="Then train KVSPN's ablations too, each in a folder of its own."),
+    ] = False,
 ) -> None:
     """Train the miniature that ships with kvspn, in six languages.
 
@@ -33,10 +37,12 @@ def mini(
     last checkpoint. It needs the train extra (pip install 'kvspn[train]') and the program espeak-ng.
     """
     try:
-        from kvspn.training.recipe import train_mini
+        from kvspn.training.recipe import train_ablations, train_mini
     except ImportError as error:
         raise typer.TyperException(f"training needs {error.name}: pip install 'kvspn[train]'") from error
     if shutil.which("espeak-ng") is None:
         raise typer.TyperException("training needs espeak-ng (Debian, Ubuntu: apt-get install espeak-ng)")
     folder = train_mini(out, log=typer.echo)
     typer.echo(f"Done. Try it: kvspn translate AUDIO --to de --model {folder}")
+    for ablation in train_ablations(out, log=typer.echo) if ablations else ():
+        typer.echo(f"Ablation: kvspn evaluate --set unseen --k 1 --model {ablation}")
