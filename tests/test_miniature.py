@@ -1,0 +1,93 @@
+"""What ships: the miniature and its clips, by the promises of the model card."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sacrebleu import corpus_bleu
+
+from kvspn.assets import bundled_model, read_manifest
+from kvspn.audio import SAMPLING_RATE, load_audio
+from kvspn.models import WhisperM2MForConditionalGeneration
+from kvspn.translator import Translator
+
+LANGUAGES = {"en", "zh", "de", "es", "fr", "it"}
+
+
+@pytest.fixture(scope="module")
+def translator() -> Translator:
+    return Translator.from_folder()
+
+
+def test_size_and_format():
+    files = list(bundled_model().iterdir())
+    weights = [file for file in files if file.suffix not in (".json", ".md")]
+    assert [file.suffix for file in weights] == [".safetensors"]
+    assert sum(file.stat().st_size for file in weights) <= 25e6
+    model = WhisperM2MForConditionalGeneration.from_pretrained(bundled_model())
+    assert model.dtype == torch.float16
+    assert (model.config.text_encoder_layers, model.config.kvspn_blocks) == (6, 3)
+
+
+@pytest.mark.parametrize("name", ["demo", "unseen", "hard"])
+def test_clips(name, translator):
+    clips = read_manifest(name)
+    assert {clip.language for clip in clips} == LANGUAGES
+    for clip in clips:
+        assert set(clip.texts) == LANGUAGES
+        assert clip.voice.endswith(("+m7", "+f4"))
+    for clip in clips[:: len(clips) // 6]:
+        assert 0.5 * SAMPLING_RATE < len(load_audio(clip.audio)) <= translator.window + 0.01 * SAMPLING_RATE
+
+
+def test_test_sets_are_not_in_the_training_corpus():
+    corpus = pytest.importorskip("kvspn.training.corpus")
+    train = corpus.split(corpus.Phrasebook.load()).train
+    texts = {text for sentence in train for text in sentence.texts.values()}
+    templates = {sentence.template for sentence in train}
+    for name in ("unseen", "hard"):
+        for clip in read_manifest(name):
+            assert texts.isdisjoint(clip.texts.values())
+            assert (clip.template in templates) == (name == "unseen")
+
+
+def test_demo_clips_are_understood(translator):
+    """Detected and translated well into every language; with KVSPN at k = 1 exactly as without."""
+    outputs, references, accepted, drafted = [], [], 0, 0
+    for clip in read_manifest("demo"):
+        samples = load_audio(clip.audio)
+        for target in sorted(LANGUAGES - {clip.language, "zh"}):
+            greedy = translator.translate(samples, target, draft=False)
+            found = translator.translate(samples, target)
+            assert found.source == clip.language
+            assert found.tokens == greedy.tokens
+            assert found.total.steps < greedy.total.steps
+            outputs.append(found.text)
+            references.append(clip.texts[target])
+            accepted, drafted = accepted + found.total.accepted, drafted + found.total.drafted
+    assert corpus_bleu(outputs, [references]).score > 50
+    assert accepted / drafted > 0.6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [1, 2, "inf"])
+def test_drafting_at_every_k(translator, dtype, k):
+    clip = read_manifest("unseen")[8]
+    model = WhisperM2MForConditionalGeneration.from_pretrained(bundled_model(), dtype=dtype).eval()
+    features = translator.processor(load_audio(clip.audio), sampling_rate=SAMPLING_RATE).input_features
+    out = model.generate(features, target_language="it", k=k, return_dict_in_generate=True)
+    greedy = model.generate(features, target_language="it", draft=False)
+    if k == 1:
+        assert torch.equal(out.sequences, greedy)
+    if k == "inf":
+        assert out.total.acceptance == 1
+
+
+def test_text_translation(translator):
+    """The text encoder: from text to text by the same decoder."""
+    clips = read_manifest("unseen")[::6]
+    english, german = [clip.texts["en"] for clip in clips], [clip.texts["de"] for clip in clips]
+    encoded = translator.processor(text=english)
+    tokens = translator.model.generate(**encoded, language="en", target_language="de")
+    texts = translator.processor.batch_decode(tokens, skip_special_tokens=True)
+    assert corpus_bleu(texts, [german]).score > 50
