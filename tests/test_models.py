@@ -186,6 +186,15 @@ def test_generate_equals_teacher_forcing(fields):
     )
 
 
+def test_prompt_ids_come_before_whispers_prompt():
+    model, x, context = make_m2m(), features(1), [87, 5, 6, 7]
+    expected = greedy(model, x, [*context, START, 81, 84, 86], 6)
+    found = model.generate(x, language="en", prompt_ids=torch.tensor(context), max_new_tokens=6)
+    assert found[0].tolist() == expected
+    with pytest.raises(ValueError, match="prompt_ids must hold at most 12 tokens, got 13"):
+        model.generate(x, language="en", prompt_ids=[5] * 13)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -59,6 +59,7 @@ class GenerationMixin:
         language: str | Sequence[str] | None = None,
         task: str | None = None,
         target_language: str | Sequence[str] | None = None,
+        prompt_ids: Tensor | Sequence[int] | None = None,
         k: int | float | str = 1,
         draft: bool | None = None,
         max_new_tokens: int | None = None,
@@ -79,6 +80,7 @@ class GenerationMixin:
             task: "transcribe" or "translate"; by default "translate" where there is a target language.
             target_language: what to translate to, one for all rows or one a row; a row whose source it is, is
                 transcribed.
+            prompt_ids: [P], text that went before, from the processor's `get_prompt_ids`, as in Whisper.
             k: a draft is accepted if among the base model's k likeliest tokens; 1 gives exactly the greedy
                 output, "inf" accepts all.
             draft: False for plain greedy decoding; by default True where the model has a draft network.
@@ -111,8 +113,12 @@ class GenerationMixin:
             engine = self.engine(batch, max(map(len, states)), backend)
         mask = _mask(self.config.vocab_size, ids.suppress_tokens, self.device)
         languages = languages or self._detect(engine, states, language_ids)
+        context = [] if prompt_ids is None else [int(token) for token in prompt_ids]
+        if len(context) > self.config.max_target_positions // 2:
+            limit = self.config.max_target_positions // 2
+            raise ValueError(f"prompt_ids must hold at most {limit} tokens, got {len(context)}")
         prompts = [
-            self._prompt(ids, language_ids, source, target)
+            context + self._prompt(ids, language_ids, source, target)
             for source, target in zip(languages, targets or languages, strict=True)
         ]
         result = decode(
