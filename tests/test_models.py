@@ -100,6 +100,7 @@ def test_conversion_refuses_bad_layers(layers):
         ("kvspn_groups", 4, "decoder_layers must be a multiple of kvspn_groups"),
         ("kvspn_blocks", 4, "kvspn_blocks must be a multiple of kvspn_groups"),
         ("kvspn_heads", 3, "kvspn_heads must be a multiple of decoder_attention_heads"),
+        ("activation_function", "relu", "activation_function must be 'gelu', got 'relu'"),
     ],
 )
 def test_config_refuses_what_does_not_fit(field, value, message):
@@ -173,7 +174,13 @@ def greedy(
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"kvspn_heads": 4, "kvspn_blocks": 6}, {"kvspn_encoder_attention": False}]
+    "fields",
+    [
+        {},
+        {"kvspn_heads": 4, "kvspn_blocks": 6},
+        {"kvspn_encoder_attention": False},
+        {"scale_embedding": True},
+    ],
 )
 def test_generate_equals_teacher_forcing(fields):
     model, x = make_m2m(**fields), features(1)

@@ -51,6 +51,8 @@ class WhisperM2MConfig(WhisperConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        if self.activation_function != "gelu":
+            raise ValueError(f"activation_function must be 'gelu', got {self.activation_function!r}")
         if not self.kvspn_blocks:
             return
         heads = self.decoder_attention_heads
