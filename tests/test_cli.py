@@ -327,7 +327,7 @@ def test_train_mini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         train_mini=lambda folder, log: log("trained") or folder / "mini",
         train_ablations=lambda folder, log: [folder / "smaller"],
     )
-    monkeypatch.setitem(sys.modules, "kvspn.training.recipe", recipe)
+    monkeypatch.setitem(sys.modules, "kvspn.training.mini", recipe)
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     result = kvspn_("train", "mini", "--out", tmp_path)
     assert result.exit_code == 0
@@ -339,7 +339,7 @@ def test_train_mini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert_one_line(kvspn_("train", "mini", "--out", tmp_path), "espeak-ng")
-    for module in ("recipe", "stages"):
+    for module in ("mini", "stages"):
         monkeypatch.delitem(sys.modules, f"kvspn.training.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "peft", None)
     assert_one_line(kvspn_("train", "mini", "--out", tmp_path), "peft", "kvspn[train]")

@@ -23,8 +23,9 @@ from kvspn.models import WhisperM2MForConditionalGeneration
 from kvspn.training.corpus import LANGUAGES, Phrasebook, Template, split
 from kvspn.training.data import IGNORE, pad, prompt_tokens
 from kvspn.training.losses import accuracy, cross_entropy, ctc, distillation
+from kvspn.training.mini import train_mini
 from kvspn.training.prepare import draw_clips
-from kvspn.training.recipe import Recipe, Stage, train_mini
+from kvspn.training.recipe import Recipe, Stage
 from kvspn.training.speech import SAMPLING_RATE, TEST_VARIANTS, TRAIN_VARIANTS, Voice, augment, synthesize
 from kvspn.training.store import log_mel, pad_features
 from kvspn.training.tokenizer import SPECIAL_TOKENS, train_tokenizer

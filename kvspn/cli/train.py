@@ -37,7 +37,7 @@ def mini(
     last checkpoint. It needs the train extra (pip install 'kvspn[train]') and the program espeak-ng.
     """
     try:
-        from kvspn.training.recipe import train_ablations, train_mini
+        from kvspn.training.mini import train_ablations, train_mini
     except ImportError as error:
         raise typer.TyperException(f"training needs {error.name}: pip install 'kvspn[train]'") from error
     if shutil.which("espeak-ng") is None:

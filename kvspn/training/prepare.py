@@ -7,17 +7,14 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from transformers import WhisperFeatureExtractor, WhisperTokenizer
 
 from kvspn.training.corpus import LANGUAGES, Phrasebook, Sentence, Split, split
+from kvspn.training.recipe import Recipe
 from kvspn.training.speech import TEST_VARIANTS, TRAIN_VARIANTS
 from kvspn.training.store import Clip, FeatureStore
 from kvspn.training.tokenizer import train_tokenizer
-
-if TYPE_CHECKING:
-    from kvspn.training.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, LoraModel
@@ -25,11 +24,9 @@ from kvspn.training.corpus import LANGUAGES
 from kvspn.training.data import IGNORE, ClipDataset, Collator, alphabet
 from kvspn.training.losses import accuracy, cross_entropy, ctc, distillation
 from kvspn.training.prepare import Corpus
+from kvspn.training.recipe import Recipe, Stage
 from kvspn.training.tokenizer import SPECIAL_TOKENS
 from kvspn.training.trainer import Batch, Losses, fit
-
-if TYPE_CHECKING:
-    from kvspn.training.recipe import Recipe, Stage
 
 
 def train_parent(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
