@@ -121,6 +121,7 @@ def test_default_config_is_the_papers():
 
 def test_save_and_load(tmp_path: Path):
     model = make_m2m(kvspn_draft_vocab_size=30)
+    assert model.kvspn.draft_ids.tolist() == [*range(29), EOS]
     model.kvspn.draft_ids.copy_(torch.arange(30) * 2)
     model.save_pretrained(tmp_path)
     assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".safetensors"}

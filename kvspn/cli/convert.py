@@ -77,7 +77,7 @@ def convert(
         typer.Option(
             min=1,
             metavar="N",
-            help="Draft from the first N tokens only.",
+            help="Draft from N tokens only: the first ones and the end token.",
             show_default="the whole vocabulary",
         ),
     ] = None,

@@ -62,7 +62,8 @@ class KVSPNBlock(nn.Module):
 class KVSPN(nn.Module):
     """The draft network: blocks over the groups of the base decoder's layers, and a draft head.
 
-    The head is the base model's output embedding, or the rows of it that `draft_ids` (int64, sorted) names.
+    The head is the base model's output embedding, or the rows of it that `draft_ids` (int64) names: a short
+    list, at first the vocabulary's first tokens (the most frequent of a BPE) and the end token.
     """
 
     draft_ids: Tensor
@@ -74,7 +75,10 @@ class KVSPN(nn.Module):
         self.blocks = nn.ModuleList(KVSPNBlock(config) for _ in range(config.kvspn_blocks))
         self.layer_norm = nn.LayerNorm(config.d_model)
         size = config.kvspn_draft_vocab_size
-        self.register_buffer("draft_ids", None if size is None else torch.arange(size))
+        ids = None if size is None else torch.arange(size)
+        if ids is not None and config.eos_token_id not in ids:
+            ids[-1] = config.eos_token_id
+        self.register_buffer("draft_ids", ids)
 
     def head_weight(self, embedding: Tensor) -> Tensor:
         """The draft head [V or short list, d], from the base model's output embedding [V, d]."""

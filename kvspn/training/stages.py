@@ -113,16 +113,19 @@ def train_draft(folder: Path, recipe: Recipe, corpus: Corpus, name: str = "draft
     model = WhisperM2MForConditionalGeneration(WhisperM2MConfig.from_dict(settings))
     model.load_state_dict(base.state_dict(), strict=False)
     model.generation_config = base.generation_config
-    assert model.kvspn is not None
-    model.kvspn.start_from(model.model.decoder)
+    draft = model.kvspn
+    assert draft is not None
+    draft.start_from(model.model.decoder)
     model.requires_grad_(False)
-    model.kvspn.requires_grad_(True)
+    draft.requires_grad_(True)
 
     def losses(model: WhisperM2MForConditionalGeneration, batch: Batch) -> dict[str, Tensor]:
         model.model.eval()  # no dropout in the frozen base
         with torch.no_grad():
             states = model.encode(batch["input_features"])
         base_logits, draft_logits = model.draft_logits(batch["decoder_input_ids"], states)
+        if draft.draft_ids is not None:
+            base_logits = base_logits[..., draft.draft_ids]
         kept = batch["labels"][:, 1:]  # row 0 is the prompt's first token, from which nothing is drafted
         base_logits, draft_logits = base_logits[:, 1:], draft_logits[:, 1:]
         agreed = base_logits.argmax(-1) == draft_logits.argmax(-1)
