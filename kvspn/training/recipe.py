@@ -35,7 +35,7 @@ class Recipe:
     lora_rank: int = 32
     distillation: float = 1.0
     parent: Stage = field(default_factory=lambda: Stage(4200, 32, 1.5e-3))
-    base: Stage = field(default_factory=lambda: Stage(2800, 32, 1e-3))
+    base: Stage = field(default_factory=lambda: Stage(3200, 32, 1e-3))
     draft: Stage = field(default_factory=lambda: Stage(500, 32, 1e-3))
 
     @property
