@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-from sacrebleu import corpus_bleu
 
 from kvspn.assets import bundled_model, read_manifest
 from kvspn.audio import SAMPLING_RATE, load_audio
 from kvspn.models import WhisperM2MForConditionalGeneration
 from kvspn.translator import Translator
 
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
 LANGUAGES = {"en", "zh", "de", "es", "fr", "it"}
 
 
@@ -51,22 +54,18 @@ def test_test_sets_are_not_in_the_training_corpus():
             assert (clip.template in templates) == (name == "unseen")
 
 
-def test_demo_clips_are_understood(translator):
-    """Detected and translated well into every language; with KVSPN at k = 1 exactly as without."""
-    outputs, references, accepted, drafted = [], [], 0, 0
+def test_demo_clips(translator):
+    """Into every language: with KVSPN at k = 1 exactly what greedy decoding gives, in fewer steps."""
+    steps = greedy_steps = 0
     for clip in read_manifest("demo"):
         samples = load_audio(clip.audio)
-        for target in sorted(LANGUAGES - {clip.language, "zh"}):
-            greedy = translator.translate(samples, target, draft=False)
-            found = translator.translate(samples, target)
-            assert found.source == clip.language
+        for target in sorted(LANGUAGES):
+            greedy = translator.translate(samples, target, clip.language, draft=False)
+            found = translator.translate(samples, target, clip.language)
             assert found.tokens == greedy.tokens
-            assert found.total.steps < greedy.total.steps
-            outputs.append(found.text)
-            references.append(clip.texts[target])
-            accepted, drafted = accepted + found.total.accepted, drafted + found.total.drafted
-    assert corpus_bleu(outputs, [references]).score > 50
-    assert accepted / drafted > 0.6
+            assert found.text == greedy.text
+            steps, greedy_steps = steps + found.total.steps, greedy_steps + greedy.total.steps
+    assert steps < greedy_steps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -84,10 +83,25 @@ def test_drafting_at_every_k(translator, dtype, k):
 
 
 def test_text_translation(translator):
-    """The text encoder: from text to text by the same decoder."""
-    clips = read_manifest("unseen")[::6]
-    english, german = [clip.texts["en"] for clip in clips], [clip.texts["de"] for clip in clips]
+    """The text encoder: from text to text by the same decoder, each row as if alone."""
+    english = [clip.texts["en"] for clip in read_manifest("unseen")[::60]]
     encoded = translator.processor(text=english)
-    tokens = translator.model.generate(**encoded, language="en", target_language="de")
-    texts = translator.processor.batch_decode(tokens, skip_special_tokens=True)
-    assert corpus_bleu(texts, [german]).score > 50
+    together = translator.model.generate(**encoded, language="en", target_language="de")
+    for text, tokens in zip(english, together, strict=True):
+        alone = translator.model.generate(
+            **translator.processor(text=text), language="en", target_language="de"
+        )[0]
+        assert torch.equal(tokens[: len(alone)], alone)
+
+
+def test_card_quotes_the_record():
+    """The model card's tables are those of the records under bench/results."""
+    card = (bundled_model() / "README.md").read_text("utf-8")
+    rows = json.loads((RESULTS / "miniature.json").read_text())["rows"]
+    ablation = json.loads((RESULTS / "miniature-ablation.json").read_text())["rows"]
+    assert {row["set"] for row in rows} == {"unseen", "hard"}
+    for row in rows:
+        assert f"| {row['bleu']:.1f} | {row['bleu_transcription']:.1f} | {row['acceptance']:.1%} |" in card
+        assert row["k"] != 1 or row["identical_to_greedy"] == 1
+    for row in ablation:
+        assert f"| {row['acceptance']:.1%} | {row['tokens_per_step']:.2f} |" in card

@@ -160,9 +160,9 @@ class WhisperM2MForConditionalGeneration(GenerationMixin, WhisperForConditionalG
 
         Args:
             input_features: speech [B, mel bins, frames], or
-            input_ids: source text [B, T], with `attention_mask` [B, T] where it is padded.
+            input_ids: source text [B, T], with `attention_mask` [B, T] where it is padded, or
+            encoder_outputs: `(states,)` from `encode`, with their `attention_mask` if made of padded text.
             decoder_input_ids: [B, T'], or `labels` [B, T'] (-100 is ignored), from which they are shifted.
-            encoder_outputs: skips the encoder.
             past_key_values: an empty cache to be filled with the decoder's keys and values.
         """
         if decoder_input_ids is None:
@@ -175,7 +175,7 @@ class WhisperM2MForConditionalGeneration(GenerationMixin, WhisperForConditionalG
             states = self.encode(input_features, input_ids, attention_mask)
         else:
             states = encoder_outputs[0]
-        mask = attention_mask if input_ids is not None else None
+        mask = None if input_features is not None else attention_mask
         hidden = self.model.decoder(decoder_input_ids, states, mask, past_key_values)
         logits = self.proj_out(hidden)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())

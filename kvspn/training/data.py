@@ -47,9 +47,9 @@ def prompt_tokens(source: str, target: str) -> list[str]:
 class Collator:
     """Clips -> speech features, source text, decoder input and labels.
 
-    The target language is drawn for every clip and epoch anew: the source itself with probability
-    `transcribe`, else one of the others. A fifth of the batches is padded to the full window, as in use;
-    the others to a little over their longest clip.
+    Every clip is decoded into `targets` of the languages, drawn anew each time; its own, a transcription, may
+    be among them. With 0 it is only transcribed. A fifth of the batches is padded to the full window, as in
+    use; the others to a little over their longest clip.
     """
 
     store: FeatureStore
@@ -57,7 +57,7 @@ class Collator:
     tokenizer: WhisperTokenizer
     alphabet: Mapping[str, int]  # CTC's classes
     window: int  # frames
-    transcribe: float
+    targets: int
     rng: random.Random
 
     def __post_init__(self) -> None:
@@ -65,10 +65,10 @@ class Collator:
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """
-        Returns: input_features float32 [B, mel bins, frames], feature_lengths [B] (frames without padding);
-        input_ids and attention_mask [B, T] (source text), characters [B, C] (the same by characters);
-        decoder_input_ids and labels [B, T'], the prompt's labels ignored but for the source language,
-        which Whisper predicts.
+        Returns: of each clip input_features float32 [B, mel bins, frames], feature_lengths [B] (frames
+        without padding), input_ids and attention_mask [B, T] (source text), characters [B, C] (the same by
+        characters); and of each clip's targets in turn decoder_input_ids and labels [B * targets, T'], the
+        prompt's labels ignored but for the source language, which Whisper predicts.
         """
         clips = [item["clip"] for item in items]
         features = [self.store.features(clip) for clip in clips]
@@ -78,17 +78,16 @@ class Collator:
         sources, characters, inputs, labels = [], [], [], []
         for clip in clips:
             source = self.store.languages[clip]
-            others = [code for code in LANGUAGES if code != source]
-            target = source if self.rng.random() < self.transcribe else self.rng.choice(others)
             sentence = self.store.sentences[clip]
-            sources.append([*self.text_ids(sentence, source), self.tokenizer.eos_token_id])
             text = self.sentences[sentence].texts[source]
+            sources.append([*self.text_ids(sentence, source), self.tokenizer.eos_token_id])
             characters.append([self.alphabet[char] for char in text if char in self.alphabet])
-            prompt = self.tokenizer.convert_tokens_to_ids(prompt_tokens(source, target))
-            tokens = [*prompt, *self.text_ids(sentence, target), self.tokenizer.eos_token_id]
-            inputs.append(tokens[:-1])
-            ignored = [IGNORE] * (len(prompt) - 2)
-            labels.append([prompt[1], *ignored, *tokens[len(prompt) :]])
+            for target in self.rng.sample(LANGUAGES, self.targets) or [source]:
+                prompt = self.tokenizer.convert_tokens_to_ids(prompt_tokens(source, target))
+                tokens = [*prompt, *self.text_ids(sentence, target), self.tokenizer.eos_token_id]
+                inputs.append(tokens[:-1])
+                ignored = [IGNORE] * (len(prompt) - 2)
+                labels.append([prompt[1], *ignored, *tokens[len(prompt) :]])
         return {
             "input_features": torch.from_numpy(pad_features(features, frames)),
             "feature_lengths": torch.tensor([len(each) for each in features]),

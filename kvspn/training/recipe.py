@@ -36,7 +36,9 @@ class Recipe:
     distillation: float = 1.0
     parent: Stage = field(default_factory=lambda: Stage(4200, 32, 1.5e-3))
     base: Stage = field(default_factory=lambda: Stage(3200, 32, 1e-3))
-    draft: Stage = field(default_factory=lambda: Stage(500, 32, 1e-3))
+    targets: int = 3
+    decoder: Stage = field(default_factory=lambda: Stage(1000, 32, 1e-3))
+    draft: Stage = field(default_factory=lambda: Stage(300, 32, 1e-3))
 
     @property
     def window(self) -> int:

@@ -40,7 +40,7 @@ def train_parent(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
     model.model.encoder = SpeechEncoder(
         model.config
     )  # the same weights; takes short windows, which train faster
-    collators = _collators(recipe, corpus, transcribe=1.0)
+    collators = _collators(recipe, corpus, targets=0)
     model.ctc_head = nn.Linear(recipe.d_model, 1 + len(collators[0].alphabet))
 
     def losses(model: WhisperForConditionalGeneration, batch: Batch) -> dict[str, Tensor]:
@@ -83,12 +83,41 @@ def train_base(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
         "default",
     )
 
+    losses = _translation_losses(recipe)
+    _run(model, folder / "base-checkpoints", recipe, recipe.base, _collators(recipe, corpus), losses)
+    lora.merge_and_unload()
+    return _save(model, corpus, result)
+
+
+def train_decoder(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
+    """The base model with its speech encoder frozen, which makes room for several targets of every clip."""
+    result = folder / "decoder"
+    if (result / "config.json").exists():
+        return result
+    torch.manual_seed(recipe.seed)
+    model = WhisperM2MForConditionalGeneration.from_pretrained(folder / "base")
+    model.model.encoder.requires_grad_(False)
+    collators = _collators(recipe, corpus, recipe.targets)
+    losses = _translation_losses(recipe)
+    _run(model, folder / "decoder-checkpoints", recipe, recipe.decoder, collators, losses)
+    return _save(model, corpus, result)
+
+
+def _translation_losses(recipe: Recipe) -> Losses:
+    """Speech translation + text translation + distillation from the text to the speech distribution."""
+
     def losses(model: WhisperM2MForConditionalGeneration, batch: Batch) -> dict[str, Tensor]:
         inputs, labels = batch["decoder_input_ids"], batch["labels"]
-        text = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], decoder_input_ids=inputs
-        ).logits
-        speech = model(input_features=batch["input_features"], decoder_input_ids=inputs).logits
+        targets = len(labels) // len(batch["input_features"])
+
+        def decode(states: Tensor, mask: Tensor | None = None) -> Tensor:
+            states = states.repeat_interleave(targets, 0)
+            mask = None if mask is None else mask.repeat_interleave(targets, 0)
+            return model(encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=inputs).logits
+
+        mask = batch["attention_mask"]
+        text = decode(model.encode(input_ids=batch["input_ids"], attention_mask=mask), mask)
+        speech = decode(model.encode(batch["input_features"]))
         return {
             "speech": cross_entropy(speech, labels),
             "text": cross_entropy(text, labels),
@@ -97,9 +126,7 @@ def train_base(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
             "_text_accuracy": accuracy(text, labels),
         }
 
-    _run(model, folder / "base-checkpoints", recipe, recipe.base, _collators(recipe, corpus), losses)
-    lora.merge_and_unload()
-    return _save(model, corpus, result)
+    return losses
 
 
 def train_draft(folder: Path, recipe: Recipe, corpus: Corpus, name: str = "draft", **kvspn: bool) -> Path:
@@ -108,7 +135,7 @@ def train_draft(folder: Path, recipe: Recipe, corpus: Corpus, name: str = "draft
     if (result / "config.json").exists():
         return result
     torch.manual_seed(recipe.seed)
-    base = WhisperM2MForConditionalGeneration.from_pretrained(folder / "base")
+    base = WhisperM2MForConditionalGeneration.from_pretrained(folder / "decoder")
     settings = base.config.to_dict() | {"kvspn_blocks": 3, "kvspn_ffn_dim": recipe.ffn_dim} | kvspn
     model = WhisperM2MForConditionalGeneration(WhisperM2MConfig.from_dict(settings))
     model.load_state_dict(base.state_dict(), strict=False)
@@ -138,9 +165,7 @@ def train_draft(folder: Path, recipe: Recipe, corpus: Corpus, name: str = "draft
     return _save(model, corpus, result)
 
 
-def _collators(
-    recipe: Recipe, corpus: Corpus, transcribe: float = 1 / len(LANGUAGES)
-) -> tuple[Collator, Collator]:
+def _collators(recipe: Recipe, corpus: Corpus, targets: int = 1) -> tuple[Collator, Collator]:
     """For training and for the held-out set."""
     classes = alphabet(corpus.split.train)
     training, held_out = (
@@ -150,7 +175,7 @@ def _collators(
             corpus.tokenizer,
             classes,
             recipe.window,
-            transcribe,
+            targets,
             random.Random(recipe.seed),
         )
         for store, sentences in (
