@@ -76,7 +76,7 @@ class KVSPN(nn.Module):
         self.layer_norm = nn.LayerNorm(config.d_model)
         size = config.kvspn_draft_vocab_size
         ids = None if size is None else torch.arange(size)
-        if ids is not None and config.eos_token_id not in ids:
+        if ids is not None and config.eos_token_id >= len(ids):
             ids[-1] = config.eos_token_id
         self.register_buffer("draft_ids", ids)
 
