@@ -39,9 +39,6 @@ class FeatureStore:
     def __len__(self) -> int:
         return len(self.sentences)
 
-    def frames(self, clip: int) -> int:
-        return int(self.offsets[clip + 1] - self.offsets[clip])
-
     def features(self, clip: int) -> np.ndarray:
         """float16 [frames, mel bins] of one clip, without the window's padding."""
         return self._features[self.offsets[clip] : self.offsets[clip + 1]]
