@@ -1,5 +1,71 @@
-"""Metadata lives in pyproject.toml; this file says which packages are built."""
+"""Builds csrc with ninja into the module kvspn._native.
 
-from setuptools import find_packages, setup
+Metadata lives in pyproject.toml. KVSPN_SANITIZE=address,undefined (or thread) builds with sanitizers.
+"""
 
-setup(packages=find_packages(include=["kvspn", "kvspn.*"]))
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+ISA = {"avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"}
+
+
+class NinjaBuild(build_ext):
+    """Writes build.ninja and runs it; what did not change is not compiled again."""
+
+    def build_extension(self, extension: Extension) -> None:
+        folder = ROOT / "build" / "native"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(self._rules())
+        subprocess.run(["ninja", "-C", str(folder), "--quiet"], check=True)
+        module = Path(self.get_ext_fullpath(extension.name))
+        module.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(folder / "_native.so", module)
+
+    def _rules(self) -> str:
+        import pybind11
+
+        sanitize = os.environ.get("KVSPN_SANITIZE")
+        checks = f" -fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
+        x86 = platform.machine() in ("x86_64", "AMD64")
+        lines = [
+            f"cxx = {os.environ.get('CXX', 'c++')}",
+            f"flags = -std=c++17 -O3 -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi "
+            f"-I{CSRC} -I{CSRC / 'include'}{checks}",
+            "rule compile",
+            "  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = $cxx -shared{checks} -pthread $in -o $out",
+        ]
+        objects = []
+        for source in sorted([*CSRC.glob("core/*.cpp"), *CSRC.glob("cpu/*.cpp")]):
+            extra = ISA.get(source.stem, "") if x86 else ""
+            objects.append(f"{source.parent.name}-{source.stem}.o")
+            lines += [f"build {objects[-1]}: compile {source}", f"  extra = {extra}"]
+        include = f"-I{sysconfig.get_paths()['include']} -I{pybind11.get_include()}"
+        lines += [
+            f"build module.o: compile {CSRC / 'bindings' / 'module.cpp'}",
+            f"  extra = {include}",
+            f"build _native.so: link module.o {' '.join(objects)}",
+            "",
+        ]
+        return "\n".join(lines)
+
+
+setup(
+    packages=find_packages(include=["kvspn", "kvspn.*"]),
+    ext_modules=[Extension("kvspn._native", sources=[])],
+    cmdclass={"build_ext": NinjaBuild},
+)

@@ -46,6 +46,8 @@ def step_bytes(w: DecoderWeights, shape, batch: int, draft: bool) -> int:
 @pytest.mark.parametrize("kind", ["greedy", "k=1", "k=inf"])
 @pytest.mark.parametrize("backend", [name for name, missing in backends().items() if missing is None])
 def test_step(timed, device, shape, dtype, backend, kind, batch):
+    if backend == "native" and device != "cpu":
+        pytest.skip("the native backend runs on the CPU")
     w = weights(shape, dtype, device)
     capacity = shape.length + 8
     runner = engine(backend, w, batch=batch, capacity=capacity, cross_capacity=shape.encoder_positions)

@@ -78,8 +78,8 @@ class Engine(abc.ABC):
         """
 
 
-class ReferenceEngine(Engine):
-    """The plain-PyTorch references of the ops, one row at a time, on any device."""
+class CachedEngine(Engine):
+    """An engine on a StepCache: buffers, checks and the life of an utterance; a backend adds three passes."""
 
     def __init__(self, weights: DecoderWeights, *, batch: int, capacity: int, cross_capacity: int) -> None:
         if not isinstance(weights, DecoderWeights):
@@ -124,10 +124,10 @@ class ReferenceEngine(Engine):
         self.cache.reset()
         self.stats.zero_()
         for row, (states, ids) in enumerate(zip(encoder_states, prompt, strict=True)):
-            self.cache.write_cross(row, self._cross_kv(states))
+            self._encode(row, states)
             self.tokens[row, : len(ids)] = self.tokens.new_tensor(ids)
             self.finished[row] = len(ids) >= max_length
-            self._prefill(slice(row, row + 1), len(ids) - 1)
+            self._prefill(row, len(ids) - 1)
 
     @torch.no_grad()
     def step(self, k: int = 1, draft: bool = True) -> None:
@@ -135,48 +135,19 @@ class ReferenceEngine(Engine):
         if draft and not self._weights.blocks:
             raise ValueError("draft must be False without draft blocks among the weights, got True")
         first, self._first_mask = self._first_mask, None
-        step_rows(
-            self._weights,
-            self.cache.kv,
-            self.lengths,
-            self.tokens,
-            self.finished,
-            self.stats,
-            self.cache.cross_kv,
-            self.cache.cross_lengths,
-            self._mask if first is None else first,
-            k,
-            self._eos,
-            self._max_length,
-            use_draft=draft and first is None,
-        )
+        self._step(self._mask if first is None else first, k, draft and first is None)
 
-    def _cross_kv(self, states: Tensor) -> Tensor:
-        """Encoder states [E, d] of one row -> [L, 2, H, E, D]."""
-        states = states.to(torch.float32, copy=True)
-        projections = []
-        for layer in self._weights.layers:
-            weight, bias, scale = layer.cross_kv
-            projections.append(
-                F.linear(states, dequantise(weight, scale), None if bias is None else bias.float())
-            )
-        # [L, E, 2 * d] -> [L, 2, H, E, D]
-        kv = torch.stack(projections).unflatten(2, (2, self._weights.heads, -1)).permute(0, 2, 3, 1, 4)
-        return kv.to(self._embed.dtype)
+    @abc.abstractmethod
+    def _encode(self, row: int, states: Tensor) -> None:
+        """Write the cross-attention keys and values of one row's encoder states [E, d]."""
 
-    def _prefill(self, row: slice, count: int) -> None:
+    @abc.abstractmethod
+    def _prefill(self, row: int, count: int) -> None:
         """Process the first ``count`` tokens of one row into the cache."""
-        for first in range(0, count, PREFILL_CHUNK):
-            ids = self.tokens[row, first : min(first + PREFILL_CHUNK, count)]
-            base_pass(
-                self._weights,
-                ids,
-                self.cache.kv[:, :, row],
-                self.lengths[row],
-                self.cache.cross_kv[:, :, row],
-                self.cache.cross_lengths[row],
-            )
-            self.lengths[row] += ids.shape[1]
+
+    @abc.abstractmethod
+    def _step(self, mask: Tensor | None, k: int, draft: bool) -> None:
+        """One checked step of every unfinished row."""
 
     def _check_start(
         self,
@@ -207,13 +178,82 @@ class ReferenceEngine(Engine):
                 shapes.tensor(name, value, "V", FP32)
 
 
-_ENGINES: dict[str, type[Engine]] = {"reference": ReferenceEngine}
-_MISSING = dict.fromkeys(("native", "cuda", "triton"), "not part of this version")
+class ReferenceEngine(CachedEngine):
+    """The plain-PyTorch references of the ops, one row at a time, on any device."""
+
+    def _encode(self, row: int, states: Tensor) -> None:
+        self.cache.write_cross(row, self._cross_kv(states))
+
+    def _cross_kv(self, states: Tensor) -> Tensor:
+        """Encoder states [E, d] of one row -> [L, 2, H, E, D]."""
+        states = states.to(torch.float32, copy=True)
+        projections = []
+        for layer in self._weights.layers:
+            weight, bias, scale = layer.cross_kv
+            projections.append(
+                F.linear(states, dequantise(weight, scale), None if bias is None else bias.float())
+            )
+        # [L, E, 2 * d] -> [L, 2, H, E, D]
+        kv = torch.stack(projections).unflatten(2, (2, self._weights.heads, -1)).permute(0, 2, 3, 1, 4)
+        return kv.to(self._embed.dtype)
+
+    def _prefill(self, row: int, count: int) -> None:
+        here = slice(row, row + 1)
+        for first in range(0, count, PREFILL_CHUNK):
+            ids = self.tokens[here, first : min(first + PREFILL_CHUNK, count)]
+            base_pass(
+                self._weights,
+                ids,
+                self.cache.kv[:, :, here],
+                self.lengths[here],
+                self.cache.cross_kv[:, :, here],
+                self.cache.cross_lengths[here],
+            )
+            self.lengths[here] += ids.shape[1]
+
+    def _step(self, mask: Tensor | None, k: int, draft: bool) -> None:
+        step_rows(
+            self._weights,
+            self.cache.kv,
+            self.lengths,
+            self.tokens,
+            self.finished,
+            self.stats,
+            self.cache.cross_kv,
+            self.cache.cross_lengths,
+            mask,
+            k,
+            self._eos,
+            self._max_length,
+            use_draft=draft,
+        )
+
+
+_MISSING = dict.fromkeys(("cuda", "triton"), "not part of this version")
+
+
+def _engines() -> tuple[dict[str, type[Engine]], dict[str, str]]:
+    """The backends that are ready, and why others are missing."""
+    ready: dict[str, type[Engine]] = {"reference": ReferenceEngine}
+    missing = dict(_MISSING)
+    try:
+        from kvspn.native import NativeEngine
+
+        ready["native"] = NativeEngine
+    except ImportError as error:
+        missing["native"] = f"its extension is not built here ({error})"
+    return ready, missing
 
 
 def backends() -> dict[str, str | None]:
     """Every backend by name: None where it is ready, else why it is missing."""
-    return {**dict.fromkeys(_ENGINES), **_MISSING}
+    ready, missing = _engines()
+    return {**dict.fromkeys(ready), **missing}
+
+
+def default_backend(device: torch.device) -> str:
+    """The fastest ready backend for weights on a device."""
+    return "native" if device.type == "cpu" and backends()["native"] is None else "reference"
 
 
 def engine(name: str, weights: DecoderWeights, *, batch: int, capacity: int, cross_capacity: int) -> Engine:
@@ -229,7 +269,8 @@ def engine(name: str, weights: DecoderWeights, *, batch: int, capacity: int, cro
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    if name not in _ENGINES:
-        reasons = "".join(f"; {other}: {reason}" for other, reason in _MISSING.items())
-        raise ValueError(f"name must be one of {', '.join(_ENGINES)}, got {name!r}{reasons}")
-    return _ENGINES[name](weights, batch=batch, capacity=capacity, cross_capacity=cross_capacity)
+    ready, missing = _engines()
+    if name not in ready:
+        reasons = "".join(f"; {other}: {reason}" for other, reason in missing.items())
+        raise ValueError(f"name must be one of {', '.join(ready)}, got {name!r}{reasons}")
+    return ready[name](weights, batch=batch, capacity=capacity, cross_capacity=cross_capacity)

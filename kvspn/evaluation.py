@@ -118,7 +118,9 @@ class ClipDecoder:
         """All languages at once, a row each: generated tokens and figures."""
         model, batch = self._translator.model, len(clip.texts)
         if batch not in self._engines:
-            self._engines[batch] = model.engine(batch, model.config.max_source_positions)
+            self._engines[batch] = model.engine(
+                batch, model.config.max_source_positions, self._translator.backend
+            )
         output: Any = model.generate(
             encoder_outputs=(states.expand(batch, -1, -1),),
             language=clip.language,

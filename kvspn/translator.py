@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from kvspn.assets import bundled_model
 from kvspn.audio import SAMPLING_RATE, split_audio
 from kvspn.decoding import DecodeStats
+from kvspn.engines import default_backend
 from kvspn.model_folder import ModelError, open_folder
 from kvspn.models import WhisperM2MForConditionalGeneration, WhisperM2MProcessor
 
@@ -46,7 +47,13 @@ class Translator:
         ModelError: a model without languages, or whose window the preprocessor does not fit.
     """
 
-    def __init__(self, model: WhisperM2MForConditionalGeneration, processor: WhisperM2MProcessor) -> None:
+    def __init__(
+        self,
+        model: WhisperM2MForConditionalGeneration,
+        processor: WhisperM2MProcessor,
+        backend: str | None = None,
+    ) -> None:
+        """`backend`: a name from `kvspn.engines.backends`; None is the fastest that is here."""
         self.model = model
         self.processor = processor
         tokens = getattr(model.generation_config, "lang_to_id", None) or {}
@@ -58,10 +65,11 @@ class Translator:
         if processor.feature_extractor.nb_max_frames != 2 * positions:
             frames = processor.feature_extractor.nb_max_frames
             raise ModelError(f"the preprocessor makes {frames} frames, the model takes {2 * positions}")
-        self.engine = model.engine(1, positions)
+        self.backend = backend or default_backend(model.device)
+        self.engine = model.engine(1, positions, self.backend)
 
     @classmethod
-    def from_folder(cls, folder: str | PathLike[str] | None = None) -> Translator:
+    def from_folder(cls, folder: str | PathLike[str] | None = None, backend: str | None = None) -> Translator:
         """Opens a whisperM2M folder, float32 on the CPU; None for the bundled miniature.
 
         Raises:
@@ -70,7 +78,7 @@ class Translator:
         path = bundled_model() if folder is None else Path(folder)
         parts = open_folder(path, WhisperM2MForConditionalGeneration, WhisperM2MProcessor, torch.float32)
         try:
-            return cls(*parts)
+            return cls(*parts, backend)
         except ModelError as error:
             raise ModelError(f"{path}: {error}") from error
 

@@ -209,7 +209,7 @@ def test_demo() -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     for text in TEXTS.values():
         assert text in result.stdout
-    assert result.stdout.count("reference") == 31  # 30 directions and the closing note's
+    assert result.stdout.count("reference") == 30  # directions
     summary = result.stdout.partition("Summary")[2]
     assert summary.count("5 of 5") == 6
     assert "30 of 30" in summary

@@ -155,8 +155,8 @@ def test_engine_errors_name_the_argument(name, options):
 
 
 def test_an_unknown_backend_hears_why():
-    with pytest.raises(ValueError, match=r"reference.*got 'native'.*native: not part of this version"):
-        engine("native", random_decoder(), batch=1, capacity=9, cross_capacity=9)
+    with pytest.raises(ValueError, match=r"reference.*got 'cuda'.*cuda: not part of this version"):
+        engine("cuda", random_decoder(), batch=1, capacity=9, cross_capacity=9)
 
 
 @pytest.mark.parametrize(

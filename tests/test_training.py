@@ -206,18 +206,19 @@ def test_whole_recipe_and_resuming(tmp_path: Path):
         ffn_dim=48,
         encoder_layers=1,
         parent_decoder_layers=4,
-        decoder_layers=3,
+        decoder_layers=2,
         text_encoder_layers=1,
+        encoder=stage,
         parent=stage,
         base=stage,
-        decoder=stage,
+        adapt=stage,
         draft=stage,
     )
     mini = train_mini(tmp_path, recipe, log=lambda line: None)
     model = WhisperM2MForConditionalGeneration.from_pretrained(mini)
     assert model.dtype == torch.float16
-    assert model.kvspn is not None and len(model.kvspn.blocks) == 3
-    base = WhisperM2MForConditionalGeneration.from_pretrained(tmp_path / "decoder")
+    assert model.kvspn is not None and len(model.kvspn.blocks) == 2
+    base = WhisperM2MForConditionalGeneration.from_pretrained(tmp_path / "adapted")
     assert not any("lora" in name for name in base.state_dict())
     shared = [name for name in base.state_dict() if not name.startswith("kvspn")]
     trained = WhisperM2MForConditionalGeneration.from_pretrained(tmp_path / "draft").state_dict()

@@ -26,6 +26,16 @@ def parse_k(text: str) -> int | str:
     return int(text)
 
 
+Backend = Annotated[
+    str | None,
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help="What decodes: native or reference (kvspn doctor lists them).",
+        show_default="the fastest that is here",
+    ),
+]
+
 Model = Annotated[
     Path | None,
     typer.Option(
@@ -75,10 +85,10 @@ def silence_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def open_translator(model: Path | None) -> Translator:
+def open_translator(model: Path | None, backend: str | None) -> Translator:
     """The model of the --model option, with a note on the terminal while it loads."""
     with Console(stderr=True).status("Loading the model"):
         from kvspn.translator import Translator
 
         silence_transformers()
-        return Translator.from_folder(model)
+        return Translator.from_folder(model, backend)

@@ -27,7 +27,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from kvspn.cli.common import Model, open_translator, parse_k, silence_transformers
+from kvspn.cli.common import Backend, Model, open_translator, parse_k, silence_transformers
 
 if TYPE_CHECKING:
     from kvspn.assets import SpokenSentence
@@ -75,6 +75,7 @@ def evaluate(
         int, typer.Option("--workers", min=1, metavar="N", help="Processes that share the clips.")
     ] = 2,
     model: Model = None,
+    backend: Backend = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -94,7 +95,7 @@ def evaluate(
         raise ValueError(f"{output}: no such folder to write to")
     names = [each.value for each in sets or TestSet]
     chosen = {name: read_manifest(name)[:limit] for name in names}
-    translator = open_translator(model)
+    translator = open_translator(model, backend)
     rows: list[Row] = []
     progress = Progress(
         TextColumn("{task.description}"),
@@ -105,7 +106,7 @@ def evaluate(
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
-    with _decoder(translator, model, ks, workers) as decode, progress:
+    with _decoder(translator, model, backend, ks, workers) as decode, progress:
         for name, clips in chosen.items():
             rows += score(name, progress.track(decode(clips), len(clips), description=name))
     Console().print(_table(rows))
@@ -116,7 +117,7 @@ def evaluate(
 
 @contextmanager
 def _decoder(
-    translator: Translator, model: Path | None, ks: list[int | str], workers: int
+    translator: Translator, model: Path | None, backend: str | None, ks: list[int | str], workers: int
 ) -> Iterator[Callable[[list[SpokenSentence]], Iterable[Outputs]]]:
     """Decodes clips in order: here, or in worker processes that each open the model again."""
     from kvspn.evaluation import ClipDecoder
@@ -127,11 +128,11 @@ def _decoder(
         return
     # Fresh processes: a fork of a process in which torch has threads may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (model, ks)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (model, backend, ks)) as pool:
         yield partial(pool.map, _decode_in_worker)
 
 
-def _start_worker(model: Path | None, ks: list[int | str]) -> None:
+def _start_worker(model: Path | None, backend: str | None, ks: list[int | str]) -> None:
     import torch
 
     from kvspn.evaluation import ClipDecoder
@@ -141,7 +142,7 @@ def _start_worker(model: Path | None, ks: list[int | str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
     torch.set_num_threads(1)
     silence_transformers()
-    _worker_decoder = ClipDecoder(Translator.from_folder(model), ks)
+    _worker_decoder = ClipDecoder(Translator.from_folder(model, backend), ks)
 
 
 def _decode_in_worker(clip: SpokenSentence) -> Outputs:
@@ -170,7 +171,7 @@ def _machine(translator: Translator, model: Path | None) -> dict[str, Any]:
     return {
         "model": "mini (bundled)" if model is None else model.name,
         "parameters": translator.model.num_parameters(),
-        "backend": "reference",
+        "backend": translator.backend,
         "dtype": "float32",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),

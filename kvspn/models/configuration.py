@@ -13,6 +13,8 @@ class WhisperM2MConfig(WhisperConfig):
     """WhisperConfig, plus a text encoder and the draft network; the defaults are the paper's whisperM2M.
 
     Args:
+        encoder_output_positions: whether the speech encoder adds its position embeddings to its output too:
+            states trained to tell sounds alone no longer know where they are.
         text_encoder_layers: layers of the text encoder; 0 for none (speech input only).
         text_encoder_ffn_dim: FFN width of the text encoder.
         max_text_positions: longest source text in tokens.
@@ -38,6 +40,7 @@ class WhisperM2MConfig(WhisperConfig):
     decoder_layers: int = 12
     decoder_attention_heads: int = 16
     decoder_ffn_dim: int = 4096
+    encoder_output_positions: bool = False
     text_encoder_layers: int = 6
     text_encoder_ffn_dim: int = 4096
     max_text_positions: int = 448

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from kvspn.decoding import DecodeResult, DecodeStats, decode
-from kvspn.engines import Engine, engine
+from kvspn.engines import Engine, default_backend, engine
 from kvspn.models.weights import decoder_weights
 
 TASKS = ("transcribe", "translate")
@@ -37,11 +37,11 @@ class GenerateOutput(ModelOutput):
 class GenerationMixin:
     """Replaces Whisper's `generate`."""
 
-    def engine(self, batch: int, cross_capacity: int, backend: str = "reference") -> Engine:
+    def engine(self, batch: int, cross_capacity: int, backend: str | None = None) -> Engine:
         """An engine with this model's present weights, for `batch` rows of up to `cross_capacity` encoder
-        positions; may be handed to `generate` again and again."""
+        positions; may be handed to `generate` again and again. `backend` None is the fastest that is here."""
         return engine(
-            backend,
+            backend or default_backend(self.device),
             decoder_weights(self),
             batch=batch,
             capacity=self.config.max_target_positions,
@@ -67,7 +67,7 @@ class GenerationMixin:
         generation_config: GenerationConfig | None = None,
         return_dict_in_generate: bool = False,
         engine: Engine | None = None,
-        backend: str = "reference",
+        backend: str | None = None,
     ) -> Tensor | GenerateOutput:
         """Transcribes or translates speech, or translates text.
 
@@ -90,6 +90,7 @@ class GenerationMixin:
                 model's. Its sampling and beam settings have no meaning here.
             return_dict_in_generate: a GenerateOutput instead of its `sequences`.
             engine: one from `self.engine`, to use again; else made for this call on `backend`.
+            backend: a name from `kvspn.engines.backends`; None is the fastest that is here.
 
         Returns: int64 [B, T] generated tokens without the prompt, padded on the right, or GenerateOutput.
 

@@ -45,7 +45,10 @@ class SpeechEncoder(WhisperEncoder):
         x = F.dropout(x, self.dropout, self.training)
         for layer in self.layers:
             x = layer(x, None)
-        return BaseModelOutput(last_hidden_state=self.layer_norm(x))
+        x = self.layer_norm(x)
+        if getattr(self.config, "encoder_output_positions", False):
+            x = x + self.embed_positions.weight[: x.shape[1]]
+        return BaseModelOutput(last_hidden_state=x)
 
 
 class TextEncoder(nn.Module):
@@ -85,10 +88,17 @@ class Decoder(WhisperDecoder):
         encoder_attention_mask: Tensor | None = None,
         past_key_values: EncoderDecoderCache | None = None,
     ) -> Tensor:
-        """input_ids [B, T], encoder_hidden_states [B, E, d], mask [B, E] -> [B, T, d].
+        """input_ids [B * n, T], encoder_hidden_states [B, E, d], mask [B, E] -> [B * n, T, d].
 
-        An empty `past_key_values` is filled with the layers' keys and values, which KVSPN trains on.
+        The n targets of an input follow each other and share its cross-attention keys and values. An empty
+        `past_key_values` is filled with the layers' keys and values, which KVSPN trains on.
         """
+        inputs = len(encoder_hidden_states)
+        if len(input_ids) % inputs:
+            raise ValueError(
+                f"decoder_input_ids must have a multiple of the {inputs} rows of the encoder's states, "
+                f"got {len(input_ids)}"
+            )
         x = (
             self.embed_tokens(input_ids) * self.embed_scale
             + self.embed_positions.weight[: input_ids.shape[1]]
@@ -96,7 +106,19 @@ class Decoder(WhisperDecoder):
         x = F.dropout(x, self.dropout, self.training)
         mask = _additive(encoder_attention_mask, x.dtype)
         for layer in self.layers:
-            x = layer(x, None, encoder_hidden_states, mask, past_key_values)
+            attended, _ = layer.self_attn(layer.self_attn_layer_norm(x), past_key_values=past_key_values)
+            x = x + F.dropout(attended, self.dropout, self.training)
+            queries = layer.encoder_attn_layer_norm(x).reshape(inputs, -1, x.shape[-1])
+            attended, _ = layer.encoder_attn(
+                queries,
+                key_value_states=encoder_hidden_states,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+            )
+            x = x + F.dropout(attended.view_as(x), self.dropout, self.training)
+            x = x + F.dropout(
+                layer.fc2(F.gelu(layer.fc1(layer.final_layer_norm(x)))), self.dropout, self.training
+            )
         return self.layer_norm(x)
 
 

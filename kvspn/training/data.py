@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import WhisperTokenizer
 
 from kvspn.training.corpus import LANGUAGES, Sentence
+from kvspn.training.states import StateStore, padded_frames
 from kvspn.training.store import FeatureStore, pad_features
 
 IGNORE = -100
@@ -22,15 +24,15 @@ IGNORE = -100
 class ClipDataset(Dataset):
     """Clips by number; the collator reads what it needs of them."""
 
-    def __init__(self, store: FeatureStore):
-        self.frames = np.diff(store.offsets).tolist()
+    def __init__(self, lengths: Sequence[int]):
+        self.lengths = lengths
 
     def __len__(self) -> int:
-        return len(self.frames)
+        return len(self.lengths)
 
     def __getitem__(self, clip: int) -> dict[str, Any]:
         """`input_ids` is only there for its length, by which Trainer groups the batches."""
-        return {"clip": clip, "input_ids": range(self.frames[clip])}
+        return {"clip": clip, "input_ids": range(self.lengths[clip])}
 
 
 def prompt_tokens(source: str, target: str) -> list[str]:
@@ -45,11 +47,14 @@ def prompt_tokens(source: str, target: str) -> list[str]:
 
 @dataclass
 class Collator:
-    """Clips -> speech features, source text, decoder input and labels.
+    """Clips -> speech (features, or the states of a frozen encoder), source text, decoder input and labels.
 
     Every clip is decoded into `targets` of the languages, drawn anew each time; its own, a transcription, may
-    be among them. With 0 it is only transcribed. A fifth of the batches is padded to the full window, as in
-    use; the others to a little over their longest clip.
+    be among them. With 0 it is only transcribed.
+
+    A share of the decoder's input, drawn anew for every target from 0 to `corruption`, is replaced by random
+    tokens: the phrasebook's templates are so predictable that a decoder that trusts its own words hardly
+    learns to listen.
     """
 
     store: FeatureStore
@@ -59,22 +64,25 @@ class Collator:
     window: int  # frames
     targets: int
     rng: random.Random
+    encoded: StateStore | None = None
+    corruption: float = 0.0
 
     def __post_init__(self) -> None:
         self._text_ids: dict[tuple[int, str], list[int]] = {}
 
+    @property
+    def dataset(self) -> ClipDataset:
+        """All clips."""
+        lengths = np.diff(self.store.offsets).tolist() if self.encoded is None else self.encoded.lengths
+        return ClipDataset(lengths)
+
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """
-        Returns: of each clip input_features float32 [B, mel bins, frames], feature_lengths [B] (frames
-        without padding), input_ids and attention_mask [B, T] (source text), characters [B, C] (the same by
-        characters); and of each clip's targets in turn decoder_input_ids and labels [B * targets, T'], the
-        prompt's labels ignored but for the source language, which Whisper predicts.
+        Returns: of each clip its `speech`, input_ids and attention_mask [B, T] (source text), characters
+        [B, C] (the same by characters); and of each clip's targets in turn decoder_input_ids and labels
+        [B * targets, T'], the prompt's labels ignored but for the source language, which Whisper predicts.
         """
         clips = [item["clip"] for item in items]
-        features = [self.store.features(clip) for clip in clips]
-        longest = max(map(len, features))
-        full = self.rng.random() < 0.2
-        frames = self.window if full else min(self.window, longest + self.rng.randrange(0, 40))
         sources, characters, inputs, labels = [], [], [], []
         for clip in clips:
             source = self.store.languages[clip]
@@ -85,18 +93,42 @@ class Collator:
             for target in self.rng.sample(LANGUAGES, self.targets) or [source]:
                 prompt = self.tokenizer.convert_tokens_to_ids(prompt_tokens(source, target))
                 tokens = [*prompt, *self.text_ids(sentence, target), self.tokenizer.eos_token_id]
-                inputs.append(tokens[:-1])
+                inputs.append([*prompt, *self.corrupt(tokens[len(prompt) : -1])])
                 ignored = [IGNORE] * (len(prompt) - 2)
                 labels.append([prompt[1], *ignored, *tokens[len(prompt) :]])
         return {
-            "input_features": torch.from_numpy(pad_features(features, frames)),
-            "feature_lengths": torch.tensor([len(each) for each in features]),
+            **self.speech(clips),
             "input_ids": pad(sources, self.tokenizer.eos_token_id),
             "attention_mask": pad([[1] * len(each) for each in sources], 0),
             "characters": pad(characters, IGNORE),
             "decoder_input_ids": pad(inputs, self.tokenizer.eos_token_id),
             "labels": pad(labels, IGNORE),
         }
+
+    def speech(self, clips: Sequence[int]) -> dict[str, Tensor]:
+        """input_features float32 [B, mel bins, frames] and feature_lengths [B] (frames without padding); or
+        speech_states float32 [B, E, d] and speech_mask [B, E].
+        """
+        if self.encoded is None:
+            features = [self.store.features(clip) for clip in clips]
+            frames = padded_frames(max(map(len, features)), self.window, self.rng)
+            return {
+                "input_features": torch.from_numpy(pad_features(features, frames)),
+                "feature_lengths": torch.tensor([len(each) for each in features]),
+            }
+        states = [torch.from_numpy(self.encoded.states(clip).astype(np.float32)) for clip in clips]
+        return {
+            "speech_states": pad_sequence(states, batch_first=True),
+            "speech_mask": pad([[1] * len(each) for each in states], 0),
+        }
+
+    def corrupt(self, tokens: list[int]) -> list[int]:
+        """Some of the tokens replaced by others."""
+        share = self.rng.uniform(0, self.corruption)
+        return [
+            self.rng.randrange(self.tokenizer.eos_token_id) if self.rng.random() < share else token
+            for token in tokens
+        ]
 
     def text_ids(self, sentence: int, language: str) -> list[int]:
         """Tokens of one sentence, without special ones."""

@@ -1,10 +1,11 @@
 """Training the miniature: all stages of the recipe, one after the other.
 
     data       sentences, tokenizer, spoken clips, features
-    parent     a small Whisper learns to transcribe six languages
-    base       its decoder is pruned, a text encoder added, its encoder adapted by LoRA:
+    encoder    the speech encoder learns to spell six languages (CTC)
+    parent     a decoder on it learns to transcribe: a small Whisper
+    base       its decoder is pruned, a text encoder added:
                speech translation + text translation + distillation from text to speech translation
-    decoder    the same with the speech encoder frozen, on several targets of every clip
+    adapted    the same with the speech encoder adapted by LoRA
     draft      KVSPN alone, the base model frozen
     export     fp16 weights, spoken test sets
 
@@ -20,7 +21,7 @@ from pathlib import Path
 from kvspn.training.export import export_model, export_speech
 from kvspn.training.prepare import make_data
 from kvspn.training.recipe import Recipe
-from kvspn.training.stages import train_base, train_decoder, train_draft, train_parent
+from kvspn.training.stages import adapt_encoder, train_base, train_draft, train_encoder, train_parent
 
 Log = Callable[[str], None]
 
@@ -32,7 +33,7 @@ def train_mini(folder: Path, recipe: Recipe | None = None, log: Log = print) -> 
     """
     recipe = recipe or Recipe()
     corpus = make_data(folder, recipe, log)
-    for stage in (train_parent, train_base, train_decoder, train_draft):
+    for stage in (train_encoder, train_parent, train_base, adapt_encoder, train_draft):
         log(stage.__name__.replace("_", " "))
         trained = stage(folder, recipe, corpus)
     export_model(trained, corpus, folder / "mini")

@@ -20,25 +20,28 @@ class Recipe:
 
     seed: int = 0
     clips_per_template: int = 160
-    vocab_size: int = 4000
+    vocab_size: int = 1500
     window_seconds: int = 6
     d_model: int = 192
     heads: int = 3
     ffn_dim: int = 768
+    init_std: float = 0.06  # about 1 / sqrt(d_model); Whisper's 0.02 is for wider models
     encoder_layers: int = 5
-    parent_decoder_layers: int = 8
-    decoder_layers: int = 6
+    parent_decoder_layers: int = 6
+    decoder_layers: int = 4
     text_encoder_layers: int = 6
-    max_target_positions: int = 96
+    kvspn_blocks: int = 2
+    max_target_positions: int = 128
     dropout: float = 0.0
-    ctc: float = 0.5
+    corruption: float = 0.7
     lora_rank: int = 32
     distillation: float = 1.0
-    parent: Stage = field(default_factory=lambda: Stage(4200, 32, 1.5e-3))
-    base: Stage = field(default_factory=lambda: Stage(3200, 32, 1e-3))
-    targets: int = 3
-    decoder: Stage = field(default_factory=lambda: Stage(1000, 32, 1e-3))
-    draft: Stage = field(default_factory=lambda: Stage(300, 32, 1e-3))
+    targets: int = 3  # of each clip
+    encoder: Stage = field(default_factory=lambda: Stage(4200, 32, 1.5e-3))
+    parent: Stage = field(default_factory=lambda: Stage(900, 64, 1.5e-3))
+    base: Stage = field(default_factory=lambda: Stage(2600, 32, 1.5e-3))
+    adapt: Stage = field(default_factory=lambda: Stage(200, 16, 3e-4))
+    draft: Stage = field(default_factory=lambda: Stage(700, 32, 1.5e-3))
 
     @property
     def window(self) -> int:

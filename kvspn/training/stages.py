@@ -1,8 +1,9 @@
-"""The training stages: parent, base and draft. Each saves its model and is skipped where that is there."""
+"""The training stages. Each saves its model in a folder and is skipped where that is there."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,46 +20,65 @@ from transformers import (
 
 from kvspn.models.configuration import WhisperM2MConfig
 from kvspn.models.conversion import convert_whisper, spread_layers
-from kvspn.models.modeling import SpeechEncoder, WhisperM2MForConditionalGeneration
+from kvspn.models.modeling import Decoder, SpeechEncoder, WhisperM2MForConditionalGeneration
 from kvspn.training.corpus import LANGUAGES
-from kvspn.training.data import IGNORE, ClipDataset, Collator, alphabet
+from kvspn.training.data import IGNORE, Collator, alphabet
 from kvspn.training.losses import accuracy, cross_entropy, ctc, distillation
 from kvspn.training.prepare import Corpus
 from kvspn.training.recipe import Recipe, Stage
+from kvspn.training.states import StateStore
 from kvspn.training.tokenizer import SPECIAL_TOKENS
 from kvspn.training.trainer import Batch, Losses, fit
 
 
+def train_encoder(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
+    """The speech encoder of a small Whisper, from nothing: CTC into the characters of six languages."""
+    result = folder / "encoder"
+    if (result / "config.json").exists():
+        return result
+    torch.manual_seed(recipe.seed)
+    encoder = SpeechEncoder(parent_config(recipe, corpus.tokenizer))
+    collators = _collators(recipe, corpus, targets=0)
+    encoder.ctc_head = nn.Linear(recipe.d_model, 1 + len(collators[0].alphabet))
+
+    def losses(encoder: SpeechEncoder, batch: Batch) -> dict[str, Tensor]:
+        characters = encoder.ctc_head(encoder(batch["input_features"]).last_hidden_state)
+        return {"ctc": ctc(characters, batch["feature_lengths"] // 2, batch["characters"])}
+
+    _run(encoder, folder / "encoder-checkpoints", recipe, recipe.encoder, collators, losses)
+    del encoder.ctc_head
+    encoder.save_pretrained(result)
+    return result
+
+
 def train_parent(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
-    """A small Whisper, from nothing, on transcription in all languages: cross-entropy + CTC."""
+    """A small Whisper: the encoder, frozen, and a decoder that learns to transcribe all languages."""
     result = folder / "parent"
     if (result / "config.json").exists():
         return result
     torch.manual_seed(recipe.seed)
     model = WhisperForConditionalGeneration(parent_config(recipe, corpus.tokenizer))
     model.generation_config = generation_config(corpus.tokenizer)
-    model.model.encoder = SpeechEncoder(
-        model.config
-    )  # the same weights; takes short windows, which train faster
-    collators = _collators(recipe, corpus, targets=0)
-    model.ctc_head = nn.Linear(recipe.d_model, 1 + len(collators[0].alphabet))
+    model.model.encoder = SpeechEncoder.from_pretrained(folder / "encoder")
+    model.model.decoder = Decoder(model.config)
+    model.tie_weights()
+    encoded = _encode(folder / "states", recipe, corpus, model.model.encoder)
 
     def losses(model: WhisperForConditionalGeneration, batch: Batch) -> dict[str, Tensor]:
-        out = model(input_features=batch["input_features"], decoder_input_ids=batch["decoder_input_ids"])
-        characters = model.ctc_head(out.encoder_last_hidden_state)
+        hidden = model.model.decoder(batch["decoder_input_ids"], batch["speech_states"], batch["speech_mask"])
+        logits = model.proj_out(hidden)
         return {
-            "transcription": cross_entropy(out.logits, batch["labels"], smoothing=0.05),
-            "ctc": recipe.ctc * ctc(characters, batch["feature_lengths"] // 2, batch["characters"]),
-            "_accuracy": accuracy(out.logits, batch["labels"]),
+            "transcription": cross_entropy(logits, batch["labels"], smoothing=0.05),
+            "_accuracy": accuracy(logits, batch["labels"]),
         }
 
+    collators = _collators(recipe, corpus, 0, encoded, recipe.corruption)
     _run(model, folder / "parent-checkpoints", recipe, recipe.parent, collators, losses)
-    del model.ctc_head
     return _save(model, corpus, result)
 
 
 def train_base(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
-    """The parent, pruned and with a text encoder, on all directions: ST + MT + distillation, LoRA encoder."""
+    """The parent, pruned and with a text encoder, on all directions: ST + MT + distillation."""
     result = folder / "base"
     if (result / "config.json").exists():
         return result
@@ -72,6 +92,20 @@ def train_base(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
         max_text_positions=recipe.max_target_positions,
         kvspn_blocks=0,
     )
+    encoded = _encode(folder / "states", recipe, corpus, model.model.encoder)
+    collators = _collators(recipe, corpus, recipe.targets, encoded, recipe.corruption)
+    losses = _translation_losses(recipe)
+    _run(model, folder / "base-checkpoints", recipe, recipe.base, collators, losses)
+    return _save(model, corpus, result)
+
+
+def adapt_encoder(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
+    """The same with the speech encoder in the loop, by LoRA."""
+    result = folder / "adapted"
+    if (result / "config.json").exists():
+        return result
+    torch.manual_seed(recipe.seed)
+    model = WhisperM2MForConditionalGeneration.from_pretrained(folder / "base")
     model.model.encoder.requires_grad_(False)
     lora = LoraModel(
         model.model.encoder,
@@ -82,24 +116,10 @@ def train_base(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
         ),
         "default",
     )
-
+    collators = _collators(recipe, corpus, recipe.targets, corruption=recipe.corruption)
     losses = _translation_losses(recipe)
-    _run(model, folder / "base-checkpoints", recipe, recipe.base, _collators(recipe, corpus), losses)
+    _run(model, folder / "adapted-checkpoints", recipe, recipe.adapt, collators, losses)
     lora.merge_and_unload()
-    return _save(model, corpus, result)
-
-
-def train_decoder(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
-    """The base model with its speech encoder frozen, which makes room for several targets of every clip."""
-    result = folder / "decoder"
-    if (result / "config.json").exists():
-        return result
-    torch.manual_seed(recipe.seed)
-    model = WhisperM2MForConditionalGeneration.from_pretrained(folder / "base")
-    model.model.encoder.requires_grad_(False)
-    collators = _collators(recipe, corpus, recipe.targets)
-    losses = _translation_losses(recipe)
-    _run(model, folder / "decoder-checkpoints", recipe, recipe.decoder, collators, losses)
     return _save(model, corpus, result)
 
 
@@ -108,16 +128,13 @@ def _translation_losses(recipe: Recipe) -> Losses:
 
     def losses(model: WhisperM2MForConditionalGeneration, batch: Batch) -> dict[str, Tensor]:
         inputs, labels = batch["decoder_input_ids"], batch["labels"]
-        targets = len(labels) // len(batch["input_features"])
 
-        def decode(states: Tensor, mask: Tensor | None = None) -> Tensor:
-            states = states.repeat_interleave(targets, 0)
-            mask = None if mask is None else mask.repeat_interleave(targets, 0)
+        def decode(states: Tensor, mask: Tensor | None) -> Tensor:
             return model(encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=inputs).logits
 
         mask = batch["attention_mask"]
         text = decode(model.encode(input_ids=batch["input_ids"], attention_mask=mask), mask)
-        speech = decode(model.encode(batch["input_features"]))
+        speech = decode(*_speech(model, batch))
         return {
             "speech": cross_entropy(speech, labels),
             "text": cross_entropy(text, labels),
@@ -129,14 +146,26 @@ def _translation_losses(recipe: Recipe) -> Losses:
     return losses
 
 
+def _speech(model: WhisperM2MForConditionalGeneration, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Encoder states [B, E, d] and their mask [B, E]: stored ones, or made of the features."""
+    if "speech_states" in batch:
+        return batch["speech_states"], batch["speech_mask"]
+    return model.encode(batch["input_features"]), None
+
+
 def train_draft(folder: Path, recipe: Recipe, corpus: Corpus, name: str = "draft", **kvspn: bool) -> Path:
     """KVSPN alone, on the frozen base model's distribution. `kvspn`: fields of the config, for ablations."""
     result = folder / name
     if (result / "config.json").exists():
         return result
     torch.manual_seed(recipe.seed)
-    base = WhisperM2MForConditionalGeneration.from_pretrained(folder / "decoder")
-    settings = base.config.to_dict() | {"kvspn_blocks": 3, "kvspn_ffn_dim": recipe.ffn_dim} | kvspn
+    base = WhisperM2MForConditionalGeneration.from_pretrained(folder / "adapted")
+    settings = base.config.to_dict() | kvspn
+    settings |= {
+        "kvspn_blocks": recipe.kvspn_blocks,
+        "kvspn_groups": recipe.kvspn_blocks,
+        "kvspn_ffn_dim": recipe.ffn_dim,
+    }
     model = WhisperM2MForConditionalGeneration(WhisperM2MConfig.from_dict(settings))
     model.load_state_dict(base.state_dict(), strict=False)
     model.generation_config = base.generation_config
@@ -148,9 +177,12 @@ def train_draft(folder: Path, recipe: Recipe, corpus: Corpus, name: str = "draft
 
     def losses(model: WhisperM2MForConditionalGeneration, batch: Batch) -> dict[str, Tensor]:
         model.model.eval()  # no dropout in the frozen base
-        with torch.no_grad():
-            states = model.encode(batch["input_features"])
-        base_logits, draft_logits = model.draft_logits(batch["decoder_input_ids"], states)
+        inputs = batch["decoder_input_ids"]
+        states, mask = (
+            each.repeat_interleave(len(inputs) // len(each), 0)
+            for each in (batch["speech_states"], batch["speech_mask"])
+        )
+        base_logits, draft_logits = model.draft_logits(inputs, states, mask)
         if draft.draft_ids is not None:
             base_logits = base_logits[..., draft.draft_ids]
         kept = batch["labels"][:, 1:]  # row 0 is the prompt's first token, from which nothing is drafted
@@ -161,12 +193,29 @@ def train_draft(folder: Path, recipe: Recipe, corpus: Corpus, name: str = "draft
             "_agreement": agreed[kept != IGNORE].float().mean(),
         }
 
-    _run(model, folder / f"{name}-checkpoints", recipe, recipe.draft, _collators(recipe, corpus), losses)
+    encoded = _encode(folder / "states-adapted", recipe, corpus, model.model.encoder)
+    collators = _collators(recipe, corpus, recipe.targets, encoded)
+    _run(model, folder / f"{name}-checkpoints", recipe, recipe.draft, collators, losses)
     return _save(model, corpus, result)
 
 
-def _collators(recipe: Recipe, corpus: Corpus, targets: int = 1) -> tuple[Collator, Collator]:
-    """For training and for the held-out set."""
+def _encode(folder: Path, recipe: Recipe, corpus: Corpus, encoder: SpeechEncoder) -> list[StateStore]:
+    """Freezes the encoder and stores its states, of the training and of the held-out clips."""
+    encoder.requires_grad_(False).eval()
+    return [
+        StateStore.build(folder / name, store, encoder, recipe.window, recipe.seed)
+        for name, store in (("train", corpus.store), ("held-out", corpus.held_out))
+    ]
+
+
+def _collators(
+    recipe: Recipe,
+    corpus: Corpus,
+    targets: int,
+    encoded: Sequence[StateStore | None] = (None, None),
+    corruption: float = 0.0,
+) -> tuple[Collator, Collator]:
+    """For training and for the held-out set, the decoder's input corrupted in the former alone."""
     classes = alphabet(corpus.split.train)
     training, held_out = (
         Collator(
@@ -177,10 +226,12 @@ def _collators(recipe: Recipe, corpus: Corpus, targets: int = 1) -> tuple[Collat
             recipe.window,
             targets,
             random.Random(recipe.seed),
+            states,
+            share,
         )
-        for store, sentences in (
-            (corpus.store, corpus.split.train),
-            (corpus.held_out, corpus.split.unseen),
+        for store, sentences, states, share in (
+            (corpus.store, corpus.split.train, encoded[0], corruption),
+            (corpus.held_out, corpus.split.unseen, encoded[1], 0.0),
         )
     )
     return training, held_out
@@ -195,21 +246,12 @@ def _run(
     losses: Losses,
 ) -> None:
     training, held_out = collators
-    clips = ClipDataset(held_out.store)
+    clips = held_out.dataset
     batches = [
         held_out([clips[i] for i in range(first, min(first + stage.batch, len(clips)))])
         for first in range(0, len(clips), stage.batch)
     ]
-    fit(
-        model,
-        folder,
-        ClipDataset(training.store),
-        training,
-        losses,
-        batches,
-        **asdict(stage),
-        seed=recipe.seed,
-    )
+    fit(model, folder, training.dataset, training, losses, batches, **asdict(stage), seed=recipe.seed)
 
 
 def _save(model: PreTrainedModel, corpus: Corpus, folder: Path) -> Path:
@@ -235,6 +277,8 @@ def parent_config(recipe: Recipe, tokenizer: WhisperTokenizer) -> WhisperConfig:
         max_source_positions=recipe.window // 2,
         max_target_positions=recipe.max_target_positions,
         dropout=recipe.dropout,
+        init_std=recipe.init_std,
+        encoder_output_positions=True,
         pad_token_id=eos,
         bos_token_id=eos,
         eos_token_id=eos,

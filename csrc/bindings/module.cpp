@@ -1,0 +1,177 @@
+// kvspn._native: the engine for Python. It takes any DLPack tensor on the CPU and imports nothing.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bindings/dlpack.h"
+#include "kvspn.h"
+
+namespace py = pybind11;
+
+namespace {
+
+void check(kvspn_status status) {
+    if (status == KVSPN_OK) return;
+    if (status == KVSPN_INVALID_ARGUMENT) throw py::value_error(kvspn_last_error());
+    if (status == KVSPN_OUT_OF_MEMORY) throw std::bad_alloc();
+    throw std::runtime_error(kvspn_last_error());
+}
+
+int32_t dtype_of(const std::string& name, DLDataType dtype) {
+    if (dtype.lanes == 1) {
+        if (dtype.code == 2 && dtype.bits == 32) return KVSPN_FP32;
+        if (dtype.code == 4 && dtype.bits == 16) return KVSPN_BF16;
+        if (dtype.code == 2 && dtype.bits == 16) return KVSPN_FP16;
+        if (dtype.code == 0 && dtype.bits == 8) return KVSPN_INT8;
+        if (dtype.code == 0 && dtype.bits == 32) return KVSPN_INT32;
+        if (dtype.code == 6 && dtype.bits == 8) return KVSPN_BOOL;
+    }
+    throw py::type_error(name + " must be fp32, bf16, fp16, int8, int32 or bool, got another dtype");
+}
+
+// A tensor of the caller; holds the capsule, which keeps its memory alive.
+class Tensor {
+  public:
+    Tensor(std::string name, const py::object& object) : name_(std::move(name)) {
+        if (!py::hasattr(object, "__dlpack__"))
+            throw py::type_error(name_ + " must be a tensor with __dlpack__, got " +
+                                 std::string(py::str(py::type::of(object).attr("__name__"))));
+        capsule_ = object.attr("__dlpack__")();
+        auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
+        if (!managed) throw py::error_already_set();
+        const DLTensor& from = managed->dl_tensor;
+        if (from.device.device_type != 1)
+            throw py::value_error(name_ + " must be on the CPU, got another device");
+        if (from.ndim > KVSPN_MAX_DIMS)
+            throw py::value_error(name_ + " must have at most 6 dimensions, got " +
+                                  std::to_string(from.ndim));
+        tensor_.name = name_.c_str();
+        tensor_.data = static_cast<char*>(from.data) + from.byte_offset;
+        tensor_.dtype = dtype_of(name_, from.dtype);
+        tensor_.ndim = from.ndim;
+        int64_t stride = 1;
+        for (int i = from.ndim - 1; i >= 0; --i) {
+            tensor_.shape[i] = from.shape[i];
+            tensor_.strides[i] = from.strides ? from.strides[i] : stride;
+            stride *= from.shape[i];
+        }
+    }
+    const kvspn_tensor& get() const { return tensor_; }
+
+  private:
+    std::string name_;
+    py::object capsule_;  // its own destructor calls the deleter, as it is never renamed
+    kvspn_tensor tensor_{};
+};
+
+using Tensors = std::vector<std::unique_ptr<Tensor>>;
+
+struct Free {
+    void operator()(kvspn_engine* engine) const { kvspn_engine_destroy(engine); }
+};
+
+class Engine {
+  public:
+    Engine(const py::dict& weights, int layers, int heads, int blocks, int groups, bool last_layer_only,
+           int threads) {
+        Tensors held;
+        std::vector<kvspn_tensor> tensors;
+        for (auto& [name, value] : weights) {
+            held.push_back(
+                std::make_unique<Tensor>(py::cast<std::string>(name), py::cast<py::object>(value)));
+            tensors.push_back(held.back()->get());
+        }
+        kvspn_engine_params params{sizeof params, layers, heads, blocks, groups, last_layer_only, threads};
+        kvspn_engine* engine = nullptr;
+        kvspn_status status;
+        {
+            py::gil_scoped_release release;
+            status = kvspn_engine_create(&params, tensors.data(), int32_t(tensors.size()), &engine);
+        }
+        check(status);
+        engine_.reset(engine);
+    }
+
+    void bind(const py::object& kv, const py::object& lengths, const py::object& tokens,
+              const py::object& finished, const py::object& stats, const py::object& cross_kv,
+              const py::object& cross_lengths) {
+        Tensors held;
+        auto add = [&](const char* name, const py::object& value) {
+            held.push_back(std::make_unique<Tensor>(name, value));
+            return held.back()->get();
+        };
+        kvspn_batch batch{sizeof batch,
+                          add("kv", kv),
+                          add("lengths", lengths),
+                          add("tokens", tokens),
+                          add("finished", finished),
+                          add("stats", stats),
+                          add("cross_kv", cross_kv),
+                          add("cross_lengths", cross_lengths)};
+        check(kvspn_engine_bind(engine_.get(), &batch));
+        batch_ = std::move(held);
+    }
+
+    void encode(int row, const py::object& states) {
+        Tensor tensor("states", states);
+        kvspn_status status;
+        {
+            py::gil_scoped_release release;
+            status = kvspn_engine_encode(engine_.get(), row, &tensor.get());
+        }
+        check(status);
+    }
+
+    void prefill(int row, int count) {
+        kvspn_status status;
+        {
+            py::gil_scoped_release release;
+            status = kvspn_engine_prefill(engine_.get(), row, count);
+        }
+        check(status);
+    }
+
+    void step(const py::object& mask, int k, int eos, int max_length, bool draft) {
+        std::unique_ptr<Tensor> held;
+        if (!mask.is_none()) {
+            held = std::make_unique<Tensor>("mask", mask);
+            const kvspn_tensor& t = held->get();
+            if (t.dtype != KVSPN_FP32 || t.ndim != 1 || (t.shape[0] > 1 && t.strides[0] != 1))
+                throw py::value_error("mask must be fp32 and contiguous, [V], got another tensor");
+        }
+        kvspn_step_params params{
+            sizeof params, held ? static_cast<const float*>(held->get().data) : nullptr, k, eos, max_length,
+            draft};
+        kvspn_status status;
+        {
+            py::gil_scoped_release release;
+            status = kvspn_engine_step(engine_.get(), &params);
+        }
+        check(status);
+    }
+
+  private:
+    Tensors batch_;  // outlives its use by the engine
+    std::unique_ptr<kvspn_engine, Free> engine_;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "kvspn's C++ engine; every tensor is taken through DLPack. See csrc/include/kvspn.h.";
+    m.def("instruction_set", [] { return std::string(kvspn_instruction_set()); });
+    m.attr("ABI_VERSION") = kvspn_abi_version();
+    py::class_<Engine>(m, "Engine")
+        .def(py::init<const py::dict&, int, int, int, int, bool, int>(), py::arg("weights"), py::kw_only(),
+             py::arg("layers"), py::arg("heads"), py::arg("blocks"), py::arg("groups"),
+             py::arg("last_layer_only"), py::arg("threads"))
+        .def("bind", &Engine::bind, py::kw_only(), py::arg("kv"), py::arg("lengths"), py::arg("tokens"),
+             py::arg("finished"), py::arg("stats"), py::arg("cross_kv"), py::arg("cross_lengths"))
+        .def("encode", &Engine::encode, py::arg("row"), py::arg("states"))
+        .def("prefill", &Engine::prefill, py::arg("row"), py::arg("count"))
+        .def("step", &Engine::step, py::arg("mask"), py::kw_only(), py::arg("k"), py::arg("eos"),
+             py::arg("max_length"), py::arg("draft"));
+}

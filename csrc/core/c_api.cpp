@@ -1,0 +1,95 @@
+#include <new>
+
+#include "core/engine.h"
+#include "core/error.h"
+
+struct kvspn_engine {
+    kvspn::Engine engine;
+};
+
+namespace {
+
+thread_local std::string last_error;
+
+// Runs `body`; what it throws becomes a status and a text.
+template <class Body>
+kvspn_status guard(Body body) noexcept {
+    try {
+        try {
+            body();
+            last_error.clear();
+            return KVSPN_OK;
+        } catch (const kvspn::InvalidArgument& error) {
+            last_error = error.what();
+            return KVSPN_INVALID_ARGUMENT;
+        } catch (const std::bad_alloc&) {
+            last_error = "out of memory";
+            return KVSPN_OUT_OF_MEMORY;
+        } catch (const std::exception& error) {
+            last_error = error.what();
+            return KVSPN_INTERNAL;
+        }
+    } catch (...) {  // no memory for the text
+        return KVSPN_OUT_OF_MEMORY;
+    }
+}
+
+template <class Params>
+void check_struct(const char* name, const Params* params) {
+    kvspn::require(params, name, " must be given, got a null pointer");
+    kvspn::require(params->struct_size == sizeof(Params), name, "->struct_size must be ", sizeof(Params),
+                   ", got ", params->struct_size);
+}
+
+kvspn::Engine& of(kvspn_engine* engine) {
+    kvspn::require(engine, "engine must be given, got a null pointer");
+    return engine->engine;
+}
+
+}  // namespace
+
+int32_t kvspn_abi_version(void) { return KVSPN_ABI_VERSION; }
+
+const char* kvspn_last_error(void) { return last_error.c_str(); }
+
+const char* kvspn_instruction_set(void) {
+    const char* name = "";
+    guard([&] { name = kvspn::select_kernels().name; });
+    return name;
+}
+
+kvspn_status kvspn_engine_create(const kvspn_engine_params* params, const kvspn_tensor* weights,
+                                 int32_t count, kvspn_engine** engine) {
+    return guard([&] {
+        check_struct("params", params);
+        kvspn::require(engine, "engine must be given, got a null pointer");
+        *engine = new kvspn_engine{{*params, weights, count}};
+    });
+}
+
+void kvspn_engine_destroy(kvspn_engine* engine) { delete engine; }
+
+kvspn_status kvspn_engine_bind(kvspn_engine* engine, const kvspn_batch* batch) {
+    return guard([&] {
+        check_struct("batch", batch);
+        of(engine).bind(*batch);
+    });
+}
+
+kvspn_status kvspn_engine_encode(kvspn_engine* engine, int32_t row, const kvspn_tensor* states) {
+    return guard([&] {
+        kvspn::require(states, "states must be given, got a null pointer");
+        of(engine).encode(row, *states);
+    });
+}
+
+kvspn_status kvspn_engine_prefill(kvspn_engine* engine, int32_t row, int32_t count) {
+    return guard([&] { of(engine).prefill(row, count); });
+}
+
+kvspn_status kvspn_engine_step(kvspn_engine* engine, const kvspn_step_params* params) {
+    return guard([&] {
+        check_struct("params", params);
+        of(engine).step(*params);
+    });
+}

@@ -1,0 +1,457 @@
+#include "core/engine.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/error.h"
+
+namespace kvspn {
+namespace {
+
+constexpr int kStrip = 64;  // logits that exist at a time, on each thread
+
+int thread_count(int threads) {
+    require(threads >= 0 && threads <= 1024, "threads must be 0 to 1024, got ", threads);
+    return threads ? threads : std::max(1u, std::thread::hardware_concurrency());
+}
+
+// The part of [0, count) that is a thread's, in whole quads.
+std::pair<int, int> share(int count, int thread, int threads) {
+    const int64_t quads = (count + 3) / 4;
+    return {int(std::min<int64_t>(count, quads * thread / threads * 4)),
+            int(std::min<int64_t>(count, quads * (thread + 1) / threads * 4))};
+}
+
+void check_contiguous(const std::string& name, const kvspn_tensor& tensor) {
+    int64_t stride = 1;
+    for (int i = tensor.ndim - 1; i >= 0; --i) {
+        require(tensor.shape[i] <= 1 || tensor.strides[i] == stride, name, " must be contiguous, got stride ",
+                tensor.strides[i], " in dimension ", i);
+        stride *= tensor.shape[i];
+    }
+}
+
+void store(Dtype dtype, void* out, int64_t index, float value) {
+    switch (dtype) {
+        case Dtype::bf16: {
+            uint32_t bits;
+            std::memcpy(&bits, &value, sizeof bits);
+            const bool nan = value != value;  // rounding must not turn it into an infinity
+            static_cast<uint16_t*>(out)[index] =
+                nan ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+            break;
+        }
+        case Dtype::fp16:
+            static_cast<_Float16*>(out)[index] = _Float16(value);
+            break;
+        default:
+            static_cast<float*>(out)[index] = value;
+    }
+}
+
+}  // namespace
+
+Engine::Engine(const kvspn_engine_params& params, const kvspn_tensor* weights, int count)
+    : weights_(params, weights, count), team_(thread_count(params.threads)), kernels_(select_kernels()) {
+    int wide = 3 * weights_.width, hidden = 0, attended = weights_.width;
+    for (const Layer& layer : weights_.layers) hidden = std::max(hidden, layer.fc1.outputs);
+    for (const Block& block : weights_.blocks) {
+        hidden = std::max(hidden, block.fc1.outputs);
+        for (const Matrix* q : {&block.kv_q, &block.cross_q}) {
+            wide = std::max(wide, q->outputs);
+            attended = std::max(attended, q->outputs);
+        }
+    }
+    width_stride_ = pad(weights_.width);
+    wide_stride_ = pad(std::max({wide, hidden, attended}));
+}
+
+void Engine::bind(const kvspn_batch& b) {
+    const int64_t layers = int64_t(weights_.layers.size()), heads = weights_.heads, width = weights_.head_dim;
+    check_tensor("kv", b.kv, {Dtype::fp32, Dtype::bf16, Dtype::fp16}, {layers, 2, -1, heads, -1, width});
+    const int64_t rows = b.kv.shape[2], capacity = b.kv.shape[4];
+    check_tensor("lengths", b.lengths, {Dtype::int32}, {rows});
+    check_tensor("tokens", b.tokens, {Dtype::int32}, {rows, -1});
+    check_tensor("finished", b.finished, {Dtype::boolean}, {rows});
+    check_tensor("stats", b.stats, {Dtype::int32}, {rows, 3});
+    check_tensor("cross_kv", b.cross_kv, {Dtype(b.kv.dtype)}, {layers, 2, rows, heads, -1, width});
+    check_tensor("cross_lengths", b.cross_lengths, {Dtype::int32}, {rows});
+    const int64_t cross = b.cross_kv.shape[4], tokens = b.tokens.shape[1];
+    for (int64_t size : {rows, capacity, cross, tokens})
+        require(size >= 1 && size < (1 << 24), "kv, cross_kv and tokens must have 1 to 2^24 rows, got ",
+                size);
+    for (auto& [name, tensor] : {std::pair<const char*, const kvspn_tensor*>{"kv", &b.kv},
+                                 {"lengths", &b.lengths},
+                                 {"tokens", &b.tokens},
+                                 {"finished", &b.finished},
+                                 {"stats", &b.stats},
+                                 {"cross_kv", &b.cross_kv},
+                                 {"cross_lengths", &b.cross_lengths}})
+        check_contiguous(name, *tensor);
+
+    const int64_t queries = std::max<int64_t>(kPrefillChunk, 2 * rows);
+    const int group = weights_.blocks.empty() ? 1 : int(layers) / weights_.groups;
+    const int scores = pad(int(std::max(capacity * group, cross) + int64_t(kLanes) * group));
+    const int threads = team_.size();
+    Memory x(queries * width_stride_ * sizeof(float)), wide(queries * wide_stride_ * sizeof(float)),
+        attended(queries * wide_stride_ * sizeof(float)), hidden(queries * wide_stride_ * sizeof(float)),
+        normed(threads * queries * width_stride_ * sizeof(float)),
+        score(size_t(threads) * kQueries * scores * sizeof(float)),
+        logits(threads * queries * kStrip * sizeof(float)), best(threads * queries * sizeof(Best)),
+        ids(queries * sizeof(int32_t)), drafts(rows * sizeof(int32_t));
+    slots_.resize(rows);
+    x_ = std::move(x), wide_ = std::move(wide), attended_ = std::move(attended), hidden_ = std::move(hidden);
+    normed_ = std::move(normed), scores_ = std::move(score), logits_ = std::move(logits),
+    best_ = std::move(best);
+    ids_ = std::move(ids), drafts_ = std::move(drafts);
+    scores_stride_ = scores;
+    batch_ = {Dtype(b.kv.dtype),
+              static_cast<char*>(b.kv.data),
+              static_cast<char*>(b.cross_kv.data),
+              static_cast<int32_t*>(b.lengths.data),
+              static_cast<int32_t*>(b.tokens.data),
+              static_cast<int32_t*>(b.stats.data),
+              static_cast<int32_t*>(b.cross_lengths.data),
+              static_cast<uint8_t*>(b.finished.data),
+              int(rows),
+              int(capacity),
+              int(cross),
+              int(tokens)};
+}
+
+void Engine::encode(int row, const kvspn_tensor& states) {
+    require(batch_.rows, "a batch must be bound first, got none");
+    require(row >= 0 && row < batch_.rows, "row must be 0 to ", batch_.rows - 1, ", got ", row);
+    check_tensor("states", states, {Dtype::fp32, Dtype::bf16, Dtype::fp16}, {-1, weights_.width});
+    const int count = int(std::min<int64_t>(states.shape[0], 1 << 24));
+    require(count >= 1 && count <= batch_.cross_capacity, "states must hold 1 to ", batch_.cross_capacity,
+            " positions, got ", states.shape[0]);
+    const int d = weights_.width, heads = weights_.heads, head_dim = weights_.head_dim;
+    Memory x(size_t(count) * width_stride_ * sizeof(float)), y(size_t(count) * 2 * d * sizeof(float));
+    read_rows(states, count, d, x.as<float>(), width_stride_);
+    for (size_t layer = 0; layer < weights_.layers.size(); ++layer) {
+        char* out = layer_kv(batch_.cross_kv, int(layer), batch_.cross_capacity);
+        team_.run([&](int thread) {
+            auto [first, last] = share(2 * d, thread, team_.size());
+            kernels_.linear(weights_.layers[layer].cross_kv, x.as<float>(), width_stride_, count, first, last,
+                            y.as<float>(), 2 * d, false);
+            for (int n = first; n < last; ++n) {  // [E, 2 * d] -> [2, B, H, E, D]
+                const int part = n / d, head = n % d / head_dim, column = n % head_dim;
+                const int64_t base =
+                    ((int64_t(part) * batch_.rows + row) * heads + head) * batch_.cross_capacity * head_dim +
+                    column;
+                for (int e = 0; e < count; ++e)
+                    store(batch_.dtype, out, base + int64_t(e) * head_dim,
+                          y.as<float>()[int64_t(e) * 2 * d + n]);
+            }
+        });
+    }
+    batch_.cross_lengths[row] = count;
+}
+
+void Engine::prefill(int row, int count) {
+    require(batch_.rows, "a batch must be bound first, got none");
+    require(row >= 0 && row < batch_.rows, "row must be 0 to ", batch_.rows - 1, ", got ", row);
+    const int limit = std::min({batch_.capacity, batch_.token_capacity, weights_.positions.count});
+    require(count >= 0 && count <= limit, "count must be 0 to ", limit, ", got ", count);
+    const int32_t* ids = batch_.tokens + int64_t(row) * batch_.token_capacity;
+    for (int i = 0; i < count; ++i)
+        require(ids[i] >= 0 && ids[i] < weights_.vocabulary, "tokens must be 0 to ", weights_.vocabulary - 1,
+                ", got ", ids[i]);
+    for (int first = 0; first < count; first += kPrefillChunk) {
+        const int queries = std::min(kPrefillChunk, count - first);
+        slots_[0] = {row, first, queries, 0};
+        slot_count_ = 1, rows_ = queries;
+        batch_.lengths[row] = first;
+        embed(ids + first);
+        team_.run([this](int thread) { base_pass(thread); });
+    }
+    batch_.lengths[row] = count;
+}
+
+void Engine::step(const kvspn_step_params& params) {
+    require(batch_.rows, "a batch must be bound first, got none");
+    require(params.k >= 1, "k must be at least 1, got ", params.k);
+    require(params.eos >= -1, "eos must be at least -1, got ", params.eos);
+    const int limit = std::min({batch_.capacity, batch_.token_capacity, weights_.positions.count});
+    require(params.max_length >= 1 && params.max_length <= limit, "max_length must be 1 to ", limit, ", got ",
+            params.max_length);
+    require(!params.draft || !weights_.blocks.empty(), "draft must be 0 without draft blocks, got 1");
+    slot_count_ = 0;
+    for (int row = 0; row < batch_.rows; ++row) {
+        if (batch_.finished[row]) continue;
+        const int position = batch_.lengths[row], cross = batch_.cross_lengths[row];
+        require(position >= 0 && position < params.max_length, "lengths[", row, "] must be 0 to ",
+                params.max_length - 1, ", got ", position);
+        require(cross >= 0 && cross <= batch_.cross_capacity, "cross_lengths[", row, "] must be 0 to ",
+                batch_.cross_capacity, ", got ", cross);
+        const int32_t newest = batch_.tokens[int64_t(row) * batch_.token_capacity + position];
+        require(newest >= 0 && newest < weights_.vocabulary, "tokens must be 0 to ", weights_.vocabulary - 1,
+                ", got ", newest);
+        slots_[slot_count_] = {row, position, 1, slot_count_};
+        ids_.as<int32_t>()[slot_count_++] = newest;
+    }
+    if (!slot_count_) return;
+    rows_ = slot_count_;
+    params_ = &params;
+    verify_drafts_ = false;
+    embed(ids_.as<int32_t>());
+    team_.run([this](int thread) {
+        if (params_->draft) {
+            propose(thread);
+            if (thread == 0) {
+                // Two queries a row, the newest token and its draft, unless the cache has no place for the
+                // latter.
+                for (int i = 0; i < slot_count_; ++i) drafts_.as<int32_t>()[i] = best_.as<Best>()[i].id;
+                int first = 0;
+                for (int i = 0; i < slot_count_; ++i) {
+                    Slot& slot = slots_[i];
+                    slot.first = first;
+                    slot.queries = slot.position + 1 < batch_.capacity ? 2 : 1;
+                    int32_t* ids = ids_.as<int32_t>() + first;
+                    ids[0] = batch_.tokens[int64_t(slot.row) * batch_.token_capacity + slot.position];
+                    if (slot.queries == 2) ids[1] = drafts_.as<int32_t>()[i];
+                    first += slot.queries;
+                }
+                rows_ = first;
+                verify_drafts_ = true;
+                embed(ids_.as<int32_t>());
+            }
+            team_.barrier();
+        }
+        base_pass(thread);
+        verify(thread, weights_.norm, weights_.head, nullptr);
+        if (thread == 0) accept();
+    });
+}
+
+// Tokens [rows] -> x: their embeddings and those of their positions.
+void Engine::embed(const int32_t* ids) {
+    for (int i = 0; i < slot_count_; ++i) {
+        for (int q = 0; q < slots_[i].queries; ++q) {
+            float* x = x_.as<float>() + int64_t(slots_[i].first + q) * width_stride_;
+            std::memset(x, 0, width_stride_ * sizeof(float));
+            weights_.tokens.add(ids[slots_[i].first + q], x);
+            // A draft past the last position is never emitted.
+            weights_.positions.add(std::min(slots_[i].position + q, weights_.positions.count - 1), x);
+        }
+    }
+}
+
+void Engine::base_pass(int thread) {
+    float *x = x_.as<float>(), *wide = wide_.as<float>(), *attended = attended_.as<float>(),
+          *hidden = hidden_.as<float>();
+    for (size_t i = 0; i < weights_.layers.size(); ++i) {
+        const Layer& layer = weights_.layers[i];
+        linear(thread, &layer.self_norm, x, layer.self_qkv, wide, false, false);
+        if (thread == 0) append(int(i));
+        team_.barrier();
+        attend(thread, layer_kv(batch_.kv, int(i), batch_.capacity), 1, batch_.lengths, batch_.capacity, true,
+               weights_.heads);
+        linear(thread, nullptr, attended, layer.self_out, x, false, true);
+        linear(thread, &layer.cross_norm, x, layer.cross_q, wide, false, false);
+        attend(thread, layer_kv(batch_.cross_kv, int(i), batch_.cross_capacity), 1, batch_.cross_lengths,
+               batch_.cross_capacity, false, weights_.heads);
+        linear(thread, nullptr, attended, layer.cross_out, x, false, true);
+        linear(thread, &layer.ffn_norm, x, layer.fc1, hidden, true, false);
+        linear(thread, nullptr, hidden, layer.fc2, x, false, true);
+    }
+}
+
+void Engine::propose(int thread) {
+    float *x = x_.as<float>(), *wide = wide_.as<float>(), *attended = attended_.as<float>(),
+          *hidden = hidden_.as<float>();
+    const int blocks = int(weights_.blocks.size()), size = int(weights_.layers.size()) / weights_.groups;
+    for (int i = 0; i < blocks; ++i) {
+        const Block& block = weights_.blocks[i];
+        const int end = (i * weights_.groups / blocks + 1) * size,
+                  count = weights_.last_layer_only ? 1 : size;
+        linear(thread, &block.kv_norm, x, block.kv_q, wide, false, false);
+        attend(thread, layer_kv(batch_.kv, end - count, batch_.capacity), count, batch_.lengths,
+               batch_.capacity, false, block.kv_q.outputs / weights_.head_dim);
+        linear(thread, nullptr, attended, block.kv_out, x, false, true);
+        if (block.cross) {
+            linear(thread, &block.cross_norm, x, block.cross_q, wide, false, false);
+            attend(thread, layer_kv(batch_.cross_kv, end - 1, batch_.cross_capacity), 1, batch_.cross_lengths,
+                   batch_.cross_capacity, false, block.cross_q.outputs / weights_.head_dim);
+            linear(thread, nullptr, attended, block.cross_out, x, false, true);
+        }
+        linear(thread, &block.ffn_norm, x, block.fc1, hidden, true, false);
+        linear(thread, nullptr, hidden, block.fc2, x, false, true);
+    }
+    verify(thread, weights_.draft_norm, weights_.draft_head, weights_.draft_ids);
+}
+
+// y = [LayerNorm ->] x W^T + b [-> GELU], or y += it: a share of the outputs on each thread, then a barrier.
+void Engine::linear(int thread, const Norm* norm, const float* x, const Matrix& matrix, float* y, bool gelu,
+                    bool accumulate) {
+    int64_t x_stride = norm ? width_stride_ : wide_stride_;
+    if (norm) {  // on every thread, which is cheaper than to wait for one
+        float* normed =
+            normed_.as<float>() + int64_t(thread) * std::max(kPrefillChunk, 2 * batch_.rows) * width_stride_;
+        for (int r = 0; r < rows_; ++r)
+            kernels_.layer_norm(x + r * x_stride, norm->weight, norm->bias, weights_.width,
+                                normed + r * x_stride);
+        x = normed;
+    }
+    const int64_t y_stride = accumulate ? width_stride_ : wide_stride_;
+    auto [first, last] = share(matrix.outputs, thread, team_.size());
+    kernels_.linear(matrix, x, x_stride, rows_, first, last, y, y_stride, accumulate);
+    if (gelu)
+        for (int r = 0; r < rows_; ++r) kernels_.gelu(y + r * y_stride + first, last - first);
+    team_.barrier();
+}
+
+// Keys and values of the rows of x go to their positions in one layer's cache.
+void Engine::append(int layer) {
+    const int d = weights_.width, head_dim = weights_.head_dim;
+    char* kv = layer_kv(batch_.kv, layer, batch_.capacity);
+    for (int i = 0; i < slot_count_; ++i) {
+        const Slot& slot = slots_[i];
+        for (int q = 0; q < slot.queries; ++q) {
+            const float* from = wide_.as<float>() + int64_t(slot.first + q) * wide_stride_ + d;
+            for (int n = 0; n < 2 * d; ++n) {
+                const int64_t plane =
+                    (int64_t(n / d) * batch_.rows + slot.row) * weights_.heads + n % d / head_dim;
+                store(batch_.dtype, kv,
+                      (plane * batch_.capacity + slot.position + q) * head_dim + n % head_dim, from[n]);
+            }
+        }
+    }
+}
+
+// Queries in `wide_` -> `attended_`; (row, head) pairs are dealt out to the threads, then a barrier.
+void Engine::attend(int thread, const char* kv, int layers, const int32_t* lengths, int capacity, bool causal,
+                    int query_heads) {
+    const int head_dim = weights_.head_dim, heads = weights_.heads, shared = query_heads / heads;
+    const size_t size = size_of(batch_.dtype);
+    const int64_t plane = int64_t(capacity) * head_dim, values = int64_t(batch_.rows) * heads * plane;
+    float* scores = scores_.as<float>() + int64_t(thread) * kQueries * scores_stride_;
+    for (int task = thread; task < slot_count_ * query_heads; task += team_.size()) {
+        const Slot& slot = slots_[task / query_heads];
+        const int query_head = task % query_heads, head = query_head / shared;
+        const char* keys = kv + (int64_t(slot.row) * heads + head) * plane * size;
+        for (int first = 0; first < slot.queries; first += kQueries) {
+            Attention a;
+            a.dtype = batch_.dtype;
+            a.keys = keys;
+            a.values = keys + values * size;
+            a.layer_stride = 2 * values;
+            a.layers = layers;
+            a.width = head_dim;
+            a.queries = std::min(kQueries, slot.queries - first);
+            a.scores = scores;
+            for (int q = 0; q < a.queries; ++q) {
+                const int64_t row = int64_t(slot.first + first + q) * wide_stride_ + query_head * head_dim;
+                a.lengths[q] = causal ? slot.position + first + q + 1 : lengths[slot.row];
+                a.q[q] = wide_.as<float>() + row;
+                a.out[q] = attended_.as<float>() + row;
+            }
+            kernels_.attend(a);
+        }
+    }
+    team_.barrier();
+}
+
+// Logits strip by strip -> best_[row]: the argmax and the rank of the draft that the row judges.
+void Engine::verify(int thread, const Norm& norm, const Matrix& head, const int32_t* ids) {
+    const int threads = team_.size(), most = std::max(kPrefillChunk, 2 * batch_.rows);
+    float* normed = normed_.as<float>() + int64_t(thread) * most * width_stride_;
+    float* logits = logits_.as<float>() + int64_t(thread) * most * kStrip;
+    Best* best = best_.as<Best>() + int64_t(thread) * most;
+    const float* mask = params_->mask;
+    auto masked = [&](float logit, int n) {
+        if (mask) logit += mask[ids ? ids[n] : n];
+        return logit == logit ? logit : -HUGE_VALF;
+    };
+    for (int r = 0; r < rows_; ++r) {
+        kernels_.layer_norm(x_.as<float>() + int64_t(r) * width_stride_, norm.weight, norm.bias,
+                            weights_.width, normed + int64_t(r) * width_stride_);
+        best[r] = {-HUGE_VALF, -HUGE_VALF, -1, 0};
+    }
+    // The drafts' own logits come first, so that one reading of the head tells argmax and rank.
+    auto draft_of = [&](int i, int q) {
+        return verify_drafts_ && q + 1 < slots_[i].queries ? drafts_.as<int32_t>()[i] : -1;
+    };
+    for (int i = 0; i < slot_count_; ++i) {
+        const int draft = draft_of(i, 0), r = slots_[i].first;
+        if (draft < 0) continue;
+        float logit;
+        kernels_.linear(head, normed + int64_t(r) * width_stride_, width_stride_, 1, draft, draft + 1,
+                        &logit - draft, 1, false);
+        best[r].draft_value = masked(logit, draft);
+    }
+    auto [first, last] = share(head.outputs, thread, threads);
+    for (int from = first; from < last; from += kStrip) {
+        const int to = std::min(from + kStrip, last);
+        kernels_.linear(head, normed, width_stride_, rows_, from, to, logits - from, kStrip, false);
+        for (int i = 0; i < slot_count_; ++i) {
+            for (int q = 0; q < slots_[i].queries; ++q) {
+                const int r = slots_[i].first + q;
+                const int draft = draft_of(i, q);
+                for (int n = from; n < to; ++n) {
+                    const float value = masked(logits[int64_t(r) * kStrip + n - from], n);
+                    if (value > best[r].value || best[r].id < 0) best[r].value = value, best[r].id = n;
+                    if (draft >= 0 &&
+                        (value > best[r].draft_value || (value == best[r].draft_value && n < draft)))
+                        ++best[r].above;
+                }
+            }
+        }
+    }
+    team_.barrier();
+    if (thread == 0) {
+        Best* result = best_.as<Best>();
+        for (int r = 0; r < rows_; ++r) {
+            for (int t = 1; t < threads; ++t) {
+                const Best& other = best_.as<Best>()[int64_t(t) * most + r];
+                result[r].above += other.above;
+                if (other.id >= 0 && (result[r].id < 0 || other.value > result[r].value)) {
+                    result[r].value = other.value;
+                    result[r].id = other.id;
+                }
+            }
+            if (ids) result[r].id = ids[result[r].id];
+        }
+    }
+    team_.barrier();
+}
+
+// Per row: the draft if it stands, the next token, stops and statistics; lengths alone roll back the rest.
+void Engine::accept() {
+    for (int i = 0; i < slot_count_; ++i) {
+        const Slot& slot = slots_[i];
+        const Best* best = best_.as<Best>() + slot.first;
+        const bool accepted = slot.queries == 2 && best[0].above < params_->k;
+        int32_t emitted[2] = {best[0].id, 0};
+        int count = 1, drafts = 0;
+        if (accepted) {
+            emitted[0] = drafts_.as<int32_t>()[i];
+            emitted[1] = best[1].id;
+            count = 2;
+            drafts = 1;
+        }
+        count = std::min(count, std::max(params_->max_length - slot.position - 1, 0));
+        bool ended = false;
+        for (int n = 0; n < count; ++n) {
+            if (emitted[n] != params_->eos) continue;
+            count = n + 1;
+            ended = true;
+        }
+        int32_t* tokens = batch_.tokens + int64_t(slot.row) * batch_.token_capacity + slot.position + 1;
+        for (int n = 0; n < count; ++n) tokens[n] = emitted[n];
+        batch_.lengths[slot.row] += count;
+        batch_.finished[slot.row] = ended || slot.position + 1 + count >= params_->max_length;
+        int32_t* stats = batch_.stats + 3 * int64_t(slot.row);
+        stats[0] += 1;
+        stats[1] += params_->draft ? 1 : 0;
+        stats[2] += std::min(drafts, count);
+    }
+}
+
+char* Engine::layer_kv(char* kv, int layer, int capacity) const {
+    const int64_t elements = int64_t(2) * batch_.rows * weights_.heads * capacity * weights_.head_dim;
+    return kv + layer * elements * int64_t(size_of(batch_.dtype));
+}
+
+}  // namespace kvspn

@@ -1,0 +1,67 @@
+// The decoder step on the CPU: one function that every thread of a team runs, phase after phase.
+#pragma once
+
+#include "core/memory.h"
+#include "core/team.h"
+#include "core/weights.h"
+#include "kvspn.h"
+
+namespace kvspn {
+
+constexpr int kPrefillChunk = 16;  // query tokens of one pass
+
+class Engine {
+  public:
+    Engine(const kvspn_engine_params& params, const kvspn_tensor* weights, int count);
+
+    void bind(const kvspn_batch& batch);
+    void encode(int row, const kvspn_tensor& states);
+    void prefill(int row, int count);
+    void step(const kvspn_step_params& params);
+
+  private:
+    // `queries` tokens of batch row `row` in one pass, the first at `position`; rows of x from `first`.
+    struct Slot {
+        int row, position, queries, first;
+    };
+    struct Best {
+        float value, draft_value;
+        int32_t id;
+        int32_t above;  // tokens in front of the draft
+    };
+    struct Batch {
+        Dtype dtype;
+        char *kv, *cross_kv;
+        int32_t *lengths, *tokens, *stats, *cross_lengths;
+        uint8_t* finished;
+        int rows, capacity, cross_capacity, token_capacity;
+    };
+
+    void base_pass(int thread);
+    void propose(int thread);
+    void verify(int thread, const Norm& norm, const Matrix& head, const int32_t* ids);
+    void accept();
+
+    void linear(int thread, const Norm* norm, const float* x, const Matrix& matrix, float* y, bool gelu,
+                bool accumulate);
+    void append(int layer);
+    void attend(int thread, const char* kv, int layers, const int32_t* lengths, int capacity, bool causal,
+                int query_heads);
+    void embed(const int32_t* ids);
+    char* layer_kv(char* kv, int layer, int capacity) const;
+
+    Weights weights_;
+    Team team_;
+    const Kernels& kernels_;
+    Batch batch_{};
+    const kvspn_step_params* params_ = nullptr;
+
+    std::vector<Slot> slots_;
+    int slot_count_ = 0, rows_ = 0;  // of the present pass
+    bool verify_drafts_ = false;
+    int width_stride_, wide_stride_, scores_stride_ = 0;  // floats
+    Memory x_, wide_, attended_, hidden_, normed_, scores_, logits_, best_;
+    Memory ids_, drafts_;  // int32, of every row of x and of every slot
+};
+
+}  // namespace kvspn

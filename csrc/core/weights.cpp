@@ -1,0 +1,267 @@
+#include "core/weights.h"
+
+#include <cmath>
+
+#include "core/error.h"
+
+namespace kvspn {
+namespace {
+
+const char* kNames[] = {"fp32", "bf16", "fp16", "int8", "int32", "bool"};
+
+float bf16_to_float(uint16_t bits) {
+    uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+float element(const kvspn_tensor& tensor, int64_t index) {
+    switch (Dtype(tensor.dtype)) {
+        case Dtype::bf16:
+            return bf16_to_float(static_cast<const uint16_t*>(tensor.data)[index]);
+        case Dtype::fp16:
+            return float(static_cast<const _Float16*>(tensor.data)[index]);
+        case Dtype::int8:
+            return static_cast<const int8_t*>(tensor.data)[index];
+        default:
+            return static_cast<const float*>(tensor.data)[index];
+    }
+}
+
+std::string describe(const int64_t* sizes, size_t count) {
+    std::string text = "[";
+    for (size_t i = 0; i < count; ++i)
+        text += (i ? ", " : "") + (sizes[i] < 0 ? std::string("any") : std::to_string(sizes[i]));
+    return text + "]";
+}
+
+}  // namespace
+
+size_t size_of(Dtype dtype) {
+    switch (dtype) {
+        case Dtype::fp32:
+        case Dtype::int32:
+            return 4;
+        case Dtype::bf16:
+        case Dtype::fp16:
+            return 2;
+        default:
+            return 1;
+    }
+}
+
+void check_tensor(const std::string& name, const kvspn_tensor& tensor, std::initializer_list<Dtype> dtypes,
+                  std::initializer_list<int64_t> shape) {
+    bool known = false;
+    std::string wanted;
+    for (Dtype dtype : dtypes) {
+        known |= tensor.dtype == int(dtype);
+        wanted += (wanted.empty() ? "" : " or ") + std::string(kNames[int(dtype)]);
+    }
+    bool named = tensor.dtype >= 0 && tensor.dtype < 6;
+    require(known, name, " must be ", wanted, ", got ", named ? kNames[tensor.dtype] : "an unknown dtype");
+    bool fits = tensor.ndim == int(shape.size());
+    for (size_t i = 0; fits && i < shape.size(); ++i)
+        fits = tensor.shape[i] >= 0 && (shape.begin()[i] < 0 || tensor.shape[i] == shape.begin()[i]);
+    bool countable = tensor.ndim >= 0 && tensor.ndim <= KVSPN_MAX_DIMS;
+    require(fits, name, " must have shape ", describe(shape.begin(), shape.size()), ", got ",
+            countable ? describe(tensor.shape, tensor.ndim) : "too many dimensions");
+    int64_t elements = 1;
+    for (size_t i = 0; i < shape.size(); ++i) elements *= tensor.shape[i];
+    require(tensor.data || !elements, name, " must have data, got a null pointer");
+}
+
+void read_rows(const kvspn_tensor& tensor, int64_t rows, int64_t columns, float* out, int64_t stride) {
+    const int64_t last = tensor.strides[tensor.ndim - 1];
+    const int64_t step = tensor.ndim > 1 ? tensor.strides[tensor.ndim - 2] : 0;
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < columns; ++c) out[r * stride + c] = element(tensor, r * step + c * last);
+}
+
+void Table::add(int row, float* x) const {
+    const int64_t first = int64_t(row) * width;
+    for (int c = 0; c < width; ++c) {
+        switch (dtype) {
+            case Dtype::bf16:
+                x[c] += bf16_to_float(static_cast<const uint16_t*>(rows)[first + c]);
+                break;
+            case Dtype::fp16:
+                x[c] += float(static_cast<const _Float16*>(rows)[first + c]);
+                break;
+            default:
+                x[c] += static_cast<const float*>(rows)[first + c];
+        }
+    }
+}
+
+Weights::Weights(const kvspn_engine_params& params, const kvspn_tensor* tensors, int count)
+    : heads(params.heads), groups(params.groups), last_layer_only(params.last_layer_only) {
+    require(params.layers >= 1, "layers must be at least 1, got ", params.layers);
+    require(params.heads >= 1, "heads must be at least 1, got ", params.heads);
+    require(params.blocks >= 0, "blocks must be at least 0, got ", params.blocks);
+    if (params.blocks) {
+        require(groups >= 1 && params.layers % groups == 0 && params.blocks % groups == 0,
+                "groups must divide the layers and the blocks, got ", groups);
+    }
+    require(count >= 0 && (tensors || !count), "weights must be ", count, " tensors, got a null pointer");
+    for (int i = 0; i < count; ++i) {
+        require(tensors[i].name, "weights[", i, "] must have a name, got a null pointer");
+        tensors_[tensors[i].name] = &tensors[i];
+    }
+    tokens = read_table("embed_tokens");
+    positions = read_table("embed_positions");
+    width = tokens.width;
+    vocabulary = tokens.count;
+    require(positions.width == width, "embed_positions must be ", width, " wide, got ", positions.width);
+    require(width % heads == 0, "embed_tokens must be a multiple of ", heads, " heads wide, got ", width);
+    head_dim = width / heads;
+    const int d = width;
+    for (int i = 0; i < params.layers; ++i) {
+        const std::string name = "layers." + std::to_string(i) + ".";
+        Layer layer;
+        layer.self_norm = read_norm(name + "self_norm");
+        layer.self_qkv = read_matrix(name + "self_qkv", 3 * d, d);
+        layer.self_out = read_matrix(name + "self_out", d, d);
+        layer.cross_norm = read_norm(name + "cross_norm");
+        layer.cross_q = read_matrix(name + "cross_q", d, d);
+        layer.cross_kv = read_matrix(name + "cross_kv", 2 * d, d);
+        layer.cross_out = read_matrix(name + "cross_out", d, d);
+        layer.ffn_norm = read_norm(name + "ffn_norm");
+        const int ffn = rows_of(name + "fc1");
+        layer.fc1 = read_matrix(name + "fc1", ffn, d);
+        layer.fc2 = read_matrix(name + "fc2", d, ffn);
+        layers.push_back(layer);
+    }
+    norm = read_norm("norm");
+    head = read_matrix("head", vocabulary, d);
+    for (int i = 0; i < params.blocks; ++i) {
+        const std::string name = "blocks." + std::to_string(i) + ".";
+        Block block;
+        block.kv_norm = read_norm(name + "kv_norm");
+        const int query = rows_of(name + "kv_q");
+        require(query && query % d == 0, name, "kv_q must have a multiple of ", d, " outputs, got ", query);
+        block.kv_q = read_matrix(name + "kv_q", query, d);
+        block.kv_out = read_matrix(name + "kv_out", d, query);
+        block.cross = find(name + "cross_q.weight");
+        if (block.cross) {
+            const int cross = rows_of(name + "cross_q");
+            require(cross && cross % d == 0, name, "cross_q must have a multiple of ", d, " outputs, got ",
+                    cross);
+            block.cross_norm = read_norm(name + "cross_norm");
+            block.cross_q = read_matrix(name + "cross_q", cross, d);
+            block.cross_out = read_matrix(name + "cross_out", d, cross);
+        }
+        block.ffn_norm = read_norm(name + "ffn_norm");
+        const int ffn = rows_of(name + "fc1");
+        block.fc1 = read_matrix(name + "fc1", ffn, d);
+        block.fc2 = read_matrix(name + "fc2", d, ffn);
+        blocks.push_back(block);
+    }
+    if (params.blocks) {
+        draft_norm = read_norm("draft_norm");
+        draft_head = head;
+        if (find("draft_head.weight")) {
+            const kvspn_tensor* ids = find("draft_ids");
+            draft_head = read_matrix("draft_head", ids ? rows_of("draft_head") : vocabulary, d);
+            if (ids) {
+                check_tensor("draft_ids", *ids, {Dtype::int32}, {draft_head.outputs});
+                Memory memory(draft_head.outputs * sizeof(int32_t));
+                for (int i = 0; i < draft_head.outputs; ++i) {
+                    const int32_t id = static_cast<const int32_t*>(ids->data)[i * ids->strides[0]];
+                    require(id >= 0 && id < vocabulary, "draft_ids must be tokens, got ", id);
+                    memory.as<int32_t>()[i] = id;
+                }
+                draft_ids = memory.as<int32_t>();
+                memory_.push_back(std::move(memory));
+            }
+        }
+    }
+    tensors_.clear();
+}
+
+const kvspn_tensor* Weights::find(const std::string& name) const {
+    auto found = tensors_.find(name);
+    return found == tensors_.end() ? nullptr : found->second;
+}
+
+int Weights::rows_of(const std::string& name) const {
+    const kvspn_tensor* tensor = find(name + ".weight");
+    require(tensor, name, ".weight must be among the weights, got nothing");
+    require(tensor->ndim == 2 && tensor->shape[0] > 0 && tensor->shape[0] < (1 << 30), name,
+            ".weight must be a matrix, got another shape");
+    return int(tensor->shape[0]);
+}
+
+const kvspn_tensor& Weights::get(const std::string& name, std::initializer_list<int64_t> shape) const {
+    const kvspn_tensor* tensor = find(name);
+    require(tensor, name, " must be among the weights, got nothing");
+    check_tensor(name, *tensor, {Dtype::fp32, Dtype::bf16, Dtype::fp16}, shape);
+    return *tensor;
+}
+
+const float* Weights::vector(const std::string& name, int size) {
+    const kvspn_tensor& tensor = get(name, {size});
+    Memory memory(size * sizeof(float));
+    read_rows(tensor, 1, size, memory.as<float>(), 0);
+    memory_.push_back(std::move(memory));
+    return memory_.back().as<float>();
+}
+
+Norm Weights::read_norm(const std::string& name) {
+    return {vector(name + ".weight", width), vector(name + ".bias", width)};
+}
+
+Matrix Weights::read_matrix(const std::string& name, int outputs, int columns) {
+    const kvspn_tensor* tensor = find(name + ".weight");
+    require(tensor, name, ".weight must be among the weights, got nothing");
+    check_tensor(name + ".weight", *tensor, {Dtype::fp32, Dtype::bf16, Dtype::fp16, Dtype::int8},
+                 {outputs, columns});
+    Matrix matrix;
+    matrix.dtype = Dtype(tensor->dtype);
+    matrix.outputs = outputs;
+    matrix.columns = pad(columns);
+    if (find(name + ".bias")) matrix.bias = vector(name + ".bias", outputs);
+    const bool scaled = find(name + ".scale");
+    require(scaled == (matrix.dtype == Dtype::int8), name,
+            ".scale must be given with an int8 weight alone, got ", scaled ? "one" : "none");
+    if (scaled) matrix.scale = vector(name + ".scale", outputs);
+    const size_t size = size_of(matrix.dtype);
+    Memory memory(size_t(outputs) * matrix.columns * size);
+    const char* source = static_cast<const char*>(tensor->data);
+    for (int64_t row = 0; row < outputs; ++row) {
+        char* out = memory.as<char>() + row * matrix.columns * size;
+        for (int64_t c = 0; c < columns; ++c) {
+            // bf16: columns c and c + 16 of a block side by side.
+            const int64_t in_block = c % kBlock;
+            const int64_t place =
+                matrix.dtype == Dtype::bf16 ? c - in_block + in_block % kLanes * 2 + in_block / kLanes : c;
+            const int64_t from = row * tensor->strides[0] + c * tensor->strides[1];
+            std::memcpy(out + place * size, source + from * int64_t(size), size);
+        }
+    }
+    matrix.weight = memory.as<void>();
+    memory_.push_back(std::move(memory));
+    return matrix;
+}
+
+Table Weights::read_table(const std::string& name) {
+    const kvspn_tensor& tensor = get(name, {-1, -1});
+    require(tensor.shape[0] >= 1 && tensor.shape[1] >= 1 && tensor.shape[0] < (1 << 30) &&
+                tensor.shape[1] < (1 << 20),
+            name, " must not be empty, got ", tensor.shape[0], " x ", tensor.shape[1]);
+    Table table{Dtype(tensor.dtype), nullptr, int(tensor.shape[0]), int(tensor.shape[1])};
+    const size_t size = size_of(table.dtype);
+    Memory memory(size_t(table.count) * table.width * size);
+    for (int64_t row = 0; row < table.count; ++row)
+        for (int64_t c = 0; c < table.width; ++c)
+            std::memcpy(memory.as<char>() + (row * table.width + c) * size,
+                        static_cast<const char*>(tensor.data) +
+                            (row * tensor.strides[0] + c * tensor.strides[1]) * int64_t(size),
+                        size);
+    table.rows = memory.as<void>();
+    memory_.push_back(std::move(memory));
+    return table;
+}
+
+}  // namespace kvspn

@@ -1,0 +1,3 @@
+#define KVSPN_KERNELS portable_kernels
+#define KVSPN_KERNELS_NAME "portable"
+#include "cpu/vector_kernels.h"

@@ -1,0 +1,36 @@
+#include <cstdlib>
+#include <cstring>
+
+#include "core/error.h"
+#include "cpu/kernels.h"
+
+namespace kvspn {
+namespace {
+
+bool supported(const Kernels& kernels) {
+#if defined(__x86_64__)
+    if (&kernels == &avx512_kernels) {
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    }
+    if (&kernels == &avx2_kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return &kernels == &portable_kernels;
+}
+
+}  // namespace
+
+const Kernels& select_kernels() {
+    const char* name = std::getenv("KVSPN_CPU");
+    if (name && !*name) name = nullptr;
+    for (const Kernels* kernels : {&avx512_kernels, &avx2_kernels, &portable_kernels}) {
+        if (name ? !std::strcmp(name, kernels->name) : supported(*kernels)) {
+            require(supported(*kernels), "KVSPN_CPU must be an instruction set of this machine, got ", name);
+            return *kernels;
+        }
+    }
+    require(false, "KVSPN_CPU must be avx512, avx2 or portable, got ", name);
+    return portable_kernels;
+}
+
+}  // namespace kvspn

@@ -1,0 +1,352 @@
+// The kernels in vectors of 16 floats, which the compiler splits where an instruction set's are shorter; so a
+// sum has one order on all of them. Each including file compiles this with its own flags and defines
+// KVSPN_KERNELS, the name of its table. No standard container or inline function may be used: the linker
+// would take one copy of it for all instruction sets.
+
+#include "cpu/kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+namespace kvspn {
+namespace {
+
+typedef float Vec __attribute__((vector_size(64)));
+typedef int32_t IVec __attribute__((vector_size(64)));
+typedef uint32_t UVec __attribute__((vector_size(64)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
+typedef uint16_t Shorts __attribute__((vector_size(32)));
+typedef _Float16 Halves __attribute__((vector_size(32)));
+
+struct Bf16 {
+    uint16_t bits;
+};
+
+#define INLINE inline __attribute__((always_inline))
+
+template <class V>
+INLINE V load(const void* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+INLINE Vec fill(float x) { return Vec{} + x; }
+INLINE Vec select(IVec where, Vec a, Vec b) { return (Vec)((where & (IVec)a) | (~where & (IVec)b)); }
+INLINE Vec larger(Vec a, Vec b) { return select(a > b, a, b); }
+
+// a * b + c, rounded once where the instruction set can. Written out, since a compiler that fuses as it likes
+// does not do so alike for every number of rows.
+INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    struct Halves256 {
+        __m256 low, high;
+    } x, y, z;
+    __builtin_memcpy(&x, &a, sizeof a);
+    __builtin_memcpy(&y, &b, sizeof b);
+    __builtin_memcpy(&z, &c, sizeof c);
+    z = {_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high)};
+    __builtin_memcpy(&c, &z, sizeof c);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE float sum(Vec v) {
+    v += __builtin_shuffle(v, IVec{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+    v += __builtin_shuffle(v, IVec{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+    return (v[0] + v[2]) + (v[1] + v[3]);
+}
+
+// Element i of the result is the sum of v[i].
+INLINE Vec sums(const Vec* v) {
+    Vec a[8];
+    for (int i = 0; i < 8; ++i) {
+        a[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1],
+                                 IVec{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}) +
+               __builtin_shuffle(v[2 * i], v[2 * i + 1],
+                                 IVec{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31});
+    }
+    for (int i = 0; i < 4; ++i) {
+        a[i] = __builtin_shuffle(a[2 * i], a[2 * i + 1],
+                                 IVec{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29}) +
+               __builtin_shuffle(a[2 * i], a[2 * i + 1],
+                                 IVec{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
+    }
+    for (int i = 0; i < 2; ++i) {
+        a[i] = __builtin_shuffle(a[2 * i], a[2 * i + 1],
+                                 IVec{0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27}) +
+               __builtin_shuffle(a[2 * i], a[2 * i + 1],
+                                 IVec{4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31});
+    }
+    return __builtin_shuffle(a[0], a[1], IVec{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}) +
+           __builtin_shuffle(a[0], a[1], IVec{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
+}
+
+// e^x; 0 under -87. After Cephes' expf; relative error under 2e-7.
+INLINE Vec exponential(Vec x) {
+    Vec bounded = larger(x, fill(-87.0f));
+    Vec n = (bounded * 1.44269504f + 12582912.0f) - 12582912.0f;
+    Vec r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+    Vec p = fill(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    IVec power = (__builtin_convertvector(n, IVec) + 127) << 23;
+    return select(x < -87.0f, fill(0.0f), p * (Vec)power);
+}
+
+// Two vectors: one block of a matrix's row.
+INLINE void load_block(const float* p, Vec& low, Vec& high) {
+    low = load<Vec>(p);
+    high = load<Vec>(p + kLanes);
+}
+INLINE void load_block(const Bf16* p, Vec& low, Vec& high) {
+    UVec both = load<UVec>(p);
+    low = (Vec)(both << 16);
+    high = (Vec)(both & 0xffff0000u);
+}
+INLINE void load_block(const _Float16* p, Vec& low, Vec& high) {
+    low = __builtin_convertvector(load<Halves>(p), Vec);
+    high = __builtin_convertvector(load<Halves>(p + kLanes), Vec);
+}
+INLINE void load_block(const int8_t* p, Vec& low, Vec& high) {
+    low = __builtin_convertvector(load<Bytes>(p), Vec);
+    high = __builtin_convertvector(load<Bytes>(p + kLanes), Vec);
+}
+
+template <class W, int Outputs, int Rows>
+INLINE void tile(const Matrix& m, const float* x, int64_t x_stride, int output, float* y, int64_t y_stride,
+                 bool accumulate) {
+    const W* weight = (const W*)m.weight + (int64_t)output * m.columns;
+    Vec acc[Outputs][Rows];
+    for (int o = 0; o < Outputs; ++o)
+        for (int r = 0; r < Rows; ++r) acc[o][r] = Vec{};
+    for (int c = 0; c < m.columns; c += kBlock) {
+        Vec x_low[Rows], x_high[Rows];
+        for (int r = 0; r < Rows; ++r) load_block(x + r * x_stride + c, x_low[r], x_high[r]);
+        for (int o = 0; o < Outputs; ++o) {
+            Vec low, high;
+            load_block(weight + (int64_t)o * m.columns + c, low, high);
+            for (int r = 0; r < Rows; ++r) {
+                acc[o][r] = fma(low, x_low[r], acc[o][r]);
+                acc[o][r] = fma(high, x_high[r], acc[o][r]);
+            }
+        }
+    }
+    for (int o = 0; o < Outputs; ++o) {
+        float scale = m.scale ? m.scale[output + o] : 1.0f, bias = m.bias ? m.bias[output + o] : 0.0f;
+        for (int r = 0; r < Rows; ++r) {
+            float value = sum(acc[o][r]) * scale + bias;
+            float* out = y + r * y_stride + output + o;
+            *out = accumulate ? *out + value : value;
+        }
+    }
+}
+
+template <class W, int Rows>
+void linear_rows(const Matrix& m, const float* x, int64_t x_stride, int first, int last, float* y,
+                 int64_t y_stride, bool accumulate) {
+    int output = first;
+    for (; output + 4 <= last; output += 4) tile<W, 4, Rows>(m, x, x_stride, output, y, y_stride, accumulate);
+    for (; output < last; ++output) tile<W, 1, Rows>(m, x, x_stride, output, y, y_stride, accumulate);
+}
+
+// Up to four rows share one reading of the weights; more go over them in strips that stay in the cache.
+template <class W>
+void linear_of(const Matrix& m, const float* x, int64_t x_stride, int rows, int first, int last, float* y,
+               int64_t y_stride, bool accumulate) {
+    constexpr int kStrip = 64;
+    for (int from = first; from < last; from += kStrip) {
+        int to = from + kStrip < last ? from + kStrip : last;
+        for (int r = 0; r < rows; r += 4) {
+            const float* xr = x + r * x_stride;
+            float* yr = y + r * y_stride;
+            switch (rows - r) {
+                case 1:
+                    linear_rows<W, 1>(m, xr, x_stride, from, to, yr, y_stride, accumulate);
+                    break;
+                case 2:
+                    linear_rows<W, 2>(m, xr, x_stride, from, to, yr, y_stride, accumulate);
+                    break;
+                case 3:
+                    linear_rows<W, 3>(m, xr, x_stride, from, to, yr, y_stride, accumulate);
+                    break;
+                default:
+                    linear_rows<W, 4>(m, xr, x_stride, from, to, yr, y_stride, accumulate);
+            }
+        }
+    }
+}
+
+void linear(const Matrix& m, const float* x, int64_t x_stride, int rows, int first, int last, float* y,
+            int64_t y_stride, bool accumulate) {
+    switch (m.dtype) {
+        case Dtype::bf16:
+            return linear_of<Bf16>(m, x, x_stride, rows, first, last, y, y_stride, accumulate);
+        case Dtype::fp16:
+            return linear_of<_Float16>(m, x, x_stride, rows, first, last, y, y_stride, accumulate);
+        case Dtype::int8:
+            return linear_of<int8_t>(m, x, x_stride, rows, first, last, y, y_stride, accumulate);
+        default:
+            return linear_of<float>(m, x, x_stride, rows, first, last, y, y_stride, accumulate);
+    }
+}
+
+INLINE Vec load_kv(const float* p) { return load<Vec>(p); }
+INLINE Vec load_kv(const Bf16* p) { return (Vec)(__builtin_convertvector(load<Shorts>(p), UVec) << 16); }
+INLINE Vec load_kv(const _Float16* p) { return __builtin_convertvector(load<Halves>(p), Vec); }
+
+// `count` < 16 elements, zeros behind them.
+template <class T>
+INLINE Vec load_part(const T* p, int count) {
+    T part[kLanes] = {};
+    __builtin_memcpy(part, p, count * sizeof(T));
+    return load_kv(part);
+}
+
+template <class T>
+INLINE Vec load_some(const T* p, int count) {
+    return count >= kLanes ? load_kv(p) : load_part(p, count);
+}
+
+template <class T, int Queries>
+void attend_queries(const Attention& a) {
+    const IVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    int longest = 0;
+    for (int i = 0; i < Queries; ++i) longest = a.lengths[i] > longest ? a.lengths[i] : longest;
+    const int padded = (longest + kLanes - 1) / kLanes * kLanes, total = padded * a.layers;
+    Vec maximum[Queries];
+    for (int i = 0; i < Queries; ++i) maximum[i] = fill(-__builtin_inff());
+    const float scale = 1.0f / __builtin_sqrtf((float)a.width);
+    for (int layer = 0; layer < a.layers; ++layer) {
+        const T* keys = (const T*)a.keys + layer * a.layer_stride;
+        for (int t = 0; t < padded; t += kLanes) {
+            Vec products[Queries][kLanes];
+            for (int j = 0; j < kLanes; ++j) {
+                Vec acc[Queries] = {};
+                if (t + j < longest) {
+                    const T* key = keys + (int64_t)(t + j) * a.width;
+                    for (int c = 0; c < a.width; c += kLanes) {
+                        Vec k = load_some(key + c, a.width - c);
+                        for (int i = 0; i < Queries; ++i)
+                            acc[i] = fma(k, load_some(a.q[i] + c, a.width - c), acc[i]);
+                    }
+                }
+                for (int i = 0; i < Queries; ++i) products[i][j] = acc[i];
+            }
+            for (int i = 0; i < Queries; ++i) {
+                Vec score =
+                    select(lane + t < a.lengths[i], sums(products[i]) * scale, fill(-__builtin_inff()));
+                store(a.scores + (int64_t)i * total + layer * padded + t, score);
+                maximum[i] = larger(maximum[i], score);
+            }
+        }
+    }
+    float inverse[Queries];
+    for (int i = 0; i < Queries; ++i) {
+        float top = maximum[i][0];
+        for (int j = 1; j < kLanes; ++j) top = maximum[i][j] > top ? maximum[i][j] : top;
+        float* scores = a.scores + (int64_t)i * total;
+        Vec denominator = {};
+        for (int t = 0; t < total; t += kLanes) {
+            Vec p = exponential(load<Vec>(scores + t) - top);
+            store(scores + t, p);
+            denominator += p;
+        }
+        inverse[i] = a.lengths[i] ? 1.0f / sum(denominator) : 0.0f;
+    }
+    for (int c = 0; c < a.width; c += kLanes) {
+        Vec acc[Queries] = {};
+        for (int layer = 0; layer < a.layers; ++layer) {
+            const T* value = (const T*)a.values + layer * a.layer_stride + c;
+            const float* scores = a.scores + layer * padded;
+            for (int t = 0; t < longest; ++t, value += a.width) {
+                Vec v = load_some(value, a.width - c);
+                for (int i = 0; i < Queries; ++i)
+                    acc[i] = fma(v, fill(scores[(int64_t)i * total + t]), acc[i]);
+            }
+        }
+        for (int i = 0; i < Queries; ++i) {
+            Vec out = acc[i] * inverse[i];
+            __builtin_memcpy(a.out[i] + c, &out,
+                             (a.width - c < kLanes ? a.width - c : kLanes) * sizeof(float));
+        }
+    }
+}
+
+template <class T>
+void attend_of(const Attention& a) {
+    switch (a.queries) {
+        case 1:
+            return attend_queries<T, 1>(a);
+        case 2:
+            return attend_queries<T, 2>(a);
+        case 3:
+            return attend_queries<T, 3>(a);
+        default:
+            return attend_queries<T, 4>(a);
+    }
+}
+
+void attend(const Attention& a) {
+    switch (a.dtype) {
+        case Dtype::bf16:
+            return attend_of<Bf16>(a);
+        case Dtype::fp16:
+            return attend_of<_Float16>(a);
+        default:
+            return attend_of<float>(a);
+    }
+}
+
+void layer_norm(const float* x, const float* weight, const float* bias, int width, float* y) {
+    Vec total = {};
+    for (int c = 0; c < width; c += kLanes) total += load_some(x + c, width - c);
+    const float mean = sum(total) / (float)width;
+    Vec squares = {};
+    for (int c = 0; c < width; c += kLanes) {
+        const IVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        Vec centred = select(lane < width - c, load_some(x + c, width - c) - mean, Vec{});
+        squares = fma(centred, centred, squares);
+    }
+    const float inverse = 1.0f / __builtin_sqrtf(sum(squares) / (float)width + 1e-5f);
+    for (int c = 0; c < width; ++c) y[c] = (x[c] - mean) * inverse * weight[c] + bias[c];
+}
+
+// x * Phi(x), with erf after Abramowitz and Stegun 7.1.26 (error under 1.5e-7).
+void gelu(float* x, int count) {
+    for (int c = 0; c < count; c += kLanes) {
+        Vec v = load_some(x + c, count - c);
+        Vec z = v * 0.70710678f;
+        Vec size = larger(z, -z);
+        Vec t = 1.0f / (1.0f + 0.3275911f * size);
+        Vec p = fill(1.061405429f);
+        p = p * t - 1.453152027f;
+        p = p * t + 1.421413741f;
+        p = p * t - 0.284496736f;
+        p = p * t + 0.254829592f;
+        Vec erf = 1.0f - p * t * exponential(-size * size);
+        Vec y = 0.5f * v * (1.0f + select(z < 0.0f, -erf, erf));
+        __builtin_memcpy(x + c, &y, (count - c < kLanes ? count - c : kLanes) * sizeof(float));
+    }
+}
+
+#undef INLINE
+
+}  // namespace
+
+extern const Kernels KVSPN_KERNELS;
+const Kernels KVSPN_KERNELS = {KVSPN_KERNELS_NAME, linear, attend, layer_norm, gelu};
+
+}  // namespace kvspn

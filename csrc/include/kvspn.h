@@ -1,0 +1,117 @@
+/* kvspn: the decoder step of a Whisper-like model with a KVSPN draft network, as one call.
+ *
+ * The caller owns every tensor of a batch (cache, tokens, lengths, ...) and keeps it alive while it is bound;
+ * the engine owns packed weights, scratch memory and threads. Every function returns a status; where it is
+ * not KVSPN_OK, kvspn_last_error() tells the calling thread which argument is wrong, what it is and what it
+ * must be, and nothing has changed. An engine serves one thread at a time; several engines are independent.
+ */
+#ifndef KVSPN_H
+#define KVSPN_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(_WIN32)
+#define KVSPN_API __declspec(dllexport)
+#else
+#define KVSPN_API __attribute__((visibility("default")))
+#endif
+
+#define KVSPN_ABI_VERSION 1
+#define KVSPN_MAX_DIMS 6
+#define KVSPN_K_INF INT32_MAX
+
+typedef enum kvspn_status {
+    KVSPN_OK = 0,
+    KVSPN_INVALID_ARGUMENT = 1,
+    KVSPN_OUT_OF_MEMORY = 2,
+    KVSPN_INTERNAL = 3
+} kvspn_status;
+
+typedef enum kvspn_dtype {
+    KVSPN_FP32 = 0,
+    KVSPN_BF16 = 1,
+    KVSPN_FP16 = 2,
+    KVSPN_INT8 = 3,
+    KVSPN_INT32 = 4,
+    KVSPN_BOOL = 5
+} kvspn_dtype;
+
+/* A tensor in the caller's memory; strides count elements. */
+typedef struct kvspn_tensor {
+    const char* name;
+    void* data;
+    int32_t dtype;
+    int32_t ndim;
+    int64_t shape[KVSPN_MAX_DIMS];
+    int64_t strides[KVSPN_MAX_DIMS];
+} kvspn_tensor;
+
+/* `struct_size` is sizeof of the struct the caller was compiled with: later versions only append fields. */
+typedef struct kvspn_engine_params {
+    uint32_t struct_size;
+    int32_t layers;
+    int32_t heads;
+    int32_t blocks; /* of the draft network; 0: none */
+    int32_t groups; /* of layers; divides layers and blocks */
+    int32_t last_layer_only;
+    int32_t threads; /* the caller's among them; 0: as many as there are cores */
+} kvspn_engine_params;
+
+/* Everything that a batch is, each with the letters of its shape. kv and cross_kv: one dtype, FP32, BF16 or
+ * FP16; all contiguous. Row b holds lengths[b] + 1 tokens; the newest is not in the cache yet. */
+typedef struct kvspn_batch {
+    uint32_t struct_size;
+    kvspn_tensor kv;            /* [L, 2, B, H, S, D] */
+    kvspn_tensor lengths;       /* int32 [B] */
+    kvspn_tensor tokens;        /* int32 [B, N] */
+    kvspn_tensor finished;      /* bool [B] */
+    kvspn_tensor stats;         /* int32 [B, 3]: steps, drafted, accepted */
+    kvspn_tensor cross_kv;      /* [L, 2, B, H, E, D] */
+    kvspn_tensor cross_lengths; /* int32 [B] */
+} kvspn_batch;
+
+typedef struct kvspn_step_params {
+    uint32_t struct_size;
+    const float* mask; /* [V], added to the logits; or NULL */
+    int32_t k;         /* a draft stands if among the k best; 1 is greedy, KVSPN_K_INF accepts all */
+    int32_t eos;       /* -1: none */
+    int32_t max_length;
+    int32_t draft; /* 0: a plain greedy step */
+} kvspn_step_params;
+
+typedef struct kvspn_engine kvspn_engine;
+
+KVSPN_API int32_t kvspn_abi_version(void);
+KVSPN_API const char* kvspn_last_error(void);
+
+/* The instruction set in use: "avx512", "avx2" or "portable". KVSPN_CPU names another one. */
+KVSPN_API const char* kvspn_instruction_set(void);
+
+/* Packs the weights, which may be freed afterwards. Names and shapes are those of kvspn/ops/weights.py:
+ * "embed_tokens", "layers.0.self_qkv.weight", "blocks.2.fc1.scale", ... A matrix is FP32, BF16, FP16, or INT8
+ * with a "scale" [N]. */
+KVSPN_API kvspn_status kvspn_engine_create(const kvspn_engine_params* params, const kvspn_tensor* weights,
+                                           int32_t count, kvspn_engine** engine);
+KVSPN_API void kvspn_engine_destroy(kvspn_engine* engine);
+
+/* Takes the batch that the calls below work on, in place of the last one. */
+KVSPN_API kvspn_status kvspn_engine_bind(kvspn_engine* engine, const kvspn_batch* batch);
+
+/* Encoder states [E, d] of one row -> its cross-attention keys and values, and cross_lengths[row] = E. */
+KVSPN_API kvspn_status kvspn_engine_encode(kvspn_engine* engine, int32_t row, const kvspn_tensor* states);
+
+/* Processes the first `count` tokens of one row into the cache: lengths[row] = count. */
+KVSPN_API kvspn_status kvspn_engine_prefill(kvspn_engine* engine, int32_t row, int32_t count);
+
+/* Draft, verify, accept, roll back: one step of every unfinished row. Allocates nothing. */
+KVSPN_API kvspn_status kvspn_engine_step(kvspn_engine* engine, const kvspn_step_params* params);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* KVSPN_H */

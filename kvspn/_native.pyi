@@ -1,0 +1,34 @@
+"""csrc/bindings/module.cpp. Every tensor is anything with __dlpack__ on the CPU."""
+
+from typing import Any
+
+ABI_VERSION: int
+
+def instruction_set() -> str: ...
+
+class Engine:
+    def __init__(
+        self,
+        weights: dict[str, Any],
+        *,
+        layers: int,
+        heads: int,
+        blocks: int,
+        groups: int,
+        last_layer_only: bool,
+        threads: int,
+    ) -> None: ...
+    def bind(
+        self,
+        *,
+        kv: Any,
+        lengths: Any,
+        tokens: Any,
+        finished: Any,
+        stats: Any,
+        cross_kv: Any,
+        cross_lengths: Any,
+    ) -> None: ...
+    def encode(self, row: int, states: Any) -> None: ...
+    def prefill(self, row: int, count: int) -> None: ...
+    def step(self, mask: Any, *, k: int, eos: int, max_length: int, draft: bool) -> None: ...

@@ -1,0 +1,77 @@
+"""The C++ engine (csrc): the whole decoder step as one call, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvspn import _native
+from kvspn.engines import CachedEngine
+from kvspn.ops import DecoderWeights
+
+
+class NativeEngine(CachedEngine):
+    """One call of the C++ engine a step, on torch's present number of threads.
+
+    Activations and logits are fp32; weights stay in their own format (fp32, bf16, fp16, int8), the cache in
+    that of the embeddings. The instruction set is chosen at run time; the environment variable KVSPN_CPU
+    (avx512, avx2, portable) names another one.
+    """
+
+    def __init__(self, weights: DecoderWeights, *, batch: int, capacity: int, cross_capacity: int) -> None:
+        super().__init__(weights, batch=batch, capacity=capacity, cross_capacity=cross_capacity)
+        if self._embed.device.type != "cpu":
+            raise ValueError(f"weights must be on the CPU, got {self._embed.device}")
+        named = dict(_named(weights))
+        for name, tensor in named.items():
+            if tensor.dtype == torch.uint8:
+                raise ValueError(f"weights must not be int4 on the native backend, got {name} in int4")
+        self._engine = _native.Engine(
+            named,
+            layers=len(weights.layers),
+            heads=weights.heads,
+            blocks=len(weights.blocks),
+            groups=weights.groups,
+            last_layer_only=weights.last_layer_only,
+            threads=torch.get_num_threads(),
+        )
+        self._engine.bind(
+            kv=self.cache.kv,
+            lengths=self.lengths,
+            tokens=self.tokens,
+            finished=self.finished,
+            stats=self.stats,
+            cross_kv=self.cache.cross_kv,
+            cross_lengths=self.cache.cross_lengths,
+        )
+
+    def _encode(self, row: int, states: Tensor) -> None:
+        self._engine.encode(row, states.detach())
+
+    def _prefill(self, row: int, count: int) -> None:
+        self._engine.prefill(row, count)
+
+    def _step(self, mask: Tensor | None, k: int, draft: bool) -> None:
+        mask = None if mask is None else mask.contiguous()
+        self._engine.step(mask, k=k, eos=self._eos, max_length=self._max_length, draft=draft)
+
+
+def _named(weights: DecoderWeights) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under the name that csrc knows: "embed_tokens", "layers.0.self_qkv.weight", ..."""
+    yield "embed_tokens", weights.embed_tokens.detach()
+    yield "embed_positions", weights.embed_positions.detach()
+    if weights.draft_ids is not None:
+        yield "draft_ids", weights.draft_ids
+    parts: dict[str, Any] = {  # a Norm or a Linear each, or None
+        name: getattr(weights, name) for name in ("norm", "head", "draft_norm", "draft_head")
+    }
+    for kind, items in (("layers", weights.layers), ("blocks", weights.blocks)):
+        for i, item in enumerate(items):
+            parts |= {f"{kind}.{i}.{field}": part for field, part in item._asdict().items()}
+    for name, part in parts.items():
+        for field, tensor in () if part is None else part._asdict().items():
+            if tensor is not None:
+                yield f"{name}.{field}", tensor.detach()

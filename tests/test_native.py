@@ -1,0 +1,173 @@
+"""The C++ engine against the reference, on every instruction set and number of threads."""
+
+import pytest
+import torch
+from random_decoder import random_decoder
+
+from kvspn.engines import backends, engine
+from kvspn.ops import K_INF, DecoderWeights
+
+pytestmark = pytest.mark.skipif(backends()["native"] is not None, reason="the extension is not built")
+
+SHAPES = {
+    "plain": {"blocks": 0},
+    "flattened": {"layers": 4, "blocks": 2},
+    "ablations": {"layers": 4, "blocks": 2, "last_layer_only": True, "encoder_attention": False},
+    "wide": {"heads": 3, "head_dim": 64, "ffn": 200, "vocabulary": 301, "layers": 3, "blocks": 3},
+    "odd": {"heads": 3, "head_dim": 5, "ffn": 37, "vocabulary": 131, "draft_heads": 6},
+    "short list": {"vocabulary": 150, "short_list": 70},
+    "int8": {"quantised": True, "vocabulary": 67},
+}
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def instruction_set(request, monkeypatch):
+    """Kernels of one instruction set, where the machine has it."""
+    monkeypatch.setenv("KVSPN_CPU", request.param)
+    try:
+        engine("native", random_decoder(), batch=1, capacity=4, cross_capacity=4)
+    except ValueError:
+        pytest.skip(f"no {request.param} here")
+    return request.param
+
+
+def decode(
+    backend: str, weights: DecoderWeights, rows: list[int], k: int = 1, draft: bool = True, threads: int = 1
+):
+    """Three utterances, of which `rows` are decoded together, in buffers full of NaN: tokens and caches."""
+    generator = torch.Generator().manual_seed(5)
+    d = weights.embed_tokens.shape[1]
+    states = [torch.randn(n, d, generator=generator) for n in (7, 1, 19)]
+    prompts = [[1, 2, 3], [4], list(range(5, 24))]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        e = engine(backend, weights, batch=len(rows), capacity=40, cross_capacity=21)
+    finally:
+        torch.set_num_threads(before)
+    e.cache.kv.fill_(torch.nan)
+    e.cache.cross_kv.fill_(torch.nan)
+    e.start([states[r] for r in rows], [prompts[r] for r in rows], eos=0, max_length=40)
+    draft = draft and bool(weights.blocks)
+    while not e.finished.all():
+        e.step(k, draft=draft)
+    counts = e.lengths.tolist()
+    tokens = [e.tokens[b, : n + 1].tolist() for b, n in enumerate(counts)]
+    return tokens, [e.cache.kv[:, :, b, :, :n].clone() for b, n in enumerate(counts)], e
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_reference(instruction_set, shape):
+    """The same tokens and statistics, and a cache within fp32's rounding."""
+    weights = random_decoder(positions=40, **SHAPES[shape])
+    for k in (1, 2, K_INF):
+        expected, caches, reference = decode("reference", weights, [0, 1, 2], k)
+        tokens, found, native = decode("native", weights, [0, 1, 2], k, threads=2)
+        assert tokens == expected
+        assert torch.equal(native.stats, reference.stats)
+        for one, other in zip(found, caches, strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("shape", ["wide", "odd", "int8"])
+def test_row_invariance_bit_for_bit(instruction_set, shape, dtype):
+    """A row's cache does not depend on drafts, on the other rows or on threads."""
+    weights = random_decoder(positions=40, dtype=dtype, **SHAPES[shape])
+    tokens, caches, _ = decode("native", weights, [0, 1, 2], draft=False)
+    for threads in (1, 2, 3):
+        drafted, found, _ = decode("native", weights, [0, 1, 2], threads=threads)
+        assert drafted == tokens
+        assert all(torch.equal(one, other) for one, other in zip(found, caches, strict=True))
+    for row in range(3):
+        alone, found, _ = decode("native", weights, [row], threads=2)
+        assert alone == [tokens[row]]
+        assert torch.equal(found[0], caches[row])
+
+
+def test_wide_instruction_sets_agree_to_the_bit(monkeypatch):
+    """Sums have one order in vectors of 16 on all of them; portable code alone lacks fused multiply-add."""
+    weights = random_decoder(positions=40, **SHAPES["wide"])
+    results = []
+    for name in ("avx2", "avx512"):
+        monkeypatch.setenv("KVSPN_CPU", name)
+        try:
+            results.append(decode("native", weights, [0, 2])[1])
+        except ValueError:
+            pytest.skip(f"no {name} here")
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_int4_is_refused():
+    weights = random_decoder()
+    layer = weights.layers[0]
+    packed = layer.fc1._replace(
+        weight=torch.zeros(32, 8, dtype=torch.uint8), scale=torch.ones(32, 2, dtype=torch.float32)
+    )
+    layers = (layer._replace(fc1=packed), *weights.layers[1:])
+    weights = DecoderWeights(**(vars(weights) | {"layers": layers}))
+    with pytest.raises(ValueError, match=r"^weights must not be int4 .*layers\.0\.fc1\.weight"):
+        engine("native", weights, batch=1, capacity=4, cross_capacity=4)
+
+
+def test_an_unknown_instruction_set(monkeypatch):
+    monkeypatch.setenv("KVSPN_CPU", "sse9")
+    with pytest.raises(ValueError, match=r"^KVSPN_CPU must be avx512, avx2 or portable, got sse9"):
+        engine("native", random_decoder(), batch=1, capacity=4, cross_capacity=4)
+
+
+def test_a_damaged_batch_is_refused():
+    """State that the caller owns and may have changed is checked before any kernel runs."""
+    e = engine("native", random_decoder(), batch=1, capacity=9, cross_capacity=4)
+    e.start([torch.randn(3, 16)], [[1, 2]], eos=-1, max_length=9)
+    for name, value, message in (
+        ("lengths", 9, r"^lengths\[0\] must be 0 to 8, got 9"),
+        ("tokens", 29, r"^tokens must be 0 to 28, got 29"),
+    ):
+        kept = getattr(e, name).clone()
+        getattr(e, name).fill_(value)
+        with pytest.raises(ValueError, match=message):
+            e.step()
+        getattr(e, name).copy_(kept)
+    e.step()
+
+
+def test_numpy_alone_drives_the_engine():
+    """The module takes any DLPack tensor; here from NumPy, with weights that are views of one buffer."""
+    np = pytest.importorskip("numpy")
+    from kvspn import _native
+    from kvspn.native import _named
+
+    weights = random_decoder()
+    named = {name: tensor.numpy() for name, tensor in _named(weights)}
+    native = _native.Engine(named, layers=2, heads=2, blocks=1, groups=1, last_layer_only=False, threads=1)
+    tokens = np.zeros((1, 12), np.int32)
+    tokens[0, :2] = 3, 5
+    batch = {
+        "kv": np.full((2, 2, 1, 2, 12, 8), np.nan, np.float32),
+        "lengths": np.zeros(1, np.int32),
+        "tokens": tokens,
+        "finished": np.zeros(1, np.bool_),
+        "stats": np.zeros((1, 3), np.int32),
+        "cross_kv": np.full((2, 2, 1, 2, 6, 8), np.nan, np.float32),
+        "cross_lengths": np.zeros(1, np.int32),
+    }
+    native.bind(**batch)
+    states = np.random.default_rng(0).standard_normal((4, 16), np.float32)
+    native.encode(0, states)
+    native.prefill(0, 1)
+    while not batch["finished"][0]:
+        native.step(None, k=1, eos=-1, max_length=12, draft=True)
+    reference = engine("reference", weights, batch=1, capacity=12, cross_capacity=6)
+    reference.start([torch.from_numpy(states)], [[3, 5]], eos=-1, max_length=12)
+    while not reference.finished.all():
+        reference.step()
+    assert tokens.tolist() == reference.tokens.tolist()
+    for name, wrong, message in (
+        ("kv", np.zeros((2, 2, 1, 2, 12, 7), np.float32), r"^kv must have shape \[2, 2, any, 2, any, 8\]"),
+        ("lengths", np.zeros(1, np.int64), "^lengths must be fp32, bf16, fp16, int8, int32 or bool"),
+        ("stats", np.zeros((1, 3), np.float32), "^stats must be int32, got fp32"),
+        ("tokens", np.zeros((12, 1), np.int32).T[:, ::2], "^tokens must be contiguous"),
+        ("finished", [False], "^finished must be a tensor with __dlpack__, got list"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            native.bind(**(batch | {name: wrong}))
