@@ -68,9 +68,10 @@ def _named(weights: DecoderWeights) -> Iterator[tuple[str, Tensor]]:
     parts: dict[str, Any] = {  # a Norm or a Linear each, or None
         name: getattr(weights, name) for name in ("norm", "head", "draft_norm", "draft_head")
     }
-    for kind, items in (("layers", weights.layers), ("blocks", weights.blocks)):
-        for i, item in enumerate(items):
-            parts |= {f"{kind}.{i}.{field}": part for field, part in item._asdict().items()}
+    for i, layer in enumerate(weights.layers):
+        parts |= {f"layers.{i}.{field}": part for field, part in layer._asdict().items()}
+    for i, block in enumerate(weights.blocks):
+        parts |= {f"blocks.{i}.{field}": part for field, part in block._asdict().items()}
     for name, part in parts.items():
         for field, tensor in () if part is None else part._asdict().items():
             if tensor is not None:
