@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     Pair = tuple[Translation, Translation]  # greedy, KVSPN
 
 _NOTE = (
-    "The figure that counts here is tokens per step. The miniature's weights fit into a processor's "
-    "cache, so its milliseconds say little about a model of real size, where reading the weights is what a step costs."
+    "The figure that counts here is tokens per step. The miniature's weights fit into the cache of a "
+    "processor, so its milliseconds say little about a model of real size, where reading the weights is "
+    "what a step costs."
 )
 
 

@@ -51,10 +51,6 @@ class Collator:
 
     Every clip is decoded into `targets` of the languages, drawn anew each time; its own, a transcription, may
     be among them. With 0 it is only transcribed.
-
-    A share of the decoder's input, drawn anew for every target from 0 to `corruption`, is replaced by random
-    tokens: the phrasebook's templates are so predictable that a decoder that trusts its own words hardly
-    learns to listen.
     """
 
     store: FeatureStore
@@ -65,7 +61,6 @@ class Collator:
     targets: int
     rng: random.Random
     encoded: StateStore | None = None
-    corruption: float = 0.0
 
     def __post_init__(self) -> None:
         self._text_ids: dict[tuple[int, str], list[int]] = {}
@@ -93,7 +88,7 @@ class Collator:
             for target in self.rng.sample(LANGUAGES, self.targets) or [source]:
                 prompt = self.tokenizer.convert_tokens_to_ids(prompt_tokens(source, target))
                 tokens = [*prompt, *self.text_ids(sentence, target), self.tokenizer.eos_token_id]
-                inputs.append([*prompt, *self.corrupt(tokens[len(prompt) : -1])])
+                inputs.append(tokens[:-1])
                 ignored = [IGNORE] * (len(prompt) - 2)
                 labels.append([prompt[1], *ignored, *tokens[len(prompt) :]])
         return {
@@ -121,14 +116,6 @@ class Collator:
             "speech_states": pad_sequence(states, batch_first=True),
             "speech_mask": pad([[1] * len(each) for each in states], 0),
         }
-
-    def corrupt(self, tokens: list[int]) -> list[int]:
-        """Some of the tokens replaced by others."""
-        share = self.rng.uniform(0, self.corruption)
-        return [
-            self.rng.randrange(self.tokenizer.eos_token_id) if self.rng.random() < share else token
-            for token in tokens
-        ]
 
     def text_ids(self, sentence: int, language: str) -> list[int]:
         """Tokens of one sentence, without special ones."""

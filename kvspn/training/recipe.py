@@ -33,15 +33,14 @@ class Recipe:
     kvspn_blocks: int = 2
     max_target_positions: int = 128
     dropout: float = 0.0
-    corruption: float = 0.7
     lora_rank: int = 32
     distillation: float = 1.0
     targets: int = 3  # of each clip
     encoder: Stage = field(default_factory=lambda: Stage(4200, 32, 1.5e-3))
-    parent: Stage = field(default_factory=lambda: Stage(900, 64, 1.5e-3))
-    base: Stage = field(default_factory=lambda: Stage(2600, 32, 1.5e-3))
+    parent: Stage = field(default_factory=lambda: Stage(1200, 64, 1.5e-3))
+    base: Stage = field(default_factory=lambda: Stage(3000, 32, 1.5e-3))
     adapt: Stage = field(default_factory=lambda: Stage(200, 16, 3e-4))
-    draft: Stage = field(default_factory=lambda: Stage(700, 32, 1.5e-3))
+    draft: Stage = field(default_factory=lambda: Stage(900, 32, 1.5e-3))
 
     @property
     def window(self) -> int:

@@ -37,7 +37,9 @@ def train_encoder(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
     if (result / "config.json").exists():
         return result
     torch.manual_seed(recipe.seed)
-    encoder = SpeechEncoder(parent_config(recipe, corpus.tokenizer))
+    config = parent_config(recipe, corpus.tokenizer)
+    config.encoder_output_positions = False  # sounds alone matter to CTC
+    encoder = SpeechEncoder(config)
     collators = _collators(recipe, corpus, targets=0)
     encoder.ctc_head = nn.Linear(recipe.d_model, 1 + len(collators[0].alphabet))
 
@@ -59,7 +61,7 @@ def train_parent(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
     torch.manual_seed(recipe.seed)
     model = WhisperForConditionalGeneration(parent_config(recipe, corpus.tokenizer))
     model.generation_config = generation_config(corpus.tokenizer)
-    model.model.encoder = SpeechEncoder.from_pretrained(folder / "encoder")
+    model.model.encoder = SpeechEncoder.from_pretrained(folder / "encoder", config=model.config)
     model.model.decoder = Decoder(model.config)
     model.tie_weights()
     encoded = _encode(folder / "states", recipe, corpus, model.model.encoder)
@@ -72,7 +74,7 @@ def train_parent(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
             "_accuracy": accuracy(logits, batch["labels"]),
         }
 
-    collators = _collators(recipe, corpus, 0, encoded, recipe.corruption)
+    collators = _collators(recipe, corpus, 0, encoded)
     _run(model, folder / "parent-checkpoints", recipe, recipe.parent, collators, losses)
     return _save(model, corpus, result)
 
@@ -93,7 +95,7 @@ def train_base(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
         kvspn_blocks=0,
     )
     encoded = _encode(folder / "states", recipe, corpus, model.model.encoder)
-    collators = _collators(recipe, corpus, recipe.targets, encoded, recipe.corruption)
+    collators = _collators(recipe, corpus, recipe.targets, encoded)
     losses = _translation_losses(recipe)
     _run(model, folder / "base-checkpoints", recipe, recipe.base, collators, losses)
     return _save(model, corpus, result)
@@ -116,7 +118,7 @@ def adapt_encoder(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
         ),
         "default",
     )
-    collators = _collators(recipe, corpus, recipe.targets, corruption=recipe.corruption)
+    collators = _collators(recipe, corpus, recipe.targets)
     losses = _translation_losses(recipe)
     _run(model, folder / "adapted-checkpoints", recipe, recipe.adapt, collators, losses)
     lora.merge_and_unload()
@@ -213,9 +215,8 @@ def _collators(
     corpus: Corpus,
     targets: int,
     encoded: Sequence[StateStore | None] = (None, None),
-    corruption: float = 0.0,
 ) -> tuple[Collator, Collator]:
-    """For training and for the held-out set, the decoder's input corrupted in the former alone."""
+    """For training and for the held-out set."""
     classes = alphabet(corpus.split.train)
     training, held_out = (
         Collator(
@@ -227,11 +228,10 @@ def _collators(
             targets,
             random.Random(recipe.seed),
             states,
-            share,
         )
-        for store, sentences, states, share in (
-            (corpus.store, corpus.split.train, encoded[0], corruption),
-            (corpus.held_out, corpus.split.unseen, encoded[1], 0.0),
+        for store, sentences, states in (
+            (corpus.store, corpus.split.train, encoded[0]),
+            (corpus.held_out, corpus.split.unseen, encoded[1]),
         )
     )
     return training, held_out
