@@ -8,44 +8,28 @@ Without --benchmark-only, or under xdist, they are tests. Caches are warm.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import pytest
 import torch
 
 from bench.machine import machine, synchronize
+from kvspn import benchmark
+from kvspn.benchmark import Shape
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A decoder's sizes, and the lengths at which it is measured."""
-
-    layers: int
-    heads: int
-    head_dim: int
-    ffn: int
-    vocabulary: int
-    encoder_positions: int
-    length: int  # T, positions in the self-attention cache
-    groups: int = 3
-
-    @property
-    def width(self) -> int:
-        return self.heads * self.head_dim
-
-
 SHAPES = {
-    "small": Shape(6, 6, 32, 768, 4096, 200, 32),
-    "whisperM2M": Shape(12, 16, 64, 4096, 51865, 1500, 64),
+    "small": Shape(6, 3, 6, 768, 4096, 200, 32, head_dim=32),
+    "whisperM2M": benchmark.SHAPES["whisperM2M"],
 }
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shape", choices=SHAPES, default="small", help="decoder shape of the benches")
     parser.addoption("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.addoption("--int8", action="store_true", help="int8 matrices in the decoder step")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -88,7 +72,9 @@ def timed(benchmark: Any, request: pytest.FixtureRequest, device: str) -> Callab
             return result
 
         benchmark.group = f"{request.node.originalname.removeprefix('test_')} on {device}"
-        benchmark.extra_info |= {name: request.config.getoption(f"--{name}") for name in ("shape", "dtype")}
+        benchmark.extra_info |= {
+            name: request.config.getoption(f"--{name}") for name in ("shape", "dtype", "int8")
+        }
         result = benchmark.pedantic(target, setup=setup, rounds=20, warmup_rounds=2)
         if benchmark.stats:
             gb_per_s = nbytes / benchmark.stats.stats.median / 1e9

@@ -6,15 +6,16 @@ import functools
 
 import pytest
 import torch
-from random_decoder import random_decoder
 
-from bench import nbytes
+from kvspn.benchmark import step_bytes
 from kvspn.engines import backends, engine
 from kvspn.ops import K_INF, DecoderWeights
+from kvspn.quantisation import quantise
+from kvspn.random_decoder import random_decoder
 
 
 @functools.lru_cache(maxsize=1)
-def weights(shape, dtype, device) -> DecoderWeights:
+def weights(shape, dtype, device, int8) -> DecoderWeights:
     made = random_decoder(
         layers=shape.layers,
         blocks=shape.groups,
@@ -25,30 +26,20 @@ def weights(shape, dtype, device) -> DecoderWeights:
         positions=448,
         dtype=dtype,
     )
+    made = quantise(made, "int8") if int8 else made
     tensors = [tensor.to(device) for tensor in made.flatten()]
     return DecoderWeights.unflatten(tensors, heads=shape.heads, num_layers=shape.layers)
-
-
-def step_bytes(w: DecoderWeights, shape, batch: int, draft: bool) -> int:
-    """Weights once, each row's keys and values once; with a draft, its weights and its group reads too."""
-    parts = [part for layer in w.layers for part in layer._replace(cross_kv=())]
-    parts += [w.norm, w.head]
-    positions = shape.layers * (shape.length + shape.encoder_positions)
-    if draft:
-        parts += [part for block in w.blocks for part in block]
-        parts += [w.draft_norm, w.draft_output]
-        positions += shape.layers * shape.length + shape.groups * shape.encoder_positions
-    kv = 2 * positions * shape.width * w.embed_tokens.element_size()
-    return nbytes(*(tensor for part in parts for tensor in part)) + batch * kv
 
 
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("kind", ["greedy", "k=1", "k=inf"])
 @pytest.mark.parametrize("backend", [name for name, missing in backends().items() if missing is None])
-def test_step(timed, device, shape, dtype, backend, kind, batch):
+def test_step(timed, request, device, shape, dtype, backend, kind, batch):
     if backend == "native" and device != "cpu":
         pytest.skip("the native backend runs on the CPU")
-    w = weights(shape, dtype, device)
+    int8 = request.config.getoption("--int8")
+    dtype = torch.bfloat16 if int8 else dtype
+    w = weights(shape, dtype, device, int8)
     capacity = shape.length + 8
     runner = engine(backend, w, batch=batch, capacity=capacity, cross_capacity=shape.encoder_positions)
     states = torch.randn(batch, shape.encoder_positions, shape.width, dtype=dtype, device=device)

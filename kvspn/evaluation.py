@@ -119,7 +119,7 @@ class ClipDecoder:
         model, batch = self._translator.model, len(clip.texts)
         if batch not in self._engines:
             self._engines[batch] = model.engine(
-                batch, model.config.max_source_positions, self._translator.backend
+                batch, model.config.max_source_positions, self._translator.backend, self._translator.weights
             )
         output: Any = model.generate(
             encoder_outputs=(states.expand(batch, -1, -1),),

@@ -52,8 +52,10 @@ class Translator:
         model: WhisperM2MForConditionalGeneration,
         processor: WhisperM2MProcessor,
         backend: str | None = None,
+        weights: str | None = None,
     ) -> None:
-        """`backend`: a name from `kvspn.engines.backends`; None is the fastest that is here."""
+        """`backend`: a name from `kvspn.engines.backends`; None is the fastest that is here. `weights`: their
+        format in the decoder, from `kvspn.quantisation.FORMATS`; None leaves them as they are."""
         self.model = model
         self.processor = processor
         tokens = getattr(model.generation_config, "lang_to_id", None) or {}
@@ -66,10 +68,16 @@ class Translator:
             frames = processor.feature_extractor.nb_max_frames
             raise ModelError(f"the preprocessor makes {frames} frames, the model takes {2 * positions}")
         self.backend = backend or default_backend(model.device)
-        self.engine = model.engine(1, positions, self.backend)
+        self.weights = weights
+        self.engine = model.engine(1, positions, self.backend, weights)
 
     @classmethod
-    def from_folder(cls, folder: str | PathLike[str] | None = None, backend: str | None = None) -> Translator:
+    def from_folder(
+        cls,
+        folder: str | PathLike[str] | None = None,
+        backend: str | None = None,
+        weights: str | None = None,
+    ) -> Translator:
         """Opens a whisperM2M folder, float32 on the CPU; None for the bundled miniature.
 
         Raises:
@@ -78,7 +86,7 @@ class Translator:
         path = bundled_model() if folder is None else Path(folder)
         parts = open_folder(path, WhisperM2MForConditionalGeneration, WhisperM2MProcessor, torch.float32)
         try:
-            return cls(*parts, backend)
+            return cls(*parts, backend, weights)
         except ModelError as error:
             raise ModelError(f"{path}: {error}") from error
 

@@ -107,6 +107,42 @@ def test_translate_prints_the_text(clip: Path, root: Path) -> None:
         assert result.stdout.strip() == text.strip()
 
 
+@pytest.mark.parametrize("arguments", [("--weights", "int8"), ("--backend", "reference")])
+def test_translate_on_another_backend_or_format(clip: Path, arguments: tuple[str, ...]) -> None:
+    result = kvspn_("translate", clip, "--to", "de", *arguments)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--weights", "int3"), "weights must be one of fp32, bf16, fp16, int8, got 'int3'"),
+        (("--backend", "cuda"), "got 'cuda'"),
+    ],
+)
+def test_translate_refuses(clip: Path, arguments: tuple[str, ...], message: str) -> None:
+    assert_one_line(kvspn_("translate", clip, "--to", "de", *arguments), message)
+
+
+def test_bench(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    result = kvspn_("bench", "--shape", "miniature", "--weights", "fp32,int8", "--rounds", 2, "--json", out)
+    assert result.exit_code == 0, result.output
+    document = json.loads(out.read_text())
+    assert set(document) == {"machine", "rows", "summary"}
+    assert document["machine"]["read_gb_per_s"] > 0
+    rows = document["rows"]
+    assert [(row["what"], row["weights"]) for row in rows] == [
+        (what, weights) for weights in ("fp32", "int8") for what in ("step", "kvspn_step")
+    ]
+    assert all(row["correct"] and row["ms_min"] <= row["ms_median"] <= row["ms_max"] for row in rows)
+    assert rows[0]["bytes"] > 2 * rows[2]["bytes"]
+    assert len(document["summary"]["draft_overhead"]) == 2
+    assert_one_line(kvspn_("bench", "--shape", "large"), "must be of whisperM2M, miniature; got 'large'")
+    assert_one_line(kvspn_("bench", "--json", tmp_path / "no" / "x.json"), "no such folder to write to")
+
+
 def test_translate_json(tmp_path: Path, clip: Path) -> None:
     soundfile.write(tmp_path / "long.mp3", np.stack([sound(5, i, 44_100) for i in range(2)], axis=1), 44_100)
     soundfile.write(

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from random_decoder import random_decoder
 
 from kvspn.engines import backends, engine
+from kvspn.random_decoder import random_decoder
 
 READY = [name for name, missing in backends().items() if missing is None]
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from random_decoder import random_decoder
 from torch import Tensor
 
 from kvspn.decoding import DecodeResult, decode
@@ -21,6 +20,7 @@ from kvspn.ops import (
     fused_linear,
     lm_head_verify,
 )
+from kvspn.random_decoder import random_decoder
 
 pytestmark = [
     pytest.mark.gpu,

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from random_decoder import random_decoder
 
 from kvspn.engines import backends, engine
 from kvspn.ops import K_INF, DecoderWeights
+from kvspn.random_decoder import random_decoder
 
 pytestmark = pytest.mark.skipif(backends()["native"] is not None, reason="the extension is not built")
 

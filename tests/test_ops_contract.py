@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from random_decoder import random_decoder
+
+from kvspn.random_decoder import random_decoder
 
 INF = torch.inf
 

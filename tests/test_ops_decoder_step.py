@@ -4,7 +4,6 @@ import importlib
 
 import pytest
 import torch
-from random_decoder import random_decoder
 from torch.nn import functional as F
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
@@ -13,6 +12,7 @@ from kvspn.cache import StepCache
 from kvspn.decoding import decode
 from kvspn.engines import engine
 from kvspn.ops import DecoderWeights, LayerWeights, Linear, Norm
+from kvspn.random_decoder import random_decoder
 
 step_module = importlib.import_module("kvspn.ops.decoder_step")  # the package's name for it is the op
 

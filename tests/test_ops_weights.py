@@ -2,9 +2,9 @@ import dataclasses
 
 import pytest
 import torch
-from random_decoder import random_decoder
 
 from kvspn.ops import DecoderWeights, Linear
+from kvspn.random_decoder import random_decoder
 
 
 @pytest.mark.parametrize(

@@ -120,9 +120,23 @@ INLINE void load_block(const _Float16* p, Vec& low, Vec& high) {
     low = __builtin_convertvector(load<Halves>(p), Vec);
     high = __builtin_convertvector(load<Halves>(p + kLanes), Vec);
 }
+// GCC takes conversions of narrow integers apart; only the portable kernels leave it to the compiler.
+INLINE Vec widen(const int8_t* p) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(p)));
+#elif defined(__AVX2__)
+    struct Pair {
+        __m256 low, high;
+    } pair = {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
+              _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
+    return load<Vec>(&pair);
+#else
+    return __builtin_convertvector(load<Bytes>(p), Vec);
+#endif
+}
 INLINE void load_block(const int8_t* p, Vec& low, Vec& high) {
-    low = __builtin_convertvector(load<Bytes>(p), Vec);
-    high = __builtin_convertvector(load<Bytes>(p + kLanes), Vec);
+    low = widen(p);
+    high = widen(p + kLanes);
 }
 
 template <class W, int Outputs, int Rows>
@@ -137,7 +151,9 @@ INLINE void tile(const Matrix& m, const float* x, int64_t x_stride, int output, 
         for (int r = 0; r < Rows; ++r) load_block(x + r * x_stride + c, x_low[r], x_high[r]);
         for (int o = 0; o < Outputs; ++o) {
             Vec low, high;
-            load_block(weight + (int64_t)o * m.columns + c, low, high);
+            const W* block = weight + (int64_t)o * m.columns + c;
+            load_block(block, low, high);
+            __builtin_prefetch(block + (int64_t)Outputs * m.columns);  // of the next tile
             for (int r = 0; r < Rows; ++r) {
                 acc[o][r] = fma(low, x_low[r], acc[o][r]);
                 acc[o][r] = fma(high, x_high[r], acc[o][r]);
@@ -204,7 +220,19 @@ void linear(const Matrix& m, const float* x, int64_t x_stride, int rows, int fir
 }
 
 INLINE Vec load_kv(const float* p) { return load<Vec>(p); }
-INLINE Vec load_kv(const Bf16* p) { return (Vec)(__builtin_convertvector(load<Shorts>(p), UVec) << 16); }
+INLINE Vec load_kv(const Bf16* p) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(p)), 16);
+#elif defined(__AVX2__)
+    struct Pair {
+        __m256i low, high;
+    } pair = {_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(p)), 16),
+              _mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(p + 8)), 16)};
+    return load<Vec>(&pair);
+#else
+    return (Vec)(__builtin_convertvector(load<Shorts>(p), UVec) << 16);
+#endif
+}
 INLINE Vec load_kv(const _Float16* p) { return __builtin_convertvector(load<Halves>(p), Vec); }
 
 // `count` < 16 elements, zeros behind them.
@@ -218,6 +246,30 @@ INLINE Vec load_part(const T* p, int count) {
 template <class T>
 INLINE Vec load_some(const T* p, int count) {
     return count >= kLanes ? load_kv(p) : load_part(p, count);
+}
+
+// Columns c .. c + 16 * Vectors of the output: the values, weighed by the scores.
+template <class T, int Queries, int Vectors>
+INLINE void blend(const Attention& a, int longest, int padded, const float* inverse, int c) {
+    Vec acc[Queries][Vectors] = {};
+    for (int layer = 0; layer < a.layers; ++layer) {
+        const T* value = (const T*)a.values + layer * a.layer_stride + c;
+        const float* scores = a.scores + layer * padded;
+        for (int t = 0; t < longest; ++t, value += a.width) {
+            for (int n = 0; n < Vectors; ++n) {
+                Vec v = Vectors > 1 ? load_kv(value + n * kLanes) : load_some(value, a.width - c);
+                for (int i = 0; i < Queries; ++i)
+                    acc[i][n] = fma(v, fill(scores[(int64_t)i * padded * a.layers + t]), acc[i][n]);
+            }
+        }
+    }
+    for (int i = 0; i < Queries; ++i) {
+        for (int n = 0; n < Vectors; ++n) {
+            Vec out = acc[i][n] * inverse[i];
+            const int from = c + n * kLanes, count = a.width - from;
+            __builtin_memcpy(a.out[i] + from, &out, (count < kLanes ? count : kLanes) * sizeof(float));
+        }
+    }
 }
 
 template <class T, int Queries>
@@ -266,23 +318,9 @@ void attend_queries(const Attention& a) {
         }
         inverse[i] = a.lengths[i] ? 1.0f / sum(denominator) : 0.0f;
     }
-    for (int c = 0; c < a.width; c += kLanes) {
-        Vec acc[Queries] = {};
-        for (int layer = 0; layer < a.layers; ++layer) {
-            const T* value = (const T*)a.values + layer * a.layer_stride + c;
-            const float* scores = a.scores + layer * padded;
-            for (int t = 0; t < longest; ++t, value += a.width) {
-                Vec v = load_some(value, a.width - c);
-                for (int i = 0; i < Queries; ++i)
-                    acc[i] = fma(v, fill(scores[(int64_t)i * total + t]), acc[i]);
-            }
-        }
-        for (int i = 0; i < Queries; ++i) {
-            Vec out = acc[i] * inverse[i];
-            __builtin_memcpy(a.out[i] + c, &out,
-                             (a.width - c < kLanes ? a.width - c : kLanes) * sizeof(float));
-        }
-    }
+    int c = 0;
+    for (; c + 4 * kLanes <= a.width; c += 4 * kLanes) blend<T, Queries, 4>(a, longest, padded, inverse, c);
+    for (; c < a.width; c += kLanes) blend<T, Queries, 1>(a, longest, padded, inverse, c);
 }
 
 template <class T>

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvspn import __version__
+from kvspn.cli.bench import bench
 from kvspn.cli.common import print_error
 from kvspn.cli.convert import convert
 from kvspn.cli.demo import demo
@@ -49,6 +50,7 @@ for command in (translate, demo, evaluate):
 app.add_typer(train, name="train", rich_help_panel="Make a model")
 app.command(rich_help_panel="Make a model")(convert)
 app.command(rich_help_panel="This machine")(doctor)
+app.command(rich_help_panel="This machine")(bench)
 
 
 def _version(wanted: bool) -> None:

@@ -36,6 +36,16 @@ Backend = Annotated[
     ),
 ]
 
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="FORMAT",
+        help="The decoder's weights: fp32, bf16, fp16 or int8 (one scale for each output channel).",
+        show_default="fp32",
+    ),
+]
+
 Model = Annotated[
     Path | None,
     typer.Option(
@@ -85,10 +95,10 @@ def silence_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def open_translator(model: Path | None, backend: str | None) -> Translator:
+def open_translator(model: Path | None, backend: str | None, weights: str | None = None) -> Translator:
     """The model of the --model option, with a note on the terminal while it loads."""
     with Console(stderr=True).status("Loading the model"):
         from kvspn.translator import Translator
 
         silence_transformers()
-        return Translator.from_folder(model, backend)
+        return Translator.from_folder(model, backend, weights)

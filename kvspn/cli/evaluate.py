@@ -27,7 +27,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from kvspn.cli.common import Backend, Model, open_translator, parse_k, silence_transformers
+from kvspn.cli.common import Backend, Model, Weights, open_translator, parse_k, silence_transformers
 
 if TYPE_CHECKING:
     from kvspn.assets import SpokenSentence
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from kvspn.translator import Translator
 
     Outputs = Mapping[int | str, Sequence[Output]]
+    Opened = tuple[Path | None, str | None, str | None]  # model, backend, weights: what a worker opens again
 
 _worker_decoder: ClipDecoder  # of a worker process
 
@@ -76,6 +77,7 @@ def evaluate(
     ] = 2,
     model: Model = None,
     backend: Backend = None,
+    weights: Weights = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -95,7 +97,7 @@ def evaluate(
         raise ValueError(f"{output}: no such folder to write to")
     names = [each.value for each in sets or TestSet]
     chosen = {name: read_manifest(name)[:limit] for name in names}
-    translator = open_translator(model, backend)
+    translator = open_translator(model, backend, weights)
     rows: list[Row] = []
     progress = Progress(
         TextColumn("{task.description}"),
@@ -106,7 +108,7 @@ def evaluate(
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
-    with _decoder(translator, model, backend, ks, workers) as decode, progress:
+    with _decoder(translator, (model, backend, weights), ks, workers) as decode, progress:
         for name, clips in chosen.items():
             rows += score(name, progress.track(decode(clips), len(clips), description=name))
     Console().print(_table(rows))
@@ -117,7 +119,7 @@ def evaluate(
 
 @contextmanager
 def _decoder(
-    translator: Translator, model: Path | None, backend: str | None, ks: list[int | str], workers: int
+    translator: Translator, opened: Opened, ks: list[int | str], workers: int
 ) -> Iterator[Callable[[list[SpokenSentence]], Iterable[Outputs]]]:
     """Decodes clips in order: here, or in worker processes that each open the model again."""
     from kvspn.evaluation import ClipDecoder
@@ -128,11 +130,11 @@ def _decoder(
         return
     # Fresh processes: a fork of a process in which torch has threads may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (model, backend, ks)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (opened, ks)) as pool:
         yield partial(pool.map, _decode_in_worker)
 
 
-def _start_worker(model: Path | None, backend: str | None, ks: list[int | str]) -> None:
+def _start_worker(opened: Opened, ks: list[int | str]) -> None:
     import torch
 
     from kvspn.evaluation import ClipDecoder
@@ -142,7 +144,7 @@ def _start_worker(model: Path | None, backend: str | None, ks: list[int | str]) 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
     torch.set_num_threads(1)
     silence_transformers()
-    _worker_decoder = ClipDecoder(Translator.from_folder(model, backend), ks)
+    _worker_decoder = ClipDecoder(Translator.from_folder(*opened), ks)
 
 
 def _decode_in_worker(clip: SpokenSentence) -> Outputs:
@@ -172,7 +174,7 @@ def _machine(translator: Translator, model: Path | None) -> dict[str, Any]:
         "model": "mini (bundled)" if model is None else model.name,
         "parameters": translator.model.num_parameters(),
         "backend": translator.backend,
-        "dtype": "float32",
+        "weights": translator.weights or "fp32",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "cpu": cpu(),

@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 from kvspn.decoding import DecodeResult, DecodeStats, decode
 from kvspn.engines import Engine, default_backend, engine
 from kvspn.models.weights import decoder_weights
+from kvspn.quantisation import quantise
 
 TASKS = ("transcribe", "translate")
 
@@ -37,12 +38,21 @@ class GenerateOutput(ModelOutput):
 class GenerationMixin:
     """Replaces Whisper's `generate`."""
 
-    def engine(self, batch: int, cross_capacity: int, backend: str | None = None) -> Engine:
-        """An engine with this model's present weights, for `batch` rows of up to `cross_capacity` encoder
-        positions; may be handed to `generate` again and again. `backend` None is the fastest that is here."""
+    def engine(
+        self, batch: int, cross_capacity: int, backend: str | None = None, weights: str | None = None
+    ) -> Engine:
+        """An engine with this model's present weights; may be handed to `generate` again and again.
+
+        Args:
+            batch: rows decoded together.
+            cross_capacity: encoder positions that a row may hold.
+            backend: a name from `kvspn.engines.backends`; None is the fastest that is here.
+            weights: "fp32", "bf16", "fp16" or "int8" (see `kvspn.quantisation`); None leaves them.
+        """
+        named = decoder_weights(self)
         return engine(
             backend or default_backend(self.device),
-            decoder_weights(self),
+            named if weights is None else quantise(named, weights),
             batch=batch,
             capacity=self.config.max_target_positions,
             cross_capacity=cross_capacity,

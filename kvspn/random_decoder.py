@@ -1,4 +1,4 @@
-"""Decoders with random weights, for tests and benchmarks."""
+"""Decoders with random weights, for benchmarks and tests."""
 
 from __future__ import annotations
 
