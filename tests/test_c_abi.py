@@ -1,0 +1,238 @@
+"""The C ABI, called as a C program would: whatever it is handed, it answers with a status and a text."""
+
+import ctypes
+import random
+from ctypes import POINTER, byref, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
+
+import numpy as np
+import pytest
+
+from kvspn.engines import backends
+from kvspn.random_decoder import random_decoder
+
+pytestmark = pytest.mark.skipif(backends()["native"] is not None, reason="the extension is not built")
+
+OK, INVALID = 0, 1
+DTYPES = {np.dtype(np.float32): 0, np.dtype(np.int32): 4, np.dtype(np.bool_): 5}
+
+
+class Tensor(ctypes.Structure):
+    _fields_ = (
+        ("name", c_char_p),
+        ("data", c_void_p),
+        ("dtype", c_int32),
+        ("ndim", c_int32),
+        ("shape", c_int64 * 6),
+        ("strides", c_int64 * 6),
+    )
+
+    @classmethod
+    def of(cls, name: str, array: np.ndarray) -> "Tensor":
+        strides = [step // array.itemsize for step in array.strides]
+        return cls(
+            name.encode(),
+            array.ctypes.data,
+            DTYPES[array.dtype],
+            array.ndim,
+            (c_int64 * 6)(*array.shape),
+            (c_int64 * 6)(*strides),
+        )
+
+
+class EngineParams(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", c_uint32),
+        ("layers", c_int32),
+        ("heads", c_int32),
+        ("blocks", c_int32),
+        ("groups", c_int32),
+        ("last_layer_only", c_int32),
+        ("threads", c_int32),
+    )
+
+
+BATCH = ("kv", "lengths", "tokens", "finished", "stats", "cross_kv", "cross_lengths")
+
+
+class Batch(ctypes.Structure):
+    _fields_ = (("struct_size", c_uint32), *((name, Tensor) for name in BATCH))
+
+
+class StepParams(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", c_uint32),
+        ("mask", POINTER(c_float)),
+        ("k", c_int32),
+        ("eos", c_int32),
+        ("max_length", c_int32),
+        ("draft", c_int32),
+    )
+
+
+@pytest.fixture(scope="module")
+def lib():
+    from kvspn import _native
+
+    lib = ctypes.CDLL(_native.__file__)
+    lib.kvspn_last_error.restype = c_char_p
+    lib.kvspn_instruction_set.restype = c_char_p
+    lib.kvspn_engine_destroy.argtypes = [c_void_p]
+    lib.kvspn_engine_destroy.restype = None
+    for name in ("bind", "encode", "prefill", "step"):
+        getattr(lib, f"kvspn_engine_{name}").argtypes = (
+            [c_void_p, c_int32, c_int32]
+            if name == "prefill"
+            else [c_void_p, c_int32, c_void_p]
+            if name == "encode"
+            else [c_void_p, c_void_p]
+        )
+    return lib
+
+
+@pytest.fixture
+def weights():
+    from kvspn.native import _named
+
+    return {name: tensor.numpy() for name, tensor in _named(random_decoder())}
+
+
+def params(**fields: int) -> EngineParams:
+    values = {"layers": 2, "heads": 2, "blocks": 1, "groups": 1, "last_layer_only": 0, "threads": 1}
+    return EngineParams(ctypes.sizeof(EngineParams), **(values | fields))
+
+
+def create(lib, weights, given=None):
+    engine = c_void_p()
+    tensors = (Tensor * len(weights))(*(Tensor.of(name, array) for name, array in weights.items()))
+    status = lib.kvspn_engine_create(byref(given or params()), tensors, len(weights), byref(engine))
+    return status, engine
+
+
+def arrays() -> dict[str, np.ndarray]:
+    return {
+        "kv": np.full((2, 2, 1, 2, 12, 8), np.nan, np.float32),
+        "lengths": np.zeros(1, np.int32),
+        "tokens": np.full((1, 12), 3, np.int32),
+        "finished": np.zeros(1, np.bool_),
+        "stats": np.zeros((1, 3), np.int32),
+        "cross_kv": np.full((2, 2, 1, 2, 6, 8), np.nan, np.float32),
+        "cross_lengths": np.zeros(1, np.int32),
+    }
+
+
+def batch(values: dict[str, np.ndarray]) -> Batch:
+    return Batch(ctypes.sizeof(Batch), *(Tensor.of(name, values[name]) for name in BATCH))
+
+
+def step(**fields: int) -> StepParams:
+    values = {"k": 1, "eos": -1, "max_length": 12, "draft": 1}
+    return StepParams(ctypes.sizeof(StepParams), None, **(values | fields))
+
+
+def test_a_whole_life(lib, weights):
+    assert lib.kvspn_abi_version() == 1
+    assert lib.kvspn_instruction_set() in (b"avx512", b"avx2", b"portable")
+    status, engine = create(lib, weights)
+    assert (status, lib.kvspn_last_error()) == (OK, b"")
+    values = arrays()
+    assert lib.kvspn_engine_bind(engine, byref(batch(values))) == OK
+    states = np.random.default_rng(0).standard_normal((4, 16), np.float32)
+    assert lib.kvspn_engine_encode(engine, 0, byref(Tensor.of("states", states))) == OK
+    assert lib.kvspn_engine_prefill(engine, 0, 2) == OK
+    while not values["finished"][0]:
+        assert lib.kvspn_engine_step(engine, byref(step())) == OK
+    assert values["lengths"][0] == 11
+    assert values["stats"][0, 0] >= 5
+    lib.kvspn_engine_destroy(engine)
+
+
+def test_null_pointers(lib, weights):
+    lib.kvspn_engine_destroy(None)
+    assert lib.kvspn_engine_create(None, None, 0, byref(c_void_p())) == INVALID
+    assert b"params must be given, got a null pointer" in lib.kvspn_last_error()
+    assert lib.kvspn_engine_create(byref(params()), None, 3, byref(c_void_p())) == INVALID
+    assert lib.kvspn_engine_create(byref(params()), None, 0, None) == INVALID
+    for name, arguments in (("bind", (None,)), ("encode", (0, None)), ("prefill", (0, 1)), ("step", (None,))):
+        assert getattr(lib, f"kvspn_engine_{name}")(None, *arguments) == INVALID
+        assert lib.kvspn_last_error()
+    status, engine = create(lib, weights)
+    assert status == OK
+    for name, arguments in (("bind", (None,)), ("encode", (0, None)), ("step", (None,))):
+        assert getattr(lib, f"kvspn_engine_{name}")(engine, *arguments) == INVALID
+        assert b"null pointer" in lib.kvspn_last_error()
+    for name, arguments in (("prefill", (0, 1)), ("step", (byref(step()),))):
+        assert getattr(lib, f"kvspn_engine_{name}")(engine, *arguments) == INVALID
+        assert b"a batch must be bound first" in lib.kvspn_last_error()
+    lib.kvspn_engine_destroy(engine)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layers": 0}, b"layers must be at least 1, got 0"),
+        ({"layers": 3}, b"layers.2.self_norm.weight must be among the weights"),
+        ({"heads": 3}, b"embed_tokens must be a multiple of 3 heads wide, got 16"),
+        ({"blocks": -1}, b"blocks must be at least 0, got -1"),
+        ({"groups": 0}, b"groups must divide the layers and the blocks, got 0"),
+        ({"threads": -1}, b"threads must be 0 to 1024, got -1"),
+    ],
+)
+def test_wrong_params(lib, weights, fields, message):
+    assert create(lib, weights, params(**fields))[0] == INVALID
+    assert message in lib.kvspn_last_error()
+
+
+def test_fuzzed_tensors_and_numbers(lib, weights):
+    """Shapes, dtypes, strides, pointers and numbers at random: never a crash, a text for every error."""
+    rng = random.Random(0)
+    status, engine = create(lib, weights)
+    assert status == OK
+    refused = 0
+    for _ in range(400):
+        values = arrays()
+        given = batch(values)
+        tensor = getattr(given, rng.choice(BATCH))
+        kind = rng.choice(("dtype", "ndim", "shape", "strides", "data", "struct_size"))
+        if kind == "struct_size":
+            given.struct_size = rng.choice((0, 4, 10_000))
+        elif kind == "data":
+            tensor.data = None
+        elif kind == "dtype":
+            tensor.dtype = rng.choice([d for d in (-1, 0, 3, 4, 5, 6, 1 << 30) if d != tensor.dtype])
+        elif kind == "ndim":
+            tensor.ndim = rng.choice([n for n in (-1, 0, 1, 2, 6, 7, 1 << 30) if n != tensor.ndim])
+        elif kind == "shape":  # smaller or absurd: a larger true size cannot be told from the outside
+            tensor.shape[rng.randrange(tensor.ndim)] = rng.choice((-1, 0, -(1 << 60)))
+        else:
+            tensor.strides[tensor.ndim - 1] = rng.choice((-1, 0, 2, 1 << 40))
+        status = lib.kvspn_engine_bind(engine, byref(given))
+        assert status in (OK, INVALID)
+        if status == INVALID:
+            refused += 1
+            assert b"must " in lib.kvspn_last_error()
+    assert refused > 300
+    values = arrays()
+    given = batch(values)
+    assert lib.kvspn_engine_bind(engine, byref(given)) == OK
+    numbers = (-(1 << 31), -2, -1, 0, 1, 2, 11, 12, 13, 29, (1 << 31) - 1)
+    for _ in range(600):
+        values["lengths"][0], values["cross_lengths"][0] = rng.choice(numbers), rng.choice(numbers)
+        values["tokens"][:] = rng.choice(numbers)
+        values["finished"][0] = False
+        fields = {name: rng.choice(numbers) for name in ("k", "eos", "max_length", "draft")}
+        assert lib.kvspn_engine_step(engine, byref(step(**fields))) in (OK, INVALID)
+        assert lib.kvspn_engine_prefill(engine, rng.choice(numbers), rng.choice(numbers)) in (OK, INVALID)
+    lib.kvspn_engine_destroy(engine)
+
+
+def test_fuzzed_weights(lib, weights):
+    """A weight that is missing, of another shape or without data is refused by name."""
+    rng = random.Random(1)
+    for name in rng.sample(sorted(weights), 12):
+        rest = {key: value for key, value in weights.items() if key != name}
+        if not name.endswith((".bias", "embed_tokens", "embed_positions")):
+            assert create(lib, rest)[0] == INVALID, name
+            assert name.rsplit(".", 1)[0].encode() in lib.kvspn_last_error()
+        for wrong in (weights[name][..., :-1], weights[name].astype(np.int32), weights[name][None]):
+            assert create(lib, rest | {name: wrong})[0] == INVALID, name
+            assert lib.kvspn_last_error()
