@@ -10,23 +10,15 @@ import torch
 from kvspn.benchmark import step_bytes
 from kvspn.engines import backends, engine
 from kvspn.ops import K_INF, DecoderWeights
-from kvspn.quantisation import quantise
-from kvspn.random_decoder import random_decoder
+from kvspn.quantisation import FORMATS, quantise
+
+
+_FORMATS = {dtype: name for name, dtype in FORMATS.items()}
 
 
 @functools.lru_cache(maxsize=1)
 def weights(shape, dtype, device, int8) -> DecoderWeights:
-    made = random_decoder(
-        layers=shape.layers,
-        blocks=shape.groups,
-        heads=shape.heads,
-        head_dim=shape.head_dim,
-        ffn=shape.ffn,
-        vocabulary=shape.vocabulary,
-        positions=448,
-        dtype=dtype,
-    )
-    made = quantise(made, "int8") if int8 else made
+    made = quantise(shape.weights(), "int8" if int8 else _FORMATS[dtype])
     tensors = [tensor.to(device) for tensor in made.flatten()]
     return DecoderWeights.unflatten(tensors, heads=shape.heads, num_layers=shape.layers)
 
