@@ -12,7 +12,6 @@ from kvspn.engines import backends, engine
 from kvspn.ops import K_INF, DecoderWeights
 from kvspn.quantisation import FORMATS, quantise
 
-
 _FORMATS = {dtype: name for name, dtype in FORMATS.items()}
 
 
