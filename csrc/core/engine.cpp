@@ -154,6 +154,7 @@ void Engine::prefill(int row, int count) {
     require(row >= 0 && row < batch_.rows, "row must be 0 to ", batch_.rows - 1, ", got ", row);
     const int limit = std::min({batch_.capacity, batch_.token_capacity, weights_.positions.count});
     require(count >= 0 && count <= limit, "count must be 0 to ", limit, ", got ", count);
+    check_cross(row);
     const int32_t* ids = batch_.tokens + int64_t(row) * batch_.token_capacity;
     for (int i = 0; i < count; ++i)
         require(ids[i] >= 0 && ids[i] < weights_.vocabulary, "tokens must be 0 to ", weights_.vocabulary - 1,
@@ -169,6 +170,13 @@ void Engine::prefill(int row, int count) {
     batch_.lengths[row] = count;
 }
 
+// The caller owns the lengths: they may hold anything.
+void Engine::check_cross(int row) const {
+    const int cross = batch_.cross_lengths[row];
+    require(cross >= 0 && cross <= batch_.cross_capacity, "cross_lengths[", row, "] must be 0 to ",
+            batch_.cross_capacity, ", got ", cross);
+}
+
 void Engine::step(const kvspn_step_params& params) {
     require(batch_.rows, "a batch must be bound first, got none");
     require(params.k >= 1, "k must be at least 1, got ", params.k);
@@ -180,11 +188,10 @@ void Engine::step(const kvspn_step_params& params) {
     slot_count_ = 0;
     for (int row = 0; row < batch_.rows; ++row) {
         if (batch_.finished[row]) continue;
-        const int position = batch_.lengths[row], cross = batch_.cross_lengths[row];
+        const int position = batch_.lengths[row];
         require(position >= 0 && position < params.max_length, "lengths[", row, "] must be 0 to ",
                 params.max_length - 1, ", got ", position);
-        require(cross >= 0 && cross <= batch_.cross_capacity, "cross_lengths[", row, "] must be 0 to ",
-                batch_.cross_capacity, ", got ", cross);
+        check_cross(row);
         const int32_t newest = batch_.tokens[int64_t(row) * batch_.token_capacity + position];
         require(newest >= 0 && newest < weights_.vocabulary, "tokens must be 0 to ", weights_.vocabulary - 1,
                 ", got ", newest);

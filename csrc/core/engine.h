@@ -37,6 +37,7 @@ class Engine {
         int rows, capacity, cross_capacity, token_capacity;
     };
 
+    void check_cross(int row) const;
     void base_pass(int thread);
     void propose(int thread);
     void verify(int thread, const Norm& norm, const Matrix& head, const int32_t* ids);
