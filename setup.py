@@ -19,7 +19,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
-ISA = {"avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"}
+AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
+ISA = {"avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512vnni": f"{AVX512} -mavx512vnni"}
 
 
 class NinjaBuild(build_ext):

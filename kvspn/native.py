@@ -16,9 +16,9 @@ from kvspn.ops import DecoderWeights
 class NativeEngine(CachedEngine):
     """One call of the C++ engine a step, on torch's present number of threads.
 
-    Activations and logits are fp32; weights stay in their own format (fp32, bf16, fp16, int8), the cache in
-    that of the embeddings. The instruction set is chosen at run time; the environment variable KVSPN_CPU
-    (avx512, avx2, portable) names another one.
+    Activations and logits are fp32; weights stay in their own format, the cache in that of the embeddings.
+    Integer weights meet activations rounded to int16, each row with its own scale. The instruction set is
+    chosen at run time; the environment variable KVSPN_CPU (avx512vnni, avx512, avx2, portable) names another.
     """
 
     def __init__(self, weights: DecoderWeights, *, batch: int, capacity: int, cross_capacity: int) -> None:
@@ -26,9 +26,6 @@ class NativeEngine(CachedEngine):
         if self._embed.device.type != "cpu":
             raise ValueError(f"weights must be on the CPU, got {self._embed.device}")
         named = dict(_named(weights))
-        for name, tensor in named.items():
-            if tensor.dtype == torch.uint8:
-                raise ValueError(f"weights must not be int4 on the native backend, got {name} in int4")
         self._engine = _native.Engine(
             named,
             layers=len(weights.layers),

@@ -10,24 +10,39 @@ from torch import Tensor
 from kvspn.ops import DecoderWeights
 from kvspn.ops.weights import Linear
 
-FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+FORMATS = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+    "int4": torch.uint8,
+}
+GROUP = 64  # columns that share a scale in int4
+_INTEGERS = ("int8", "int4")
 
 
-def quantise(weights: DecoderWeights, to: str) -> DecoderWeights:
+def quantise(weights: DecoderWeights, to: str, draft: str | None = None) -> DecoderWeights:
     """The same decoder with its weights in one of FORMATS; embeddings, and with them the cache, follow.
 
-    int8 stands for the matrices, symmetric, each output channel with its own scale (max / 127); embeddings,
-    biases and norms are then bf16.
+    int8 stands for the matrices, symmetric, each output channel with its own scale (max / 127). int4 is
+    symmetric with a scale for each 64 inputs of an output (see :func:`quantise_linear`); the output
+    embeddings are int8 then. Embeddings, biases and norms are bf16 beside both.
+
+    Args:
+        weights: in fp32, bf16 or fp16.
+        to: the format.
+        draft: another format for the matrices of the draft network, its output embedding among them. A draft
+            network may be as coarse as it likes: that changes speed, never the output at k = 1.
 
     Raises:
         ValueError: another format; weights that are int8 or int4 already.
     """
-    if to not in FORMATS:
-        raise ValueError(f"weights must be one of {', '.join(FORMATS)}, got {to!r}")
-    float_dtype = torch.bfloat16 if to == "int8" else FORMATS[to]
-    head = weights.head
+    for name, value in (("weights", to), ("draft", draft or to)):
+        if value not in FORMATS:
+            raise ValueError(f"{name} must be one of {', '.join(FORMATS)}, got {value!r}")
+    float_dtype = torch.bfloat16 if to in _INTEGERS else FORMATS[to]
 
-    def convert(part: Any) -> Any:
+    def convert(part: Any, to: str) -> Any:
         """A tensor, a Norm, a Linear, or a tuple of such."""
         if part is None or isinstance(part, int):
             return part
@@ -38,20 +53,47 @@ def quantise(weights: DecoderWeights, to: str) -> DecoderWeights:
                 raise ValueError(
                     f"weights must be fp32, bf16 or fp16 to be converted, got {part.weight.dtype}"
                 )
-            if to == "int8":
-                return _int8(part)
-        converted = (convert(each) for each in part)
+            if to in _INTEGERS:
+                return quantise_linear(part, to)
+            return Linear(*(None if each is None else each.to(FORMATS[to]) for each in part))
+        converted = (convert(each, to) for each in part)
         return type(part)(*converted) if hasattr(part, "_fields") else tuple(converted)
 
-    fields = {name: convert(value) for name, value in vars(weights).items()}
-    if to != "int8" and head.weight.data_ptr() == weights.embed_tokens.data_ptr():
+    fields = {name: convert(value, to) for name, value in vars(weights).items()}
+    head = weights.head
+    if to in _INTEGERS:
+        fields["head"] = convert(head, "int8")
+    elif head.weight.data_ptr() == weights.embed_tokens.data_ptr():
         fields["head"] = Linear(fields["embed_tokens"])  # still tied
+    if weights.blocks:
+        fields["blocks"] = convert(weights.blocks, draft or to)
+        own = weights.draft_head or (head if draft not in (None, to) else None)
+        fields["draft_head"] = convert(own, draft or ("int8" if to in _INTEGERS else to))
     return DecoderWeights(**fields)
 
 
-def _int8(linear: Linear) -> Linear:
+def quantise_linear(linear: Linear, to: str) -> Linear:
+    """One matrix [N, K] in "int8" or "int4", nearest values.
+
+    int8: scale [N] = max / 127. int4: groups of 64 inputs, or of 32, 16, 8 or 2 where that does not divide K;
+    scale [N, K / group], such that a group's largest value becomes -8. The bias becomes fp32.
+
+    Raises:
+        ValueError: an odd K in int4.
+    """
     matrix = linear.weight.float()
-    scale = (matrix.abs().amax(dim=1) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
-    quantised = (matrix / scale[:, None]).round_().to(torch.int8)
     bias = None if linear.bias is None else linear.bias.float()
-    return Linear(quantised, bias, scale)
+    tiny = torch.finfo(torch.float32).tiny
+    if to == "int8":
+        scale = (matrix.abs().amax(dim=1) / 127).clamp_(min=tiny)
+        return Linear((matrix / scale[:, None]).round_().to(torch.int8), bias, scale)
+    columns = matrix.shape[1]
+    if columns % 2:
+        raise ValueError(f"weight must have an even number of columns in int4, got {columns}")
+    size = next(size for size in (GROUP, 32, 16, 8, 2) if columns % size == 0)
+    groups = matrix.unflatten(1, (-1, size))
+    extreme = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
+    scale = extreme / -8
+    scale[scale == 0] = tiny
+    nibbles = ((groups / scale).round_().clamp_(-8, 7) + 8).to(torch.uint8).flatten(1)
+    return Linear(nibbles[:, ::2] | nibbles[:, 1::2] << 4, bias, scale.squeeze(2))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvspn.ops import DecoderWeights, DraftBlockWeights, LayerWeights, Linear, Norm
+from kvspn.quantisation import quantise_linear
 
 
 def random_decoder(
@@ -22,12 +23,15 @@ def random_decoder(
     encoder_attention: bool = True,
     last_layer_only: bool = False,
     short_list: int = 0,
-    quantised: bool = False,
+    quantised: str | None = None,
     gain: float = 1.5,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> DecoderWeights:
-    """A decoder of any shape. A larger ``gain`` makes the logits depend more on the context."""
+    """A decoder of any shape. A larger ``gain`` makes the logits depend more on the context.
+
+    quantised: "int8" or "int4" layers and blocks; ``dtype`` stays that of embeddings, head and norms.
+    """
     generator = torch.Generator().manual_seed(seed)
     d = heads * head_dim
     draft_d = (draft_heads or heads) * head_dim
@@ -42,12 +46,8 @@ def random_decoder(
         bias = rand(n, scale=0.1)
         if zero_bias is not None:
             bias[zero_bias] = 0
-        if quantised:
-            scale = torch.full((n,), gain * k**-0.5 / 64)
-            return Linear(
-                torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=generator), bias, scale
-            )
-        return Linear(rand(n, k, scale=gain * k**-0.5), bias)
+        made = Linear(rand(n, k, scale=gain * k**-0.5), bias)
+        return quantise_linear(made, quantised) if quantised else made
 
     def layer() -> LayerWeights:
         return LayerWeights(

@@ -53,7 +53,7 @@ def tasks(draw):
         encoder_attention=draw(st.booleans()),
         last_layer_only=draw(st.booleans()),
         short_list=draw(st.sampled_from([0, 12])),
-        quantised=draw(st.booleans()),
+        quantised=draw(st.sampled_from([None, "int8", "int4"])),
         gain=draw(st.sampled_from([0.5, 1.5, 3.0])),
         dtype=draw(st.sampled_from(DTYPES)),
         seed=draw(st.integers(0, 2**16)),

@@ -14,7 +14,7 @@ from kvspn.random_decoder import random_decoder
         {"blocks": 0},
         {"layers": 4, "blocks": 2, "encoder_attention": False},
         {"layers": 4, "blocks": 2, "groups": 4, "short_list": 5, "last_layer_only": True},
-        {"quantised": True, "draft_heads": 4},
+        {"quantised": "int8", "draft_heads": 4},
     ],
 )
 def test_flatten_and_back(options):

@@ -3,7 +3,8 @@ import torch
 
 from kvspn.engines import engine
 from kvspn.ops.fused_linear import dequantise
-from kvspn.quantisation import FORMATS, quantise
+from kvspn.ops.weights import Linear
+from kvspn.quantisation import FORMATS, quantise, quantise_linear
 from kvspn.random_decoder import random_decoder
 
 WEIGHTS = {"layers": 4, "blocks": 2, "short_list": 12}
@@ -13,8 +14,9 @@ WEIGHTS = {"layers": 4, "blocks": 2, "short_list": 12}
 def test_every_tensor_is_converted(to):
     weights = random_decoder(**WEIGHTS)
     converted = quantise(weights, to)
-    dtype = torch.bfloat16 if to == "int8" else FORMATS[to]
+    dtype = torch.bfloat16 if to.startswith("int") else FORMATS[to]
     assert converted.embed_tokens.dtype == converted.norm.weight.dtype == dtype
+    assert converted.head.weight.dtype == (torch.int8 if to == "int4" else FORMATS[to])
     assert torch.equal(converted.draft_ids, weights.draft_ids)
     for one, other in zip(
         (*weights.layers, *weights.blocks), (*converted.layers, *converted.blocks), strict=True
@@ -23,9 +25,29 @@ def test_every_tensor_is_converted(to):
         for before, after in zip(one, other, strict=True):
             assert type(before) is type(after)
             assert after.weight.dtype == (FORMATS[to] if hasattr(after, "scale") else dtype)
-    e = engine("reference", converted, batch=1, capacity=8, cross_capacity=4)
+    step(converted)
+
+
+def step(weights):
+    e = engine("reference", weights, batch=1, capacity=8, cross_capacity=4)
     e.start([torch.randn(3, 16)], [[1]], eos=-1, max_length=8)
     e.step()
+
+
+@pytest.mark.parametrize("to", ["fp32", "int8"])
+@pytest.mark.parametrize("short_list", [0, 12])
+def test_the_draft_network_in_a_format_of_its_own(to, short_list):
+    weights = random_decoder(layers=4, blocks=2, short_list=short_list)
+    converted = quantise(weights, to, draft="int4")
+    plain = quantise(weights, to)
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(converted.layers[0].fc1, plain.layers[0].fc1, strict=True)
+        if pair[0] is not None
+    )
+    assert converted.blocks[0].fc1.weight.dtype == converted.draft_head.weight.dtype == torch.uint8
+    assert converted.draft_head.weight.shape == (short_list or 29, 8)
+    step(converted)
 
 
 def test_int8_is_within_half_a_step():
@@ -37,15 +59,29 @@ def test_int8_is_within_half_a_step():
     assert torch.equal(quantised.bias, linear.bias)
 
 
+def test_int4_is_within_half_a_step():
+    """But for the value opposite a group's largest, which may be cut by one step: 8 becomes 7."""
+    linear = random_decoder(ffn=320).layers[0].fc2
+    quantised = quantise_linear(linear, "int4")
+    assert quantised.scale.shape == (16, 5)
+    error = (dequantise(quantised.weight, quantised.scale) - linear.weight).abs().unflatten(1, (5, 64))
+    step = quantised.scale.abs()[..., None]
+    steps = linear.weight.unflatten(1, (5, 64)) / quantised.scale[..., None]
+    assert (error <= torch.where(steps > 7.5, 1.0001, 0.5001) * step).all()
+    assert (steps.min(dim=2).values == -8).all()
+    with pytest.raises(ValueError, match=r"^weight must have an even number of columns in int4, got 3"):
+        quantise_linear(Linear(torch.ones(2, 3)), "int4")
+
+
 def test_a_tied_head_stays_tied():
     converted = quantise(random_decoder(), "bf16")
     assert converted.head.weight.data_ptr() == converted.embed_tokens.data_ptr()
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"^weights must be one of fp32, bf16, fp16, int8, got 'int3'"):
+    with pytest.raises(ValueError, match=r"^weights must be one of fp32, bf16, fp16, int8, int4, got 'int3'"):
         quantise(random_decoder(), "int3")
     with pytest.raises(
         ValueError, match=r"^weights must be fp32, bf16 or fp16 to be converted, got torch\.int8"
     ):
-        quantise(random_decoder(quantised=True), "bf16")
+        quantise(random_decoder(quantised="int8"), "bf16")

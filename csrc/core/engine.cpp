@@ -15,11 +15,11 @@ int thread_count(int threads) {
     return threads ? threads : std::max(1u, std::thread::hardware_concurrency());
 }
 
-// The part of [0, count) that is a thread's, in whole quads.
+// The part of [0, count) that is a thread's, in whole tiles.
 std::pair<int, int> share(int count, int thread, int threads) {
-    const int64_t quads = (count + 3) / 4;
-    return {int(std::min<int64_t>(count, quads * thread / threads * 4)),
-            int(std::min<int64_t>(count, quads * (thread + 1) / threads * 4))};
+    const int64_t tiles = (count + kLanes - 1) / kLanes;
+    return {int(std::min<int64_t>(count, tiles * thread / threads * kLanes)),
+            int(std::min<int64_t>(count, tiles * (thread + 1) / threads * kLanes))};
 }
 
 void check_contiguous(const std::string& name, const kvspn_tensor& tensor) {
@@ -96,13 +96,14 @@ void Engine::bind(const kvspn_batch& b) {
     Memory x(queries * width_stride_ * sizeof(float)), wide(queries * wide_stride_ * sizeof(float)),
         attended(queries * wide_stride_ * sizeof(float)), hidden(queries * wide_stride_ * sizeof(float)),
         normed(threads * queries * width_stride_ * sizeof(float)),
-        score(size_t(threads) * kQueries * scores * sizeof(float)),
+        quantised(threads * queries * wide_stride_ * sizeof(int16_t)),
+        scales(threads * queries * sizeof(float)), score(size_t(threads) * kQueries * scores * sizeof(float)),
         logits(threads * queries * kStrip * sizeof(float)), best(threads * queries * sizeof(Best)),
         ids(queries * sizeof(int32_t)), drafts(rows * sizeof(int32_t));
     slots_.resize(rows);
     x_ = std::move(x), wide_ = std::move(wide), attended_ = std::move(attended), hidden_ = std::move(hidden);
-    normed_ = std::move(normed), scores_ = std::move(score), logits_ = std::move(logits),
-    best_ = std::move(best);
+    normed_ = std::move(normed), quantised_ = std::move(quantised), scales_ = std::move(scales);
+    scores_ = std::move(score), logits_ = std::move(logits), best_ = std::move(best);
     ids_ = std::move(ids), drafts_ = std::move(drafts);
     scores_stride_ = scores;
     batch_ = {Dtype(b.kv.dtype),
@@ -129,12 +130,18 @@ void Engine::encode(int row, const kvspn_tensor& states) {
     const int d = weights_.width, heads = weights_.heads, head_dim = weights_.head_dim;
     Memory x(size_t(count) * width_stride_ * sizeof(float)), y(size_t(count) * 2 * d * sizeof(float));
     read_rows(states, count, d, x.as<float>(), width_stride_);
+    Memory quantised(size_t(count) * width_stride_ * sizeof(int16_t)), scales(size_t(count) * sizeof(float));
+    for (int e = 0; e < count; ++e)
+        scales.as<float>()[e] =
+            kernels_.quantise(x.as<float>() + int64_t(e) * width_stride_, d, width_stride_,
+                              quantised.as<int16_t>() + int64_t(e) * width_stride_);
+    const Rows rows{x.as<float>(),           width_stride_, count,
+                    quantised.as<int16_t>(), width_stride_, scales.as<float>()};
     for (size_t layer = 0; layer < weights_.layers.size(); ++layer) {
         char* out = layer_kv(batch_.cross_kv, int(layer), batch_.cross_capacity);
         team_.run([&](int thread) {
             auto [first, last] = share(2 * d, thread, team_.size());
-            kernels_.linear(weights_.layers[layer].cross_kv, x.as<float>(), width_stride_, count, first, last,
-                            y.as<float>(), 2 * d, false);
+            kernels_.linear(weights_.layers[layer].cross_kv, rows, first, last, y.as<float>(), 2 * d, false);
             for (int n = first; n < last; ++n) {  // [E, 2 * d] -> [2, B, H, E, D]
                 const int part = n / d, head = n % d / head_dim, column = n % head_dim;
                 const int64_t base =
@@ -289,21 +296,34 @@ void Engine::propose(int thread) {
     verify(thread, weights_.draft_norm, weights_.draft_head, weights_.draft_ids);
 }
 
+// [LayerNorm ->] x [-> int16], in a thread's own memory: cheaper than to wait for another's.
+Rows Engine::input(int thread, const Norm* norm, const float* x, const Matrix& matrix) {
+    const int64_t first = int64_t(thread) * std::max(kPrefillChunk, 2 * batch_.rows);
+    Rows rows{x, norm ? width_stride_ : wide_stride_, rows_};
+    if (norm) {
+        float* normed = normed_.as<float>() + first * width_stride_;
+        for (int r = 0; r < rows_; ++r)
+            kernels_.layer_norm(x + r * rows.stride, norm->weight, norm->bias, weights_.width,
+                                normed + r * rows.stride);
+        rows.x = normed;
+    }
+    if (is_integer(matrix.dtype)) {
+        int16_t* quantised = quantised_.as<int16_t>() + first * wide_stride_;
+        float* scales = scales_.as<float>() + first;
+        rows.quantised = quantised, rows.quantised_stride = wide_stride_, rows.scales = scales;
+        for (int r = 0; r < rows_; ++r)
+            scales[r] = kernels_.quantise(rows.x + r * rows.stride, matrix.inputs, matrix.columns,
+                                          quantised + int64_t(r) * wide_stride_);
+    }
+    return rows;
+}
+
 // y = [LayerNorm ->] x W^T + b [-> GELU], or y += it: a share of the outputs on each thread, then a barrier.
 void Engine::linear(int thread, const Norm* norm, const float* x, const Matrix& matrix, float* y, bool gelu,
                     bool accumulate) {
-    int64_t x_stride = norm ? width_stride_ : wide_stride_;
-    if (norm) {  // on every thread, which is cheaper than to wait for one
-        float* normed =
-            normed_.as<float>() + int64_t(thread) * std::max(kPrefillChunk, 2 * batch_.rows) * width_stride_;
-        for (int r = 0; r < rows_; ++r)
-            kernels_.layer_norm(x + r * x_stride, norm->weight, norm->bias, weights_.width,
-                                normed + r * x_stride);
-        x = normed;
-    }
     const int64_t y_stride = accumulate ? width_stride_ : wide_stride_;
     auto [first, last] = share(matrix.outputs, thread, team_.size());
-    kernels_.linear(matrix, x, x_stride, rows_, first, last, y, y_stride, accumulate);
+    kernels_.linear(matrix, input(thread, norm, x, matrix), first, last, y, y_stride, accumulate);
     if (gelu)
         for (int r = 0; r < rows_; ++r) kernels_.gelu(y + r * y_stride + first, last - first);
     team_.barrier();
@@ -363,7 +383,6 @@ void Engine::attend(int thread, const char* kv, int layers, const int32_t* lengt
 // Logits strip by strip -> best_[row]: the argmax and the rank of the draft that the row judges.
 void Engine::verify(int thread, const Norm& norm, const Matrix& head, const int32_t* ids) {
     const int threads = team_.size(), most = std::max(kPrefillChunk, 2 * batch_.rows);
-    float* normed = normed_.as<float>() + int64_t(thread) * most * width_stride_;
     float* logits = logits_.as<float>() + int64_t(thread) * most * kStrip;
     Best* best = best_.as<Best>() + int64_t(thread) * most;
     const float* mask = params_->mask;
@@ -371,11 +390,8 @@ void Engine::verify(int thread, const Norm& norm, const Matrix& head, const int3
         if (mask) logit += mask[ids ? ids[n] : n];
         return logit == logit ? logit : -HUGE_VALF;
     };
-    for (int r = 0; r < rows_; ++r) {
-        kernels_.layer_norm(x_.as<float>() + int64_t(r) * width_stride_, norm.weight, norm.bias,
-                            weights_.width, normed + int64_t(r) * width_stride_);
-        best[r] = {-HUGE_VALF, -HUGE_VALF, -1, 0};
-    }
+    const Rows rows = input(thread, &norm, x_.as<float>(), head);
+    for (int r = 0; r < rows_; ++r) best[r] = {-HUGE_VALF, -HUGE_VALF, -1, 0};
     // The drafts' own logits come first, so that one reading of the head tells argmax and rank.
     auto draft_of = [&](int i, int q) {
         return verify_drafts_ && q + 1 < slots_[i].queries ? drafts_.as<int32_t>()[i] : -1;
@@ -383,15 +399,16 @@ void Engine::verify(int thread, const Norm& norm, const Matrix& head, const int3
     for (int i = 0; i < slot_count_; ++i) {
         const int draft = draft_of(i, 0), r = slots_[i].first;
         if (draft < 0) continue;
+        Rows row = rows.from(r);
+        row.count = 1;
         float logit;
-        kernels_.linear(head, normed + int64_t(r) * width_stride_, width_stride_, 1, draft, draft + 1,
-                        &logit - draft, 1, false);
+        kernels_.linear(head, row, draft, draft + 1, &logit - draft, 1, false);
         best[r].draft_value = masked(logit, draft);
     }
     auto [first, last] = share(head.outputs, thread, threads);
     for (int from = first; from < last; from += kStrip) {
         const int to = std::min(from + kStrip, last);
-        kernels_.linear(head, normed, width_stride_, rows_, from, to, logits - from, kStrip, false);
+        kernels_.linear(head, rows, from, to, logits - from, kStrip, false);
         for (int i = 0; i < slot_count_; ++i) {
             for (int q = 0; q < slots_[i].queries; ++q) {
                 const int r = slots_[i].first + q;

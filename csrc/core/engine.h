@@ -43,6 +43,7 @@ class Engine {
     void verify(int thread, const Norm& norm, const Matrix& head, const int32_t* ids);
     void accept();
 
+    Rows input(int thread, const Norm* norm, const float* x, const Matrix& matrix);
     void linear(int thread, const Norm* norm, const float* x, const Matrix& matrix, float* y, bool gelu,
                 bool accumulate);
     void append(int layer);
@@ -60,8 +61,8 @@ class Engine {
     std::vector<Slot> slots_;
     int slot_count_ = 0, rows_ = 0;  // of the present pass
     bool verify_drafts_ = false;
-    int width_stride_, wide_stride_, scores_stride_ = 0;  // floats
-    Memory x_, wide_, attended_, hidden_, normed_, scores_, logits_, best_;
+    int width_stride_, wide_stride_, scores_stride_ = 0;  // elements
+    Memory x_, wide_, attended_, hidden_, normed_, quantised_, scales_, scores_, logits_, best_;
     Memory ids_, drafts_;  // int32, of every row of x and of every slot
 };
 

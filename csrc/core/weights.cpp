@@ -7,7 +7,10 @@
 namespace kvspn {
 namespace {
 
-const char* kNames[] = {"fp32", "bf16", "fp16", "int8", "int32", "bool"};
+constexpr int kSpan = 512;       // 512 products of int8 and int16 fit into an int32
+constexpr int kInt4Span = 8192;  // and 8192 of int4
+
+const char* kNames[] = {"fp32", "bf16", "fp16", "int8", "int32", "bool", "int4"};
 
 float bf16_to_float(uint16_t bits) {
     uint32_t wide = uint32_t(bits) << 16;
@@ -59,7 +62,7 @@ void check_tensor(const std::string& name, const kvspn_tensor& tensor, std::init
         known |= tensor.dtype == int(dtype);
         wanted += (wanted.empty() ? "" : " or ") + std::string(kNames[int(dtype)]);
     }
-    bool named = tensor.dtype >= 0 && tensor.dtype < 6;
+    bool named = tensor.dtype >= 0 && tensor.dtype < 7;
     require(known, name, " must be ", wanted, ", got ", named ? kNames[tensor.dtype] : "an unknown dtype");
     bool fits = tensor.ndim == int(shape.size());
     for (size_t i = 0; fits && i < shape.size(); ++i)
@@ -215,34 +218,76 @@ Norm Weights::read_norm(const std::string& name) {
 Matrix Weights::read_matrix(const std::string& name, int outputs, int columns) {
     const kvspn_tensor* tensor = find(name + ".weight");
     require(tensor, name, ".weight must be among the weights, got nothing");
-    check_tensor(name + ".weight", *tensor, {Dtype::fp32, Dtype::bf16, Dtype::fp16, Dtype::int8},
-                 {outputs, columns});
+    const bool int4 = tensor->dtype == int(Dtype::int4);
+    require(!int4 || columns % 2 == 0, name, ".weight must have an even number of columns in int4, got ",
+            columns);
+    check_tensor(name + ".weight", *tensor, {Dtype::fp32, Dtype::bf16, Dtype::fp16, Dtype::int8, Dtype::int4},
+                 {outputs, int4 ? columns / 2 : columns});
     Matrix matrix;
     matrix.dtype = Dtype(tensor->dtype);
     matrix.outputs = outputs;
-    matrix.columns = pad(columns);
+    matrix.inputs = columns;
+    matrix.columns = is_integer(matrix.dtype) ? pad(columns, kDepth) : columns;
     if (find(name + ".bias")) matrix.bias = vector(name + ".bias", outputs);
-    const bool scaled = find(name + ".scale");
-    require(scaled == (matrix.dtype == Dtype::int8), name,
-            ".scale must be given with an int8 weight alone, got ", scaled ? "one" : "none");
-    if (scaled) matrix.scale = vector(name + ".scale", outputs);
+    require(bool(find(name + ".scale")) == is_integer(matrix.dtype), name,
+            ".scale must be given with an int8 or int4 weight alone, got ",
+            find(name + ".scale") ? "one" : "none");
+    if (is_integer(matrix.dtype)) read_scale(name, columns, matrix);
+    pack(*tensor, columns, matrix);
+    return matrix;
+}
+
+// int8: a scale for each output; int4: for each group of an output's columns.
+void Weights::read_scale(const std::string& name, int columns, Matrix& matrix) {
+    const bool int4 = matrix.dtype == Dtype::int4;
+    const kvspn_tensor& scale =
+        int4 ? get(name + ".scale", {matrix.outputs, -1}) : get(name + ".scale", {matrix.outputs});
+    matrix.span = kSpan;
+    if (int4) {
+        const int64_t groups = scale.shape[1];
+        require(groups && columns % (groups * kDepth) == 0 && columns / groups <= kInt4Span, name,
+                ".scale must divide the ", columns, " columns into groups of a multiple of ", kDepth,
+                ", at most ", kInt4Span, ", got ", groups, " groups");
+        matrix.span = columns / int(groups);
+    }
+    const int spans = (matrix.columns + matrix.span - 1) / matrix.span;
+    Memory memory(size_t(pad(matrix.outputs, kLanes)) * spans * sizeof(float));
+    for (int output = 0; output < matrix.outputs; ++output)
+        for (int span = 0; span < spans; ++span)
+            memory.as<float>()[(output / kLanes * spans + span) * kLanes + output % kLanes] =
+                element(scale, output * scale.strides[0] + (int4 ? span * scale.strides[1] : 0));
+    matrix.scale = memory.as<float>();
+    memory_.push_back(std::move(memory));
+}
+
+// The tensor's weights in the order that Matrix describes.
+void Weights::pack(const kvspn_tensor& tensor, int columns, Matrix& matrix) {
+    const bool int4 = matrix.dtype == Dtype::int4;
     const size_t size = size_of(matrix.dtype);
-    Memory memory(size_t(outputs) * matrix.columns * size);
-    const char* source = static_cast<const char*>(tensor->data);
-    for (int64_t row = 0; row < outputs; ++row) {
-        char* out = memory.as<char>() + row * matrix.columns * size;
+    Memory memory(size_t(pad(matrix.outputs, kLanes)) * matrix.columns * size / (int4 ? 2 : 1));
+    for (int64_t output = 0; output < matrix.outputs; ++output) {
+        const int64_t tile = output / kLanes * kLanes * matrix.columns, lane = output % kLanes;
+        const int64_t from = output * tensor.strides[0];
+        if (int4) {
+            for (int64_t c = 0; c < columns; ++c) {
+                const uint8_t byte =
+                    static_cast<const uint8_t*>(tensor.data)[from + c / 2 * tensor.strides[1]];
+                const int nibble = ((c % 2 ? byte >> 4 : byte & 15) - 8) & 15;
+                const int64_t word = (tile + c / kDepth * kDepth * kLanes) / 4 + 2 * lane + c % 2;
+                memory.as<uint16_t>()[word] |= uint16_t(nibble << c % kDepth / 2 * 4);
+            }
+            continue;
+        }
         for (int64_t c = 0; c < columns; ++c) {
-            // bf16: columns c and c + 16 of a block side by side.
-            const int64_t in_block = c % kBlock;
             const int64_t place =
-                matrix.dtype == Dtype::bf16 ? c - in_block + in_block % kLanes * 2 + in_block / kLanes : c;
-            const int64_t from = row * tensor->strides[0] + c * tensor->strides[1];
-            std::memcpy(out + place * size, source + from * int64_t(size), size);
+                matrix.dtype == Dtype::int8 ? (c - c % 2) * kLanes + 2 * lane + c % 2 : c * kLanes + lane;
+            std::memcpy(
+                memory.as<char>() + (tile + place) * size,
+                static_cast<const char*>(tensor.data) + (from + c * tensor.strides[1]) * int64_t(size), size);
         }
     }
     matrix.weight = memory.as<void>();
     memory_.push_back(std::move(memory));
-    return matrix;
 }
 
 Table Weights::read_table(const std::string& name) {

@@ -53,6 +53,8 @@ struct Weights {
     const float* vector(const std::string& name, int size);
     Norm read_norm(const std::string& name);
     Matrix read_matrix(const std::string& name, int outputs, int columns);
+    void read_scale(const std::string& name, int columns, Matrix& matrix);
+    void pack(const kvspn_tensor& tensor, int columns, Matrix& matrix);
     int rows_of(const std::string& name) const;
     Table read_table(const std::string& name);
 

@@ -8,22 +8,45 @@
 
 namespace kvspn {
 
-enum class Dtype : int32_t { fp32, bf16, fp16, int8, int32, boolean };
+enum class Dtype : int32_t { fp32, bf16, fp16, int8, int32, boolean, int4 };
 
 constexpr int kLanes = 16;   // floats of a vector, on every instruction set
-constexpr int kBlock = 32;   // columns of a matrix are padded to a multiple
 constexpr int kQueries = 4;  // that share one reading of keys and values
-constexpr int pad(int n) { return (n + kBlock - 1) / kBlock * kBlock; }
+constexpr int kDepth = 8;    // columns of a block of int4
+constexpr int pad(int n, int to = 2 * kLanes) { return (n + to - 1) / to * to; }
+inline bool is_integer(Dtype dtype) { return dtype == Dtype::int8 || dtype == Dtype::int4; }
 
-// y = x W^T * scale + bias. Rows of W are padded with zeros to `columns`, a multiple of kBlock. In bf16 the
-// halves of a block are interleaved: column c and column c + 16 share 32 bits.
+// y = x W^T + bias. W is cut into tiles of kLanes outputs, the last one filled up with zeros; a tile is one
+// stream of memory that holds, in order of the columns,
+//   fp32, bf16, fp16: a column's kLanes outputs;
+//   int8: of each pair of columns, each output's two weights;
+//   int4: of each block of kDepth columns, 16 bits for each output and each parity: its four even, then its
+//   four odd columns, the first in the lowest bits.
+// Integer weights are multiplied with int16 activations in int32, and the sums of a span with its scale.
 struct Matrix {
     Dtype dtype = Dtype::fp32;
     const void* weight = nullptr;
-    const float* scale = nullptr;  // [outputs], int8 alone
-    const float* bias = nullptr;   // [outputs] or null
+    const float* scale = nullptr;  // [tiles, spans, kLanes]
+    const float* bias = nullptr;   // [tiles, kLanes] or null
     int outputs = 0;
-    int columns = 0;
+    int inputs = 0;
+    int columns = 0;  // the inputs; of an integer matrix: padded to a multiple of kDepth
+    int span = 0;     // columns whose products with int16 fit into an int32 and that share a scale
+};
+
+// Rows of activations; for an integer matrix also as int16, each row with its scale.
+struct Rows {
+    const float* x = nullptr;
+    int64_t stride = 0;
+    int count = 0;
+    const int16_t* quantised = nullptr;
+    int64_t quantised_stride = 0;
+    const float* scales = nullptr;
+
+    Rows from(int r) const {
+        return {x + r * stride,   stride,    count - r, quantised + r * quantised_stride,
+                quantised_stride, scales + r};
+    }
 };
 
 // Attention of up to kQueries queries to the keys of `layers` layers under one softmax.
@@ -44,14 +67,16 @@ struct Attention {
 struct Kernels {
     const char* name;
     // Outputs first .. last of every row: y[row * y_stride + output] = or += (accumulate).
-    void (*linear)(const Matrix& matrix, const float* x, int64_t x_stride, int rows, int first, int last,
-                   float* y, int64_t y_stride, bool accumulate);
+    void (*linear)(const Matrix& matrix, const Rows& rows, int first, int last, float* y, int64_t y_stride,
+                   bool accumulate);
+    // x [count] -> int16, zeros behind it up to `padded`; returns the scale.
+    float (*quantise)(const float* x, int count, int padded, int16_t* out);
     void (*attend)(const Attention& attention);
     void (*layer_norm)(const float* x, const float* weight, const float* bias, int width, float* y);
     void (*gelu)(float* x, int count);
 };
 
-extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;
+extern const Kernels portable_kernels, avx2_kernels, avx512_kernels, avx512vnni_kernels;
 
 // The best that the machine has, or the one that the environment variable KVSPN_CPU names.
 const Kernels& select_kernels();

@@ -9,10 +9,10 @@ namespace {
 
 bool supported(const Kernels& kernels) {
 #if defined(__x86_64__)
-    if (&kernels == &avx512_kernels) {
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    }
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (&kernels == &avx512vnni_kernels) return avx512 && __builtin_cpu_supports("avx512vnni");
+    if (&kernels == &avx512_kernels) return avx512;
     if (&kernels == &avx2_kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
     return &kernels == &portable_kernels;
@@ -23,13 +23,13 @@ bool supported(const Kernels& kernels) {
 const Kernels& select_kernels() {
     const char* name = std::getenv("KVSPN_CPU");
     if (name && !*name) name = nullptr;
-    for (const Kernels* kernels : {&avx512_kernels, &avx2_kernels, &portable_kernels}) {
+    for (const Kernels* kernels : {&avx512vnni_kernels, &avx512_kernels, &avx2_kernels, &portable_kernels}) {
         if (name ? !std::strcmp(name, kernels->name) : supported(*kernels)) {
             require(supported(*kernels), "KVSPN_CPU must be an instruction set of this machine, got ", name);
             return *kernels;
         }
     }
-    require(false, "KVSPN_CPU must be avx512, avx2 or portable, got ", name);
+    require(false, "KVSPN_CPU must be avx512vnni, avx512, avx2 or portable, got ", name);
     return portable_kernels;
 }
 

@@ -17,7 +17,9 @@ namespace {
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t IVec __attribute__((vector_size(64)));
 typedef uint32_t UVec __attribute__((vector_size(64)));
-typedef int8_t Bytes __attribute__((vector_size(16)));
+typedef int16_t Words __attribute__((vector_size(64)));
+typedef int16_t ShortWords __attribute__((vector_size(32)));
+typedef int8_t Bytes __attribute__((vector_size(32)));
 typedef uint16_t Shorts __attribute__((vector_size(32)));
 typedef _Float16 Halves __attribute__((vector_size(32)));
 
@@ -106,121 +108,8 @@ INLINE Vec exponential(Vec x) {
     return select(x < -87.0f, fill(0.0f), p * (Vec)power);
 }
 
-// Two vectors: one block of a matrix's row.
-INLINE void load_block(const float* p, Vec& low, Vec& high) {
-    low = load<Vec>(p);
-    high = load<Vec>(p + kLanes);
-}
-INLINE void load_block(const Bf16* p, Vec& low, Vec& high) {
-    UVec both = load<UVec>(p);
-    low = (Vec)(both << 16);
-    high = (Vec)(both & 0xffff0000u);
-}
-INLINE void load_block(const _Float16* p, Vec& low, Vec& high) {
-    low = __builtin_convertvector(load<Halves>(p), Vec);
-    high = __builtin_convertvector(load<Halves>(p + kLanes), Vec);
-}
-// GCC takes conversions of narrow integers apart; only the portable kernels leave it to the compiler.
-INLINE Vec widen(const int8_t* p) {
-#if defined(__AVX512F__)
-    return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(p)));
-#elif defined(__AVX2__)
-    struct Pair {
-        __m256 low, high;
-    } pair = {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
-              _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
-    return load<Vec>(&pair);
-#else
-    return __builtin_convertvector(load<Bytes>(p), Vec);
-#endif
-}
-INLINE void load_block(const int8_t* p, Vec& low, Vec& high) {
-    low = widen(p);
-    high = widen(p + kLanes);
-}
-
-template <class W, int Outputs, int Rows>
-INLINE void tile(const Matrix& m, const float* x, int64_t x_stride, int output, float* y, int64_t y_stride,
-                 bool accumulate) {
-    const W* weight = (const W*)m.weight + (int64_t)output * m.columns;
-    Vec acc[Outputs][Rows];
-    for (int o = 0; o < Outputs; ++o)
-        for (int r = 0; r < Rows; ++r) acc[o][r] = Vec{};
-    for (int c = 0; c < m.columns; c += kBlock) {
-        Vec x_low[Rows], x_high[Rows];
-        for (int r = 0; r < Rows; ++r) load_block(x + r * x_stride + c, x_low[r], x_high[r]);
-        for (int o = 0; o < Outputs; ++o) {
-            Vec low, high;
-            const W* block = weight + (int64_t)o * m.columns + c;
-            load_block(block, low, high);
-            __builtin_prefetch(block + (int64_t)Outputs * m.columns);  // of the next tile
-            for (int r = 0; r < Rows; ++r) {
-                acc[o][r] = fma(low, x_low[r], acc[o][r]);
-                acc[o][r] = fma(high, x_high[r], acc[o][r]);
-            }
-        }
-    }
-    for (int o = 0; o < Outputs; ++o) {
-        float scale = m.scale ? m.scale[output + o] : 1.0f, bias = m.bias ? m.bias[output + o] : 0.0f;
-        for (int r = 0; r < Rows; ++r) {
-            float value = sum(acc[o][r]) * scale + bias;
-            float* out = y + r * y_stride + output + o;
-            *out = accumulate ? *out + value : value;
-        }
-    }
-}
-
-template <class W, int Rows>
-void linear_rows(const Matrix& m, const float* x, int64_t x_stride, int first, int last, float* y,
-                 int64_t y_stride, bool accumulate) {
-    int output = first;
-    for (; output + 4 <= last; output += 4) tile<W, 4, Rows>(m, x, x_stride, output, y, y_stride, accumulate);
-    for (; output < last; ++output) tile<W, 1, Rows>(m, x, x_stride, output, y, y_stride, accumulate);
-}
-
-// Up to four rows share one reading of the weights; more go over them in strips that stay in the cache.
-template <class W>
-void linear_of(const Matrix& m, const float* x, int64_t x_stride, int rows, int first, int last, float* y,
-               int64_t y_stride, bool accumulate) {
-    constexpr int kStrip = 64;
-    for (int from = first; from < last; from += kStrip) {
-        int to = from + kStrip < last ? from + kStrip : last;
-        for (int r = 0; r < rows; r += 4) {
-            const float* xr = x + r * x_stride;
-            float* yr = y + r * y_stride;
-            switch (rows - r) {
-                case 1:
-                    linear_rows<W, 1>(m, xr, x_stride, from, to, yr, y_stride, accumulate);
-                    break;
-                case 2:
-                    linear_rows<W, 2>(m, xr, x_stride, from, to, yr, y_stride, accumulate);
-                    break;
-                case 3:
-                    linear_rows<W, 3>(m, xr, x_stride, from, to, yr, y_stride, accumulate);
-                    break;
-                default:
-                    linear_rows<W, 4>(m, xr, x_stride, from, to, yr, y_stride, accumulate);
-            }
-        }
-    }
-}
-
-void linear(const Matrix& m, const float* x, int64_t x_stride, int rows, int first, int last, float* y,
-            int64_t y_stride, bool accumulate) {
-    switch (m.dtype) {
-        case Dtype::bf16:
-            return linear_of<Bf16>(m, x, x_stride, rows, first, last, y, y_stride, accumulate);
-        case Dtype::fp16:
-            return linear_of<_Float16>(m, x, x_stride, rows, first, last, y, y_stride, accumulate);
-        case Dtype::int8:
-            return linear_of<int8_t>(m, x, x_stride, rows, first, last, y, y_stride, accumulate);
-        default:
-            return linear_of<float>(m, x, x_stride, rows, first, last, y, y_stride, accumulate);
-    }
-}
-
-INLINE Vec load_kv(const float* p) { return load<Vec>(p); }
-INLINE Vec load_kv(const Bf16* p) {
+INLINE Vec widen(const float* p) { return load<Vec>(p); }
+INLINE Vec widen(const Bf16* p) {
 #if defined(__AVX512F__)
     return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(p)), 16);
 #elif defined(__AVX2__)
@@ -233,19 +122,214 @@ INLINE Vec load_kv(const Bf16* p) {
     return (Vec)(__builtin_convertvector(load<Shorts>(p), UVec) << 16);
 #endif
 }
-INLINE Vec load_kv(const _Float16* p) { return __builtin_convertvector(load<Halves>(p), Vec); }
+INLINE Vec widen(const _Float16* p) { return __builtin_convertvector(load<Halves>(p), Vec); }
 
 // `count` < 16 elements, zeros behind them.
 template <class T>
 INLINE Vec load_part(const T* p, int count) {
     T part[kLanes] = {};
     __builtin_memcpy(part, p, count * sizeof(T));
-    return load_kv(part);
+    return widen(part);
 }
 
 template <class T>
 INLINE Vec load_some(const T* p, int count) {
-    return count >= kLanes ? load_kv(p) : load_part(p, count);
+    return count >= kLanes ? widen(p) : load_part(p, count);
+}
+
+// GCC takes conversions of narrow integers apart; only the portable kernels leave it to the compiler.
+INLINE Words widen(const int8_t* p) {
+#if defined(__AVX512BW__)
+    return (Words)_mm512_cvtepi8_epi16(load<__m256i>(p));
+#elif defined(__AVX2__)
+    struct Pair {
+        __m256i low, high;
+    } pair = {_mm256_cvtepi8_epi16(load<__m128i>(p)), _mm256_cvtepi8_epi16(load<__m128i>(p + 16))};
+    return load<Words>(&pair);
+#else
+    return __builtin_convertvector(load<Bytes>(p), Words);
+#endif
+}
+
+// acc + the products of a and b, neighbours added.
+INLINE IVec dot(Words a, Words b, IVec acc) {
+#if defined(__AVX512VNNI__)
+    return (IVec)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+    return acc + (IVec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    struct Pair {
+        __m256i low, high;
+    } x, y;
+    __builtin_memcpy(&x, &a, sizeof a);
+    __builtin_memcpy(&y, &b, sizeof b);
+    x = {_mm256_madd_epi16(x.low, y.low), _mm256_madd_epi16(x.high, y.high)};
+    return acc + load<IVec>(&x);
+#else
+    return acc + ((IVec)a << 16 >> 16) * ((IVec)b << 16 >> 16) + ((IVec)a >> 16) * ((IVec)b >> 16);
+#endif
+}
+
+// Two columns of a row, for all lanes.
+INLINE Words columns(const int16_t* x) {
+    int32_t both;
+    __builtin_memcpy(&both, x, sizeof both);
+    return (Words)(IVec{} + both);
+}
+
+struct Int8 {
+    static constexpr int kBits = 8;
+
+    // kDepth columns of a tile: adds their products to the even and odd sums of `Count` rows.
+    template <int Count>
+    static INLINE void block(const char* weights, const int16_t* x, int64_t stride, IVec (*sums)[2]) {
+        for (int i = 0; i < kDepth / 2; ++i) {
+            const Words w = widen((const int8_t*)weights + i * 2 * kLanes);
+            for (int r = 0; r < Count; ++r)
+                sums[r][i % 2] = dot(w, columns(x + r * stride + 2 * i), sums[r][i % 2]);
+        }
+    }
+};
+
+struct Int4 {
+    static constexpr int kBits = 4;
+
+    template <int Count>
+    static INLINE void block(const char* weights, const int16_t* x, int64_t stride, IVec (*sums)[2]) {
+        const Words all = load<Words>(weights);
+        const Words w[4] = {all << 12 >> 12, all << 8 >> 12, all << 4 >> 12, all >> 12};
+        for (int i = 0; i < kDepth / 2; ++i)
+            for (int r = 0; r < Count; ++r)
+                sums[r][i % 2] = dot(w[i], columns(x + r * stride + 2 * i), sums[r][i % 2]);
+    }
+};
+
+// kLanes outputs of `Count` rows; the order of a sum does not depend on `Count`.
+template <class W, int Count>
+struct Tile {
+    static INLINE void product(const Matrix& m, const Rows& rows, int output, Vec* y) {
+        const W* w = (const W*)m.weight + (int64_t)output * m.columns;
+        Vec acc[Count][2] = {};
+        int c = 0;
+        for (; c + 2 <= m.columns; c += 2, w += 2 * kLanes) {
+            const Vec even = widen(w), odd = widen(w + kLanes);
+            for (int r = 0; r < Count; ++r) {
+                const float* x = rows.x + r * rows.stride + c;
+                acc[r][0] = fma(even, fill(x[0]), acc[r][0]);
+                acc[r][1] = fma(odd, fill(x[1]), acc[r][1]);
+            }
+        }
+        for (int r = 0; r < Count; ++r) {
+            if (c < m.columns) acc[r][0] = fma(widen(w), fill(rows.x[r * rows.stride + c]), acc[r][0]);
+            y[r] = acc[r][0] + acc[r][1];
+        }
+    }
+};
+
+template <class Format, int Count>
+struct IntegerTile {
+    static INLINE void product(const Matrix& m, const Rows& rows, int output, Vec* y) {
+        const char* w = (const char*)m.weight + (int64_t)output * m.columns * Format::kBits / 8;
+        const float* scale = m.scale + (int64_t)output * ((m.columns + m.span - 1) / m.span);
+        for (int r = 0; r < Count; ++r) y[r] = Vec{};
+        for (int from = 0; from < m.columns; from += m.span, scale += kLanes) {
+            const int to = from + m.span < m.columns ? from + m.span : m.columns;
+            IVec sums[Count][2] = {};
+            for (int c = from; c < to; c += kDepth, w += kDepth * kLanes * Format::kBits / 8)
+                Format::template block<Count>(w, rows.quantised + c, rows.quantised_stride, sums);
+            for (int r = 0; r < Count; ++r)
+                y[r] = fma(__builtin_convertvector(sums[r][0] + sums[r][1], Vec), load<Vec>(scale), y[r]);
+        }
+        for (int r = 0; r < Count; ++r) y[r] *= rows.scales[r];
+    }
+};
+template <int Count>
+struct Tile<Int8, Count> : IntegerTile<Int8, Count> {};
+template <int Count>
+struct Tile<Int4, Count> : IntegerTile<Int4, Count> {};
+
+template <class W, int Count>
+void linear_rows(const Matrix& m, const Rows& rows, int first, int last, float* y, int64_t y_stride,
+                 bool accumulate) {
+    for (int output = first / kLanes * kLanes; output < last; output += kLanes) {
+        Vec products[Count];
+        Tile<W, Count>::product(m, rows, output, products);
+        const int from = first > output ? first - output : 0;
+        const int to = last - output < kLanes ? last - output : kLanes;
+        for (int r = 0; r < Count; ++r) {
+            if (m.bias) products[r] += load<Vec>(m.bias + output);
+            float* out = y + r * y_stride + output;
+            if (to - from == kLanes) {
+                store(out, accumulate ? load<Vec>(out) + products[r] : products[r]);
+            } else {
+                for (int o = from; o < to; ++o)
+                    out[o] = accumulate ? out[o] + products[r][o] : products[r][o];
+            }
+        }
+    }
+}
+
+// Up to four rows share one reading of the weights; more go over them in strips that stay in the cache.
+template <class W>
+void linear_of(const Matrix& m, const Rows& rows, int first, int last, float* y, int64_t y_stride,
+               bool accumulate) {
+    constexpr int kStrip = 4 * kLanes;
+    for (int from = first; from < last; from += kStrip) {
+        const int to = from + kStrip < last ? from + kStrip : last;
+        for (int r = 0; r < rows.count; r += 4) {
+            const Rows few = rows.from(r);
+            float* yr = y + r * y_stride;
+            switch (few.count) {
+                case 1:
+                    linear_rows<W, 1>(m, few, from, to, yr, y_stride, accumulate);
+                    break;
+                case 2:
+                    linear_rows<W, 2>(m, few, from, to, yr, y_stride, accumulate);
+                    break;
+                case 3:
+                    linear_rows<W, 3>(m, few, from, to, yr, y_stride, accumulate);
+                    break;
+                default:
+                    linear_rows<W, 4>(m, few, from, to, yr, y_stride, accumulate);
+            }
+        }
+    }
+}
+
+void linear(const Matrix& m, const Rows& rows, int first, int last, float* y, int64_t y_stride,
+            bool accumulate) {
+    switch (m.dtype) {
+        case Dtype::bf16:
+            return linear_of<Bf16>(m, rows, first, last, y, y_stride, accumulate);
+        case Dtype::fp16:
+            return linear_of<_Float16>(m, rows, first, last, y, y_stride, accumulate);
+        case Dtype::int8:
+            return linear_of<Int8>(m, rows, first, last, y, y_stride, accumulate);
+        case Dtype::int4:
+            return linear_of<Int4>(m, rows, first, last, y, y_stride, accumulate);
+        default:
+            return linear_of<float>(m, rows, first, last, y, y_stride, accumulate);
+    }
+}
+
+float quantise(const float* x, int count, int padded, int16_t* out) {
+    Vec largest = {}, nan = {};
+    for (int c = 0; c < count; c += kLanes) {
+        const Vec v = load_some(x + c, count - c);
+        largest = larger(largest, larger(v, -v));
+        nan += v - v;  // 0, or NaN, which then goes into every output
+    }
+    float most = largest[0];
+    for (int i = 1; i < kLanes; ++i) most = largest[i] > most ? largest[i] : most;
+    const float scale = most / 32767.0f + sum(nan), inverse = most > 0.0f ? 32767.0f / most : 0.0f;
+    for (int c = 0; c < count; c += kLanes) {
+        // Rounded to nearest by the addition of 1.5 * 2^23.
+        const Vec v = load_some(x + c, count - c) * inverse + 12582912.0f - 12582912.0f;
+        const auto words = __builtin_convertvector(__builtin_convertvector(v, IVec), ShortWords);
+        __builtin_memcpy(out + c, &words, (count - c < kLanes ? count - c : kLanes) * sizeof(int16_t));
+    }
+    for (int c = count; c < padded; ++c) out[c] = 0;
+    return scale;
 }
 
 // Columns c .. c + 16 * Vectors of the output: the values, weighed by the scores.
@@ -257,7 +341,7 @@ INLINE void blend(const Attention& a, int longest, int padded, const float* inve
         const float* scores = a.scores + layer * padded;
         for (int t = 0; t < longest; ++t, value += a.width) {
             for (int n = 0; n < Vectors; ++n) {
-                Vec v = Vectors > 1 ? load_kv(value + n * kLanes) : load_some(value, a.width - c);
+                Vec v = Vectors > 1 ? widen(value + n * kLanes) : load_some(value, a.width - c);
                 for (int i = 0; i < Queries; ++i)
                     acc[i][n] = fma(v, fill(scores[(int64_t)i * padded * a.layers + t]), acc[i][n]);
             }
@@ -385,6 +469,6 @@ void gelu(float* x, int count) {
 }  // namespace
 
 extern const Kernels KVSPN_KERNELS;
-const Kernels KVSPN_KERNELS = {KVSPN_KERNELS_NAME, linear, attend, layer_norm, gelu};
+const Kernels KVSPN_KERNELS = {KVSPN_KERNELS_NAME, linear, quantise, attend, layer_norm, gelu};
 
 }  // namespace kvspn

@@ -37,7 +37,8 @@ typedef enum kvspn_dtype {
     KVSPN_FP16 = 2,
     KVSPN_INT8 = 3,
     KVSPN_INT32 = 4,
-    KVSPN_BOOL = 5
+    KVSPN_BOOL = 5,
+    KVSPN_INT4 = 6 /* two to a byte, the first in its low half, each the value plus 8; shape counts bytes */
 } kvspn_dtype;
 
 /* A tensor in the caller's memory; strides count elements. */
@@ -88,12 +89,12 @@ typedef struct kvspn_engine kvspn_engine;
 KVSPN_API int32_t kvspn_abi_version(void);
 KVSPN_API const char* kvspn_last_error(void);
 
-/* The instruction set in use: "avx512", "avx2" or "portable". KVSPN_CPU names another one. */
+/* The instruction set in use: "avx512vnni", "avx512", "avx2" or "portable". KVSPN_CPU names another one. */
 KVSPN_API const char* kvspn_instruction_set(void);
 
 /* Packs the weights, which may be freed afterwards. Names and shapes are those of kvspn/ops/weights.py:
- * "embed_tokens", "layers.0.self_qkv.weight", "blocks.2.fc1.scale", ... A matrix is FP32, BF16, FP16, or INT8
- * with a "scale" [N]. */
+ * "embed_tokens", "layers.0.self_qkv.weight", "blocks.2.fc1.scale", ... A matrix is FP32, BF16, FP16,
+ * INT8 with a "scale" [N], or INT4, [N, K / 2], with a "scale" [N, groups]. */
 KVSPN_API kvspn_status kvspn_engine_create(const kvspn_engine_params* params, const kvspn_tensor* weights,
                                            int32_t count, kvspn_engine** engine);
 KVSPN_API void kvspn_engine_destroy(kvspn_engine* engine);
