@@ -21,26 +21,39 @@ GROUP = 64  # columns that share a scale in int4
 _INTEGERS = ("int8", "int4")
 
 
-def quantise(weights: DecoderWeights, to: str, draft: str | None = None) -> DecoderWeights:
-    """The same decoder with its weights in one of FORMATS; embeddings, and with them the cache, follow.
+def formats(name: str) -> tuple[str, str]:
+    """ "int8" -> ("int8", "int8"), the base model's and the draft network's; "int8/int4" -> ("int8", "int4").
 
-    int8 stands for the matrices, symmetric, each output channel with its own scale (max / 127). int4 is
-    symmetric with a scale for each 64 inputs of an output (see :func:`quantise_linear`); the output
-    embeddings are int8 then. Embeddings, biases and norms are bf16 beside both.
+    Raises:
+        ValueError: not of FORMATS.
+    """
+    base, slash, draft = name.partition("/")
+    for part in (base, draft) if slash else (base,):
+        if part not in FORMATS:
+            raise ValueError(
+                f"weights must be one of {', '.join(FORMATS)}, or two as base/draft, got {name!r}"
+            )
+    return base, draft or base
+
+
+def quantise(weights: DecoderWeights, to: str) -> DecoderWeights:
+    """The same decoder with its weights in another format; embeddings, and with them the cache, follow.
+
+    int8 stands for the matrices, symmetric, each output channel with its own scale. int4 is symmetric with a
+    scale for each 64 inputs of an output; the output embedding that both networks share is int8 then.
+    Embeddings, biases and norms are bf16 beside both.
 
     Args:
         weights: in fp32, bf16 or fp16.
-        to: the format.
-        draft: another format for the matrices of the draft network, its output embedding among them. A draft
-            network may be as coarse as it likes: that changes speed, never the output at k = 1.
+        to: one of FORMATS, or two: "int8/int4" has the draft network's matrices in int4, an output embedding
+            of its own among them. A draft network may be as coarse as it likes: that changes speed, never
+            the output at k = 1.
 
     Raises:
         ValueError: another format; weights that are int8 or int4 already.
     """
-    for name, value in (("weights", to), ("draft", draft or to)):
-        if value not in FORMATS:
-            raise ValueError(f"{name} must be one of {', '.join(FORMATS)}, got {value!r}")
-    float_dtype = torch.bfloat16 if to in _INTEGERS else FORMATS[to]
+    base, draft = formats(to)
+    float_dtype = torch.bfloat16 if base in _INTEGERS else FORMATS[base]
 
     def convert(part: Any, to: str) -> Any:
         """A tensor, a Norm, a Linear, or a tuple of such."""
@@ -55,20 +68,20 @@ def quantise(weights: DecoderWeights, to: str, draft: str | None = None) -> Deco
                 )
             if to in _INTEGERS:
                 return quantise_linear(part, to)
-            return Linear(*(None if each is None else each.to(FORMATS[to]) for each in part))
+            dtype = FORMATS[to]
+            return Linear(part.weight.to(dtype), None if part.bias is None else part.bias.to(dtype))
         converted = (convert(each, to) for each in part)
         return type(part)(*converted) if hasattr(part, "_fields") else tuple(converted)
 
-    fields = {name: convert(value, to) for name, value in vars(weights).items()}
+    fields = {name: convert(value, base) for name, value in vars(weights).items()}
     head = weights.head
-    if to in _INTEGERS:
+    if base in _INTEGERS:
         fields["head"] = convert(head, "int8")
     elif head.weight.data_ptr() == weights.embed_tokens.data_ptr():
         fields["head"] = Linear(fields["embed_tokens"])  # still tied
-    if weights.blocks:
-        fields["blocks"] = convert(weights.blocks, draft or to)
-        own = weights.draft_head or (head if draft not in (None, to) else None)
-        fields["draft_head"] = convert(own, draft or ("int8" if to in _INTEGERS else to))
+    if draft != base and weights.blocks:
+        fields["blocks"] = convert(weights.blocks, draft)
+        fields["draft_head"] = convert(weights.draft_output, draft)
     return DecoderWeights(**fields)
 
 

@@ -55,7 +55,7 @@ class Translator:
         weights: str | None = None,
     ) -> None:
         """`backend`: a name from `kvspn.engines.backends`; None is the fastest that is here. `weights`: their
-        format in the decoder, from `kvspn.quantisation.FORMATS`; None leaves them as they are."""
+        format in the decoder (see `kvspn.quantisation.quantise`); None leaves them as they are."""
         self.model = model
         self.processor = processor
         tokens = getattr(model.generation_config, "lang_to_id", None) or {}

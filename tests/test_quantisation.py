@@ -38,7 +38,7 @@ def step(weights):
 @pytest.mark.parametrize("short_list", [0, 12])
 def test_the_draft_network_in_a_format_of_its_own(to, short_list):
     weights = random_decoder(layers=4, blocks=2, short_list=short_list)
-    converted = quantise(weights, to, draft="int4")
+    converted = quantise(weights, f"{to}/int4")
     plain = quantise(weights, to)
     assert all(
         torch.equal(*pair)
@@ -79,8 +79,9 @@ def test_a_tied_head_stays_tied():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"^weights must be one of fp32, bf16, fp16, int8, int4, got 'int3'"):
-        quantise(random_decoder(), "int3")
+    for name in ("int3", "int8/", "/int4", "int8/int3", "int8/int4/int4"):
+        with pytest.raises(ValueError, match=r"^weights must be one of fp32, .* as base/draft, got '" + name):
+            quantise(random_decoder(), name)
     with pytest.raises(
         ValueError, match=r"^weights must be fp32, bf16 or fp16 to be converted, got torch\.int8"
     ):

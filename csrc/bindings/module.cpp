@@ -30,7 +30,8 @@ int32_t dtype_of(const std::string& name, DLDataType dtype) {
         if (dtype.code == 0 && dtype.bits == 32) return KVSPN_INT32;
         if (dtype.code == 6 && dtype.bits == 8) return KVSPN_BOOL;
     }
-    throw py::type_error(name + " must be fp32, bf16, fp16, int8, int4 (in uint8), int32 or bool, got another dtype");
+    throw py::type_error(
+        name + " must be fp32, bf16, fp16, int8, int4 (in uint8), int32 or bool, got another dtype");
 }
 
 // A tensor of the caller; holds the capsule, which keeps its memory alive.

@@ -41,7 +41,7 @@ Weights = Annotated[
     typer.Option(
         "--weights",
         metavar="FORMAT",
-        help="The decoder's weights: fp32, bf16, fp16 or int8 (one scale for each output channel).",
+        help="The decoder's weights: fp32, bf16, fp16, int8, int4; int8/int4: the draft network's in int4.",
         show_default="fp32",
     ),
 ]

@@ -47,7 +47,7 @@ class GenerationMixin:
             batch: rows decoded together.
             cross_capacity: encoder positions that a row may hold.
             backend: a name from `kvspn.engines.backends`; None is the fastest that is here.
-            weights: "fp32", "bf16", "fp16" or "int8" (see `kvspn.quantisation`); None leaves them.
+            weights: "bf16", "int8/int4", ... (see `kvspn.quantisation.quantise`); None leaves them.
         """
         named = decoder_weights(self)
         return engine(
