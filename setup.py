@@ -1,4 +1,4 @@
-"""Builds csrc with ninja into the module kvspn._native.
+"""Builds csrc with ninja: the module kvspn._native, and kvspn._torch_ops, which torch loads.
 
 Metadata lives in pyproject.toml. KVSPN_SANITIZE=address,undefined (or thread) builds with sanitizers.
 """
@@ -27,23 +27,25 @@ class NinjaBuild(build_ext):
     """Writes build.ninja and runs it; what did not change is not compiled again."""
 
     def run(self) -> None:
-        missing = [name for name in ("ninja", "pybind11") if find_spec(name) is None]
+        missing = [name for name in ("ninja", "pybind11", "torch") if find_spec(name) is None]
         if missing:
             print(f"kvspn: the native backend is not built: {' and '.join(missing)} missing", file=sys.stderr)
             return
         super().run()
 
-    def build_extension(self, extension: Extension) -> None:
+    def build_extensions(self) -> None:
         folder = ROOT / "build" / "native"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(self._rules())
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder), "--quiet"], check=True)
-        module = Path(self.get_ext_fullpath(extension.name))
-        module.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(folder / "_native.so", module)
+        for extension in self.extensions:
+            module = Path(self.get_ext_fullpath(extension.name))
+            module.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(folder / f"{extension.name.rpartition('.')[2]}.so", module)
 
     def _rules(self) -> str:
         import pybind11
+        import torch
 
         sanitize = os.environ.get("KVSPN_SANITIZE")
         checks = f" -fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
@@ -59,18 +61,25 @@ class NinjaBuild(build_ext):
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            f"  command = $cxx -shared{checks} -pthread $in -o $out",
+            f"  command = $cxx -shared{checks} -pthread $in $extra -o $out",
         ]
         objects = []
         for source in sorted([*CSRC.glob("core/*.cpp"), *CSRC.glob("cpu/*.cpp")]):
             extra = ISA.get(source.stem, "") if x86 else ""
             objects.append(f"{source.parent.name}-{source.stem}.o")
             lines += [f"build {objects[-1]}: compile {source}", f"  extra = {extra}"]
-        include = f"-I{sysconfig.get_paths()['include']} -I{pybind11.get_include()}"
+        python = f"-I{sysconfig.get_paths()['include']} -I{pybind11.get_include()}"
+        installed = Path(torch.__file__).parent
+        # TORCH_TARGET_VERSION: the oldest torch whose stable ABI it must run with.
+        stable = f"-std=c++20 -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem {installed / 'include'}"
         lines += [
             f"build module.o: compile {CSRC / 'bindings' / 'module.cpp'}",
-            f"  extra = {include}",
+            f"  extra = {python}",
             f"build _native.so: link module.o {' '.join(objects)}",
+            f"build torch_ops.o: compile {CSRC / 'bindings' / 'torch_ops.cpp'}",
+            f"  extra = {stable}",
+            f"build _torch_ops.so: link torch_ops.o {' '.join(objects)}",
+            f"  extra = -L{installed / 'lib'} -ltorch_cpu -ltorch",
             "",
         ]
         return "\n".join(lines)
@@ -78,6 +87,6 @@ class NinjaBuild(build_ext):
 
 setup(
     packages=find_packages(include=["kvspn", "kvspn.*"]),
-    ext_modules=[Extension("kvspn._native", sources=[])],
+    ext_modules=[Extension("kvspn._native", sources=[]), Extension("kvspn._torch_ops", sources=[])],
     cmdclass={"build_ext": NinjaBuild},
 )

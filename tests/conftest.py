@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,15 +14,40 @@ from torch import Tensor
 
 import kvspn.ops
 
-# A backend joins with a namespace that holds the ops by name.
-BACKENDS: dict[str, ModuleType] = {"reference": kvspn.ops}
+OPS = (
+    "append_kv",
+    "flat_kv_attention",
+    "fused_linear",
+    "lm_head_verify",
+    "accept_and_rollback",
+    "compact_kv",
+    "decoder_step",
+)
+
+
+def _reference(name: str) -> Callable[..., Any]:
+    module = importlib.import_module(f"kvspn.ops.{name}")
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        module.check(*args, **kwargs)
+        return module.reference(*args, **kwargs)
+
+    return checked
+
+
+# A backend joins with a namespace that holds its ops by name.
+BACKENDS = {"reference": SimpleNamespace(**{name: _reference(name) for name in OPS})}
+if importlib.util.find_spec("kvspn._torch_ops"):
+    BACKENDS["native"] = SimpleNamespace(flat_kv_attention=kvspn.ops.flat_kv_attention)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=BACKENDS)
-def ops(request: pytest.FixtureRequest) -> ModuleType:
-    """The ops of each backend that can run here."""
-    return BACKENDS[request.param]
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`ops`: of each backend that has the op that the test file is named after, or all of them."""
+    if "ops" in metafunc.fixturenames:
+        needed = {metafunc.module.__name__.rpartition("test_ops_")[2]} & set(OPS) or set(OPS)
+        found = {name: ops for name, ops in BACKENDS.items() if needed <= set(vars(ops))}
+        metafunc.parametrize("ops", found.values(), ids=found)
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

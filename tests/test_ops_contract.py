@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from kvspn import ops
 from kvspn.random_decoder import random_decoder
 
 INF = torch.inf
@@ -168,7 +169,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("op", "name", "wrong"), BAD, ids=lambda part: part if isinstance(part, str) else "")
-def test_bad_calls_name_the_argument(ops, op, name, wrong):
+def test_bad_calls_name_the_argument(op, name, wrong):
     """Each with what it must be and what it got, and before anything is written."""
     arguments = sample(op) | wrong
     before = {
@@ -188,7 +189,7 @@ def test_opcheck(op):
         torch.library.opcheck(getattr(torch.ops.kvspn, op).default, (), sample(op, dtype))
 
 
-def test_no_gradient(ops):
+def test_no_gradient():
     """Weights may be Parameters; backward through an op is refused, not silently wrong."""
     arguments = sample("fused_linear") | {"weight": torch.randn(5, 8, requires_grad=True)}
     torch.library.opcheck(torch.ops.kvspn.fused_linear.default, (), arguments)
@@ -196,7 +197,7 @@ def test_no_gradient(ops):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_one_compiled_graph(ops, op):
+def test_one_compiled_graph(op):
     """Compiled without a graph break, to the same results and the same changes in place."""
     eager, compiled = sample(op), {}
     compiled = {a: v.clone() if isinstance(v, torch.Tensor) else v for a, v in eager.items()}

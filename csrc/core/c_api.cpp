@@ -2,6 +2,7 @@
 
 #include "core/engine.h"
 #include "core/error.h"
+#include "core/ops.h"
 
 struct kvspn_engine {
     kvspn::Engine engine;
@@ -91,5 +92,12 @@ kvspn_status kvspn_engine_step(kvspn_engine* engine, const kvspn_step_params* pa
     return guard([&] {
         check_struct("params", params);
         of(engine).step(*params);
+    });
+}
+
+kvspn_status kvspn_flat_kv_attention(const kvspn_attention_params* params) {
+    return guard([&] {
+        check_struct("params", params);
+        kvspn::flat_kv_attention(*params);
     });
 }

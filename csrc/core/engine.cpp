@@ -31,24 +31,6 @@ void check_contiguous(const std::string& name, const kvspn_tensor& tensor) {
     }
 }
 
-void store(Dtype dtype, void* out, int64_t index, float value) {
-    switch (dtype) {
-        case Dtype::bf16: {
-            uint32_t bits;
-            std::memcpy(&bits, &value, sizeof bits);
-            const bool nan = value != value;  // rounding must not turn it into an infinity
-            static_cast<uint16_t*>(out)[index] =
-                nan ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-            break;
-        }
-        case Dtype::fp16:
-            static_cast<_Float16*>(out)[index] = _Float16(value);
-            break;
-        default:
-            static_cast<float*>(out)[index] = value;
-    }
-}
-
 }  // namespace
 
 Engine::Engine(const kvspn_engine_params& params, const kvspn_tensor* weights, int count)
@@ -363,9 +345,11 @@ void Engine::attend(int thread, const char* kv, int layers, const int32_t* lengt
             a.dtype = batch_.dtype;
             a.keys = keys;
             a.values = keys + values * size;
+            a.stride = head_dim;
             a.layer_stride = 2 * values;
             a.layers = layers;
             a.width = head_dim;
+            a.scale = 1 / std::sqrt(float(head_dim));
             a.queries = std::min(kQueries, slot.queries - first);
             a.scores = scores;
             for (int q = 0; q < a.queries; ++q) {

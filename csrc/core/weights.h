@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/memory.h"
+#include "core/tensor.h"
 #include "cpu/kernels.h"
 #include "kvspn.h"
 
@@ -61,14 +62,5 @@ struct Weights {
     std::unordered_map<std::string, const kvspn_tensor*> tensors_;  // valid while constructing
     std::vector<Memory> memory_;
 };
-
-size_t size_of(Dtype dtype);
-
-// Throws InvalidArgument unless the tensor has one of the dtypes and the shape (-1: any size).
-void check_tensor(const std::string& name, const kvspn_tensor& tensor, std::initializer_list<Dtype> dtypes,
-                  std::initializer_list<int64_t> shape);
-
-// The tensor's last two dimensions as floats, row after row of `columns`.
-void read_rows(const kvspn_tensor& tensor, int64_t rows, int64_t columns, float* out, int64_t stride);
 
 }  // namespace kvspn

@@ -49,19 +49,21 @@ struct Rows {
     }
 };
 
-// Attention of up to kQueries queries to the keys of `layers` layers under one softmax.
+// Attention of up to kQueries queries, under one softmax, to the keys of `layers` layers and to a tail.
 struct Attention {
     Dtype dtype = Dtype::fp32;
-    const void* keys = nullptr;    // of the first layer: [positions, width]
-    const void* values = nullptr;  // the same
-    int64_t layer_stride = 0;      // elements from a layer's keys to the next layer's
-    int layers = 1;
+    const void *keys = nullptr, *values = nullptr;            // of the first layer: [positions, width]
+    const void *tail_keys = nullptr, *tail_values = nullptr;  // [tail_length, width]
+    int64_t stride = 0, tail_stride = 0;                      // elements from a position to the next
+    int64_t layer_stride = 0;                                 // and from a layer to the next
+    int layers = 1, tail_length = 0;
     int width = 0;
+    float scale = 1;
     int queries = 0;
-    int lengths[kQueries] = {};  // positions that each query sees
+    int lengths[kQueries] = {};  // positions of each layer that each query sees
     const float* q[kQueries] = {};
     float* out[kQueries] = {};
-    float* scores = nullptr;  // scratch [kQueries, layers * pad(longest)]
+    float* scores = nullptr;  // scratch [kQueries, layers * pad(longest) + pad(tail_length)]
 };
 
 struct Kernels {

@@ -332,18 +332,39 @@ float quantise(const float* x, int count, int padded, int16_t* out) {
     return scale;
 }
 
+// One layer's keys and values, or the tail's.
+template <class T>
+struct Segment {
+    const T *keys, *values;
+    int64_t stride;
+    int longest, scores;  // positions that any query sees; where their scores begin
+
+    INLINE Segment(const Attention& a, int i, int longest_layer)
+        : keys((const T*)a.keys + i * a.layer_stride),
+          values((const T*)a.values + i * a.layer_stride),
+          stride(a.stride),
+          longest(longest_layer),
+          scores(i * padded(longest_layer)) {
+        if (i < a.layers) return;
+        keys = (const T*)a.tail_keys, values = (const T*)a.tail_values;
+        stride = a.tail_stride, longest = a.tail_length;
+    }
+    static INLINE int padded(int length) { return (length + kLanes - 1) / kLanes * kLanes; }
+};
+
 // Columns c .. c + 16 * Vectors of the output: the values, weighed by the scores.
 template <class T, int Queries, int Vectors>
-INLINE void blend(const Attention& a, int longest, int padded, const float* inverse, int c) {
+INLINE void blend(const Attention& a, int longest, int total, const float* inverse, int c) {
     Vec acc[Queries][Vectors] = {};
-    for (int layer = 0; layer < a.layers; ++layer) {
-        const T* value = (const T*)a.values + layer * a.layer_stride + c;
-        const float* scores = a.scores + layer * padded;
-        for (int t = 0; t < longest; ++t, value += a.width) {
+    for (int s = 0; s <= a.layers; ++s) {
+        const Segment<T> segment(a, s, longest);
+        const float* scores = a.scores + segment.scores;
+        const T* value = segment.values + c;
+        for (int t = 0; t < segment.longest; ++t, value += segment.stride) {
             for (int n = 0; n < Vectors; ++n) {
                 Vec v = Vectors > 1 ? widen(value + n * kLanes) : load_some(value, a.width - c);
                 for (int i = 0; i < Queries; ++i)
-                    acc[i][n] = fma(v, fill(scores[(int64_t)i * padded * a.layers + t]), acc[i][n]);
+                    acc[i][n] = fma(v, fill(scores[(int64_t)i * total + t]), acc[i][n]);
             }
         }
     }
@@ -361,18 +382,17 @@ void attend_queries(const Attention& a) {
     const IVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     int longest = 0;
     for (int i = 0; i < Queries; ++i) longest = a.lengths[i] > longest ? a.lengths[i] : longest;
-    const int padded = (longest + kLanes - 1) / kLanes * kLanes, total = padded * a.layers;
+    const int total = Segment<T>::padded(longest) * a.layers + Segment<T>::padded(a.tail_length);
     Vec maximum[Queries];
     for (int i = 0; i < Queries; ++i) maximum[i] = fill(-__builtin_inff());
-    const float scale = 1.0f / __builtin_sqrtf((float)a.width);
-    for (int layer = 0; layer < a.layers; ++layer) {
-        const T* keys = (const T*)a.keys + layer * a.layer_stride;
-        for (int t = 0; t < padded; t += kLanes) {
+    for (int s = 0; s <= a.layers; ++s) {
+        const Segment<T> segment(a, s, longest);
+        for (int t = 0; t < segment.longest; t += kLanes) {
             Vec products[Queries][kLanes];
             for (int j = 0; j < kLanes; ++j) {
                 Vec acc[Queries] = {};
-                if (t + j < longest) {
-                    const T* key = keys + (int64_t)(t + j) * a.width;
+                if (t + j < segment.longest) {
+                    const T* key = segment.keys + (t + j) * segment.stride;
                     for (int c = 0; c < a.width; c += kLanes) {
                         Vec k = load_some(key + c, a.width - c);
                         for (int i = 0; i < Queries; ++i)
@@ -382,9 +402,9 @@ void attend_queries(const Attention& a) {
                 for (int i = 0; i < Queries; ++i) products[i][j] = acc[i];
             }
             for (int i = 0; i < Queries; ++i) {
-                Vec score =
-                    select(lane + t < a.lengths[i], sums(products[i]) * scale, fill(-__builtin_inff()));
-                store(a.scores + (int64_t)i * total + layer * padded + t, score);
+                const int length = s < a.layers ? a.lengths[i] : a.tail_length;
+                Vec score = select(lane + t < length, sums(products[i]) * a.scale, fill(-__builtin_inff()));
+                store(a.scores + (int64_t)i * total + segment.scores + t, score);
                 maximum[i] = larger(maximum[i], score);
             }
         }
@@ -393,6 +413,8 @@ void attend_queries(const Attention& a) {
     for (int i = 0; i < Queries; ++i) {
         float top = maximum[i][0];
         for (int j = 1; j < kLanes; ++j) top = maximum[i][j] > top ? maximum[i][j] : top;
+        const bool keys = a.lengths[i] || a.tail_length;
+        if (!keys) top = 0.0f;  // all scores are -inf
         float* scores = a.scores + (int64_t)i * total;
         Vec denominator = {};
         for (int t = 0; t < total; t += kLanes) {
@@ -400,11 +422,11 @@ void attend_queries(const Attention& a) {
             store(scores + t, p);
             denominator += p;
         }
-        inverse[i] = a.lengths[i] ? 1.0f / sum(denominator) : 0.0f;
+        inverse[i] = keys ? 1.0f / sum(denominator) : 0.0f;
     }
     int c = 0;
-    for (; c + 4 * kLanes <= a.width; c += 4 * kLanes) blend<T, Queries, 4>(a, longest, padded, inverse, c);
-    for (; c < a.width; c += kLanes) blend<T, Queries, 1>(a, longest, padded, inverse, c);
+    for (; c + 4 * kLanes <= a.width; c += 4 * kLanes) blend<T, Queries, 4>(a, longest, total, inverse, c);
+    for (; c < a.width; c += kLanes) blend<T, Queries, 1>(a, longest, total, inverse, c);
 }
 
 template <class T>

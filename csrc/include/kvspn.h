@@ -111,6 +111,23 @@ KVSPN_API kvspn_status kvspn_engine_prefill(kvspn_engine* engine, int32_t row, i
 /* Draft, verify, accept, roll back: one step of every unfinished row. Allocates nothing. */
 KVSPN_API kvspn_status kvspn_engine_step(kvspn_engine* engine, const kvspn_step_params* params);
 
+/* Queries over the keys of several layers as one sequence; see kvspn/ops/flat_kv_attention.py. One dtype:
+ * FP32, BF16 or FP16. Any strides, but kv and tail are contiguous in D. */
+typedef struct kvspn_attention_params {
+    uint32_t struct_size;
+    kvspn_tensor q;                   /* [B, Hq, Q, D] */
+    kvspn_tensor kv;                  /* [n, 2, B, H, S, D] */
+    kvspn_tensor lengths;             /* int32 [B], kept in 0 to S */
+    kvspn_tensor out;                 /* [B, Q, Hq * D] */
+    const kvspn_tensor* tail;         /* [2, B, H, S', D], or NULL */
+    const kvspn_tensor* tail_lengths; /* int32 [B], or NULL */
+    float scale;                      /* of the scores; usually D ** -0.5 */
+    int32_t causal;                   /* query i sees lengths[b] + i + 1 positions instead of lengths[b] */
+    int32_t part, parts;              /* this call's share of the work; threads of the caller take one each */
+} kvspn_attention_params;
+
+KVSPN_API kvspn_status kvspn_flat_kv_attention(const kvspn_attention_params* params);
+
 #ifdef __cplusplus
 }
 #endif

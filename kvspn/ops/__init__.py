@@ -2,8 +2,10 @@
 
 A backend joins by registering its kernel for ``torch.ops.kvspn.<op>`` under its dispatch key (CPU, CUDA).
 The reference serves the rest; it takes every row and query on its own and so reads lengths on the host.
+Native kernels serve flat_kv_attention on the CPU; matrices want packing first, which an engine does.
 """
 
+from kvspn.ops._library import load_native
 from kvspn.ops.accept_and_rollback import accept_and_rollback
 from kvspn.ops.append_kv import append_kv
 from kvspn.ops.compact_kv import compact_kv
@@ -28,3 +30,5 @@ __all__ = [
     "fused_linear",
     "lm_head_verify",
 ]
+
+load_native()

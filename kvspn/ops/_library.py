@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -51,3 +52,10 @@ def register(
 
     public.__name__ = public.__qualname__ = name
     return public
+
+
+def load_native() -> None:
+    """Registers csrc/bindings/torch_ops.cpp, kernels for tensors on the CPU, where it is built."""
+    found = importlib.util.find_spec("kvspn._torch_ops")
+    if found is not None and found.origin is not None:
+        torch.ops.load_library(found.origin)

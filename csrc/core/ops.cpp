@@ -1,0 +1,104 @@
+#include "core/ops.h"
+
+#include <algorithm>
+
+#include "core/error.h"
+#include "core/memory.h"
+#include "core/tensor.h"
+
+namespace kvspn {
+namespace {
+
+void check_rows(const char* name, const kvspn_tensor& tensor) {
+    const int last = tensor.ndim - 1;
+    require(tensor.shape[last] <= 1 || tensor.strides[last] == 1, name,
+            " must be contiguous in its last dimension, got stride ", tensor.strides[last]);
+}
+
+void check(const kvspn_attention_params& p) {
+    const auto floats = {Dtype::fp32, Dtype::bf16, Dtype::fp16};
+    check_tensor("kv", p.kv, floats, {-1, 2, -1, -1, -1, -1});
+    const int64_t layers = p.kv.shape[0], rows = p.kv.shape[2], heads = p.kv.shape[3], width = p.kv.shape[5];
+    const auto dtype = {Dtype(p.kv.dtype)};
+    check_tensor("q", p.q, dtype, {rows, -1, -1, width});
+    const int64_t query_heads = p.q.shape[1], queries = p.q.shape[2];
+    check_tensor("lengths", p.lengths, {Dtype::int32}, {rows});
+    check_tensor("out", p.out, dtype, {rows, queries, query_heads * width});
+    check_rows("kv", p.kv);
+    require(layers >= 1 && width >= 1, "kv must hold a layer and a column, got ", layers, " and ", width);
+    require(heads >= 1 && query_heads % heads == 0, "q must have a multiple of kv's ", heads, " heads, got ",
+            query_heads);
+    require(!p.tail == !p.tail_lengths, "tail must be given with tail_lengths, got one of them");
+    if (p.tail) {
+        check_tensor("tail", *p.tail, dtype, {2, rows, heads, -1, width});
+        check_tensor("tail_lengths", *p.tail_lengths, {Dtype::int32}, {rows});
+        check_rows("tail", *p.tail);
+    }
+    require(p.part >= 0 && p.part < p.parts, "part must be 0 to parts - 1, got ", p.part, " of ", p.parts);
+    const int64_t capacity = p.kv.shape[4],
+                  keys = layers * (capacity + kLanes) + (p.tail ? p.tail->shape[3] : 0);
+    require(keys < (int64_t(1) << 30) && layers < (1 << 20) && queries < (1 << 30) && width < (1 << 20),
+            "kv must have less than 2^30 keys, got ", keys);
+}
+
+int clamped(const kvspn_tensor& lengths, int64_t row, int64_t more, int64_t capacity) {
+    const int64_t length = static_cast<const int32_t*>(lengths.data)[row * lengths.strides[0]];
+    return int(std::clamp<int64_t>(length + more, 0, capacity));
+}
+
+}  // namespace
+
+void flat_kv_attention(const kvspn_attention_params& p) {
+    check(p);
+    const int64_t heads = p.kv.shape[3], capacity = p.kv.shape[4];
+    const int width = int(p.kv.shape[5]), layers = int(p.kv.shape[0]);
+    const int64_t rows = p.q.shape[0], query_heads = p.q.shape[1], queries = p.q.shape[2];
+    const int64_t tail = p.tail ? p.tail->shape[3] : 0, tasks = rows * query_heads;
+    const int64_t *at = p.kv.strides, *q_at = p.q.strides, *out_at = p.out.strides;
+    const size_t size = size_of(Dtype(p.kv.dtype));
+    const Kernels& kernels = select_kernels();
+    Memory scores(size_t(kQueries) * (layers * pad(int(capacity)) + pad(int(tail))) * sizeof(float));
+    Memory floats(size_t(2) * kQueries * width * sizeof(float));
+    for (int64_t task = tasks * p.part / p.parts; task < tasks * (p.part + 1) / p.parts; ++task) {
+        const int64_t row = task / query_heads, query_head = task % query_heads;
+        const int64_t head = query_head * heads / query_heads;
+        const char* keys = static_cast<const char*>(p.kv.data) + (row * at[2] + head * at[3]) * int64_t(size);
+        Attention a;
+        a.dtype = Dtype(p.kv.dtype);
+        a.keys = keys;
+        a.values = keys + at[1] * int64_t(size);
+        a.stride = at[4];
+        a.layer_stride = at[0];
+        a.layers = layers;
+        a.width = width;
+        a.scale = p.scale;
+        a.scores = scores.as<float>();
+        if (p.tail) {
+            const int64_t* tail_at = p.tail->strides;
+            const char* tail_keys = static_cast<const char*>(p.tail->data) +
+                                    (row * tail_at[1] + head * tail_at[2]) * int64_t(size);
+            a.tail_keys = tail_keys;
+            a.tail_values = tail_keys + tail_at[0] * int64_t(size);
+            a.tail_stride = tail_at[3];
+            a.tail_length = clamped(*p.tail_lengths, row, 0, tail);
+        }
+        for (int64_t first = 0; first < queries; first += kQueries) {
+            a.queries = int(std::min<int64_t>(kQueries, queries - first));
+            for (int i = 0; i < a.queries; ++i) {
+                float* q = floats.as<float>() + i * width;
+                const int64_t from = row * q_at[0] + query_head * q_at[1] + (first + i) * q_at[2];
+                for (int c = 0; c < width; ++c) q[c] = element(p.q, from + c * q_at[3]);
+                a.q[i] = q;
+                a.out[i] = q + kQueries * width;
+                a.lengths[i] = clamped(p.lengths, row, p.causal ? first + i + 1 : 0, capacity);
+            }
+            kernels.attend(a);
+            for (int i = 0; i < a.queries; ++i) {
+                const int64_t to = row * out_at[0] + (first + i) * out_at[1] + query_head * width * out_at[2];
+                for (int c = 0; c < width; ++c) store(a.dtype, p.out.data, to + c * out_at[2], a.out[i][c]);
+            }
+        }
+    }
+}
+
+}  // namespace kvspn
