@@ -1,6 +1,7 @@
 #include "core/ops.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "core/error.h"
 #include "core/memory.h"
@@ -28,7 +29,9 @@ void check(const kvspn_attention_params& p) {
     require(layers >= 1 && width >= 1, "kv must hold a layer and a column, got ", layers, " and ", width);
     require(heads >= 1 && query_heads % heads == 0, "q must have a multiple of kv's ", heads, " heads, got ",
             query_heads);
-    require(!p.tail == !p.tail_lengths, "tail must be given with tail_lengths, got one of them");
+    require(p.tail || !p.tail_lengths, "tail must be given with tail_lengths, got a null pointer");
+    require(!p.tail || p.tail_lengths, "tail_lengths must be given with tail, got a null pointer");
+    require(std::isfinite(p.scale), "scale must be finite, got ", p.scale);
     if (p.tail) {
         check_tensor("tail", *p.tail, dtype, {2, rows, heads, -1, width});
         check_tensor("tail_lengths", *p.tail_lengths, {Dtype::int32}, {rows});
