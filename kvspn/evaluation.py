@@ -26,12 +26,14 @@ class Score:
     bleu: sacrebleu's corpus BLEU, 0 to 100, with its Chinese tokenizer for Chinese and 13a for the others.
     acceptance: accepted / drafted tokens. tokens_per_step: generated tokens / decoder steps.
     identical_to_greedy: the share of outputs, 0 to 1, whose tokens are exactly greedy decoding's.
+    identical_to_full: the same against greedy decoding with the weights in fp32; None where they are.
     """
 
     bleu: float
     acceptance: float
     tokens_per_step: float
     identical_to_greedy: float
+    identical_to_full: float | None
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Row:
     """One k on one test set.
 
     bleu: the mean over the directions between two languages; bleu_transcription: over those of a language
-    into itself; None where there are none. acceptance, tokens_per_step, identical_to_greedy: as in Score,
-    over all directions. per_direction: by "en-de".
+    into itself; None where there are none. The others: as in Score, over all directions. per_direction: by
+    "en-de".
     """
 
     set: str
@@ -50,6 +52,7 @@ class Row:
     acceptance: float
     tokens_per_step: float
     identical_to_greedy: float
+    identical_to_full: float | None
     per_direction: dict[str, Score]
 
 
@@ -62,6 +65,7 @@ class Output:
     reference: str
     stats: DecodeStats
     identical: bool
+    identical_to_full: bool | None
 
 
 class ClipDecoder:
@@ -79,7 +83,7 @@ class ClipDecoder:
             )
         self._translator = translator
         self._ks = ks
-        self._engines: dict[int, Engine] = {}
+        self._engines: dict[tuple[int, str | None], Engine] = {}
 
     def __call__(self, clip: SpokenSentence) -> dict[int | str, list[Output]]:
         """The outputs at each k.
@@ -89,10 +93,12 @@ class ClipDecoder:
             ValueError: a language that the model does not know.
         """
         states = self._encode(clip)
-        greedy, _ = self._decode(clip, states, 1, draft=False)
+        weights = self._translator.weights
+        greedy, _ = self._decode(clip, states, 1, weights, draft=False)
+        full = None if weights is None else self._decode(clip, states, 1, None, draft=False)[0]
         found = {}
         for k in self._ks:
-            tokens, stats = self._decode(clip, states, k, draft=True)
+            tokens, stats = self._decode(clip, states, k, weights, draft=True)
             found[k] = [
                 Output(
                     f"{clip.language}-{target}",
@@ -100,6 +106,7 @@ class ClipDecoder:
                     reference,
                     stats[i],
                     tokens[i] == greedy[i],
+                    None if full is None else tokens[i] == full[i],
                 )
                 for i, (target, reference) in enumerate(clip.texts.items())
             ]
@@ -113,13 +120,13 @@ class ClipDecoder:
         return self._translator.model.encode(features)
 
     def _decode(
-        self, clip: SpokenSentence, states: Tensor, k: int | str, draft: bool
+        self, clip: SpokenSentence, states: Tensor, k: int | str, weights: str | None, draft: bool
     ) -> tuple[list[list[int]], list[DecodeStats]]:
         """All languages at once, a row each: generated tokens and figures."""
         model, batch = self._translator.model, len(clip.texts)
-        if batch not in self._engines:
-            self._engines[batch] = model.engine(
-                batch, model.config.max_source_positions, self._translator.backend, self._translator.weights
+        if (batch, weights) not in self._engines:
+            self._engines[batch, weights] = model.engine(
+                batch, model.config.max_source_positions, self._translator.backend, weights
             )
         output: Any = model.generate(
             encoder_outputs=(states.expand(batch, -1, -1),),
@@ -128,7 +135,7 @@ class ClipDecoder:
             k=k,
             draft=draft,
             return_dict_in_generate=True,
-            engine=self._engines[batch],
+            engine=self._engines[batch, weights],
         )
         rows = zip(output.sequences.tolist(), output.stats, strict=True)
         return [tokens[: stats.tokens] for tokens, stats in rows], output.stats
@@ -170,8 +177,14 @@ def _score(direction: str, outputs: Sequence[Output]) -> Score:
     return Score(round(bleu, 2), *_figures(outputs))
 
 
-def _figures(outputs: Sequence[Output]) -> tuple[float, float, float]:
-    """acceptance, tokens_per_step, identical_to_greedy."""
+def _figures(outputs: Sequence[Output]) -> tuple[float, float, float, float | None]:
+    """acceptance, tokens_per_step, identical_to_greedy, identical_to_full."""
     total = DecodeStats.total([output.stats for output in outputs], 0.0)
     identical = fmean(output.identical for output in outputs)
-    return round(total.acceptance, 4), round(total.tokens_per_step, 4), round(identical, 4)
+    to_full = [output.identical_to_full for output in outputs if output.identical_to_full is not None]
+    return (
+        round(total.acceptance, 4),
+        round(total.tokens_per_step, 4),
+        round(identical, 4),
+        round(fmean(to_full), 4) if to_full else None,
+    )

@@ -267,14 +267,24 @@ def test_evaluate(tmp_path: Path) -> None:
     assert [(row["set"], row["k"]) for row in rows] == [
         (name, k) for name in ("unseen", "hard") for k in (1, 3, "inf")
     ]
-    figures = {"bleu", "acceptance", "tokens_per_step", "identical_to_greedy"}
+    figures = {"bleu", "acceptance", "tokens_per_step", "identical_to_greedy", "identical_to_full"}
     for row in rows:
         assert set(row) == {"set", "k", "bleu_transcription", "per_direction"} | figures
         sources = ["en", "zh"] if row["set"] == "unseen" else ["de"]
         assert set(row["per_direction"]) == {f"{source}-{target}" for source in sources for target in TEXTS}
         assert all(set(scores) == figures for scores in row["per_direction"].values())
         assert row["identical_to_greedy"] == 1 or row["k"] != 1
+        assert row["identical_to_full"] is None
         assert row["acceptance"] == 1 or row["k"] != "inf"
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int8/int4"])
+def test_evaluate_with_other_weights(tmp_path: Path, weights: str) -> None:
+    options = ["--k", "1", "--set", "unseen", "--workers", "1", "--weights", weights]
+    assert kvspn_("evaluate", *options, "--json", tmp_path / "out.json").exit_code == 0
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert row["identical_to_greedy"] == 1
+    assert row["identical_to_full"] == 1 or (weights != "fp32" and 0 <= row["identical_to_full"] < 1)
 
 
 def test_evaluate_a_part_in_a_worker_process(tmp_path: Path, root: Path) -> None:

@@ -153,7 +153,7 @@ def _decode_in_worker(clip: SpokenSentence) -> Outputs:
 
 def _table(rows: list[Row]) -> Table:
     table = Table("set", box=None, pad_edge=False)
-    for heading in ("k", "BLEU", "transcription", "accepted", "tokens/step", "as greedy"):
+    for heading in ("k", "BLEU", "transcription", "accepted", "tokens/step", "as greedy", "as fp32"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -163,6 +163,7 @@ def _table(rows: list[Row]) -> Table:
             f"{row.acceptance:.1%}",
             f"{row.tokens_per_step:.2f}",
             f"{row.identical_to_greedy:.1%}",
+            "–" if row.identical_to_full is None else f"{row.identical_to_full:.1%}",
         )
     return table
 
