@@ -21,13 +21,15 @@ ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
 ISA = {"avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512vnni": f"{AVX512} -mavx512vnni"}
+TORCH = find_spec("torch") is not None  # an isolated build has none, and leaves the torch ops out
+MODULES = ["kvspn._native", "kvspn._torch_ops"] if TORCH else ["kvspn._native"]
 
 
 class NinjaBuild(build_ext):
     """Writes build.ninja and runs it; what did not change is not compiled again."""
 
     def run(self) -> None:
-        missing = [name for name in ("ninja", "pybind11", "torch") if find_spec(name) is None]
+        missing = [name for name in ("ninja", "pybind11") if find_spec(name) is None]
         if missing:
             print(f"kvspn: the native backend is not built: {' and '.join(missing)} missing", file=sys.stderr)
             return
@@ -45,7 +47,6 @@ class NinjaBuild(build_ext):
 
     def _rules(self) -> str:
         import pybind11
-        import torch
 
         sanitize = os.environ.get("KVSPN_SANITIZE")
         checks = f" -fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
@@ -68,25 +69,29 @@ class NinjaBuild(build_ext):
             extra = ISA.get(source.stem, "") if x86 else ""
             objects.append(f"{source.parent.name}-{source.stem}.o")
             lines += [f"build {objects[-1]}: compile {source}", f"  extra = {extra}"]
-        python = f"-I{sysconfig.get_paths()['include']} -I{pybind11.get_include()}"
-        installed = Path(torch.__file__).parent
-        # TORCH_TARGET_VERSION: the oldest torch whose stable ABI it must run with.
-        stable = f"-std=c++20 -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem {installed / 'include'}"
         lines += [
             f"build module.o: compile {CSRC / 'bindings' / 'module.cpp'}",
-            f"  extra = {python}",
+            f"  extra = -I{sysconfig.get_paths()['include']} -I{pybind11.get_include()}",
             f"build _native.so: link module.o {' '.join(objects)}",
-            f"build torch_ops.o: compile {CSRC / 'bindings' / 'torch_ops.cpp'}",
-            f"  extra = {stable}",
-            f"build _torch_ops.so: link torch_ops.o {' '.join(objects)}",
-            f"  extra = -L{installed / 'lib'} -ltorch_cpu -ltorch",
-            "",
         ]
+        if TORCH:
+            import torch
+
+            installed = Path(torch.__file__).parent
+            # TORCH_TARGET_VERSION: the oldest torch whose stable ABI it must run with.
+            stable = f"-std=c++20 -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem {installed / 'include'}"
+            lines += [
+                f"build torch_ops.o: compile {CSRC / 'bindings' / 'torch_ops.cpp'}",
+                f"  extra = {stable}",
+                f"build _torch_ops.so: link torch_ops.o {' '.join(objects)}",
+                f"  extra = -L{installed / 'lib'} -ltorch_cpu -ltorch",
+            ]
+        lines.append("")
         return "\n".join(lines)
 
 
 setup(
     packages=find_packages(include=["kvspn", "kvspn.*"]),
-    ext_modules=[Extension("kvspn._native", sources=[]), Extension("kvspn._torch_ops", sources=[])],
+    ext_modules=[Extension(name, sources=[]) for name in MODULES],
     cmdclass={"build_ext": NinjaBuild},
 )
