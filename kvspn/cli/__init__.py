@@ -15,6 +15,7 @@ from kvspn.cli.convert import convert
 from kvspn.cli.demo import demo
 from kvspn.cli.doctor import doctor
 from kvspn.cli.evaluate import evaluate
+from kvspn.cli.profile import profile
 from kvspn.cli.train import app as train
 from kvspn.cli.translate import translate
 
@@ -51,6 +52,7 @@ app.add_typer(train, name="train", rich_help_panel="Make a model")
 app.command(rich_help_panel="Make a model")(convert)
 app.command(rich_help_panel="This machine")(doctor)
 app.command(rich_help_panel="This machine")(bench)
+app.command(rich_help_panel="This machine")(profile)
 
 
 def _version(wanted: bool) -> None:
