@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kvspn.profiling import speedup
 
 try:
     import matplotlib
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 except ImportError as error:
     raise ValueError("--html needs matplotlib: pip install 'kvspn[report]'") from error
@@ -25,46 +24,64 @@ svg { max-width: 100%; height: auto; }
 _ACCEPTANCES = (0.25, 0.5, 0.75, 1.0)
 
 
+def profile_plots(document: dict[str, Any]) -> dict[str, str]:
+    """From the JSON of `kvspn profile`, an <svg> each of "steps", "attention", "speedup" and "memory"."""
+    points = document["points"]
+    lengths = [point["length"] for point in points]
+
+    def plot(label: str, curves: dict[str, list[float]], logarithmic: bool = True) -> str:
+        with matplotlib.rc_context({"svg.hashsalt": "kvspn", "svg.fonttype": "none"}):
+            figure = Figure(figsize=(8, 4), layout="constrained")
+            axes = figure.subplots()
+            for name, values in curves.items():
+                axes.plot(lengths, values, marker="o", label=name)
+            axes.set_xscale("log", base=2)
+            if logarithmic:
+                axes.set_yscale("log")
+            axes.set_xlabel("T, positions in the cache")
+            axes.set_ylabel(label)
+            axes.grid(alpha=0.3)
+            axes.legend()
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
+        text = buffer.getvalue()
+        return text[text.index("<svg") :]
+
+    def of_group(key: str, name: str, factor: float = 1) -> list[float]:
+        return [point[key][name] * factor for point in points]
+
+    names = list(points[0]["attention"])
+    megabytes = {"cache of all layers": [point["kv_bytes"] / 1e6 for point in points]}
+    for name in ("flattened", "strided", "last layer"):
+        megabytes[f"read for one group: {name}"] = of_group("attention_bytes", name, 1e-6)
+    return {
+        "steps": plot(
+            "milliseconds",
+            {
+                "plain step": [point["step"] for point in points],
+                "KVSPN step": [point["kvspn_step"] for point in points],
+            },
+        ),
+        "attention": plot("milliseconds", {name: of_group("attention", name) for name in names}),
+        "speedup": plot(
+            "speed-up over plain decoding",
+            {
+                f"acceptance {acceptance:.0%}": [speedup(point["overhead"], acceptance) for point in points]
+                for acceptance in _ACCEPTANCES
+            },
+            logarithmic=False,
+        ),
+        "memory": plot("megabytes", megabytes),
+    }
+
+
 def profile_page(document: dict[str, Any]) -> str:
     """The page of `kvspn profile`, from its JSON document."""
     points, machine = document["points"], document["machine"]
-    lengths = [point["length"] for point in points]
     variants = list(points[0]["attention"])
-
-    def steps(axes: Axes) -> None:
-        for name, label in (("step", "plain step"), ("kvspn_step", "KVSPN step")):
-            axes.plot(lengths, [point[name] for point in points], marker="o", label=label)
-        _logarithmic(axes, "milliseconds")
-
-    def attention(axes: Axes) -> None:
-        for name in variants:
-            axes.plot(lengths, [point["attention"][name] for point in points], marker="o", label=name)
-        _logarithmic(axes, "milliseconds")
-
-    def speedups(axes: Axes) -> None:
-        for acceptance in _ACCEPTANCES:
-            values = [speedup(point["overhead"], acceptance) for point in points]
-            axes.plot(lengths, values, marker="o", label=f"acceptance {acceptance:.0%}")
-        axes.axhline(1, color="grey", linewidth=1)
-        axes.set_xscale("log", base=2)
-        axes.set_ylabel("speed-up over plain decoding")
-
-    def memory(axes: Axes) -> None:
-        axes.plot(lengths, [point["kv_bytes"] / 1e6 for point in points], marker="o", label="all layers")
-        for name in ("flattened", "strided", "last layer"):
-            values = [point["attention_bytes"][name] / 1e6 for point in points]
-            axes.plot(lengths, values, marker="o", label=f"read for one group: {name}")
-        _logarithmic(axes, "megabytes")
-
+    plots = profile_plots(document)
     cost = _table(
-        (
-            "T",
-            "step, ms",
-            "KVSPN step, ms",
-            "breaks even at",
-            "KV, MB",
-            *(f"{name}, ms" for name in variants),
-        ),
+        ("T", "step, ms", "KVSPN, ms", "breaks even at", "KV, MB", *(f"{name}, ms" for name in variants)),
         (
             (
                 f"{point['length']:,}",
@@ -93,40 +110,19 @@ def profile_page(document: dict[str, Any]) -> str:
     return _page(
         "kvspn profile: what long sequences cost in KV",
         f"<p>{_text(', '.join(document[key] for key in ('shape', 'weights', 'backend')))}, batch 1. "
-        f"{_text(machine['cpu'])}, {document['read_gb_per_s']} GB/s read; {_text(machine['date'])}.</p>",
+        f"{_text(machine['cpu']['model'])}, {document['read_gb_per_s']} GB/s; {_text(machine['date'])}.</p>",
         "<h2>A step</h2>",
-        _plot(steps),
+        plots["steps"],
         cost,
         "<h2>One group's attention, one query</h2>",
-        _plot(attention),
+        plots["attention"],
         "<h2>Speed-up</h2><p>(1 + acceptance) / (1 + overhead), from the measured steps.</p>",
-        _plot(speedups),
+        plots["speedup"],
         "<p>Checked by real steps; the weights being random, so is the acceptance at k = 1.</p>",
         checks,
         "<h2>Memory</h2>",
-        _plot(memory),
+        plots["memory"],
     )
-
-
-def _logarithmic(axes: Axes, label: str) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_ylabel(label)
-
-
-def _plot(draw: Callable[[Axes], None]) -> str:
-    """An <svg> of one diagram over T."""
-    with matplotlib.rc_context({"svg.hashsalt": "kvspn", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(8, 4), layout="constrained")
-        axes = figure.subplots()
-        draw(axes)
-        axes.set_xlabel("T, positions in the cache")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

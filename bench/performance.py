@@ -1,0 +1,232 @@
+"""docs/performance.md and its plots, from the records under bench/results: python -m bench.performance"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+DOCS = ROOT / "docs"
+
+_PAGE = """\
+# Performance
+
+Made by `python -m bench.performance` from the records under [bench/results](../bench/results); every table
+names its own. How the figures are taken, and what their fields mean, is in [benchmark.md](benchmark.md).
+
+## The decoder step on a CPU
+
+[step-cpu.json](../bench/results/step-cpu.json), by `kvspn bench --peers --weights {formats} --json ...`:
+{machine}. Batch 1, {kv_length} positions in the self-attention cache, 1,500 of the encoder, random weights.
+"Of peak" is a bare read of as many bytes in the same rounds over the step. The machine is shared and its
+bandwidth swings, so that ratios within a run say more than milliseconds.
+
+{steps}
+
+Against the fastest peer of the same weight width in the same run:
+
+{peers}
+
+### How far from the limit, and why
+
+{limit}
+
+## The miniature
+
+[miniature.json](../bench/results/miniature.json), by `kvspn evaluate --k 1,2,3,inf --json ...`:
+
+{miniature}
+
+## Long sequences
+
+[profile-cpu.json](../bench/results/profile-cpu.json), by `kvspn profile --json ...`: {profile}.
+A KVSPN step pays off as soon as its acceptance is above the share at which it breaks even.
+
+{long}
+
+![A step at growing lengths](plots/steps.svg)
+
+One group's attention (4 layers, one query), in ms: flattened as kvspn reads it, where it lies; the keys
+concatenated first and given to torch's `scaled_dot_product_attention`; layer by layer, merged; and two
+thinner reads of the same cache, cheaper but at the price of acceptance (the miniature's ablation measures the
+last layer alone; a strided read is not measured, as its utterances are too short to need one).
+
+{attention}
+
+![One group's attention](plots/attention.svg)
+
+Speed-up over plain decoding, (1 + acceptance) / (1 + overhead), from the measured steps, and the same by real
+steps:
+
+![Speed-up](plots/speedup.svg)
+
+{checks}
+
+![Memory](plots/memory.svg)
+"""
+
+_LIMIT = """\
+A step cannot be faster than one read of its weights and caches. At one row, what is above that is spent in
+the {regions} barriers of a step and in the ramps behind them, where a thread has little to read ahead. A
+second row shares the read and costs {two_rows} more. KVSPN's own share is its weights, its output embedding
+and a second read of one layer's cross-attention cache for each block; with the draft network in int4 it falls
+from {overhead_same} to {overhead_int4} of a step ({format}, whole vocabulary)."""
+
+_RATIOS = {
+    "over_fastest_peer": "times as fast",
+    "over_transformers_fp32": "over transformers, fp32",
+    "over_whisper_medium_fp32": "over Whisper Medium, fp32",
+}
+
+
+def performance() -> str:
+    """The page."""
+    bench, profile, miniature = (
+        json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+        for name in ("step-cpu", "profile-cpu", "miniature")
+    )
+    rows = [row for row in bench["rows"] if row["shape"] != "miniature"]
+    summary = bench["summary"]
+    formats = list(dict.fromkeys(row["weights"] for row in rows if row["backend"] == "native"))
+    return _PAGE.format(
+        formats=",".join(formats),
+        machine=_machine(bench["machine"]),
+        kv_length=rows[0]["kv_length"],
+        steps=_table(
+            ("", "weights", "what", "ms", "min", "GB/s", "of peak", "correct"),
+            (
+                (
+                    row["backend"],
+                    row["weights"],
+                    f"{row['what']}, {row['rows']} rows" if row["rows"] > 1 else row["what"],
+                    f"{row['ms_median']:.2f}",
+                    f"{row['ms_min']:.2f}",
+                    f"{row['gb_per_s']:.1f}",
+                    f"{row['percent_of_measured_peak']:.0f}%",
+                    "yes" if row["correct"] else "no",
+                )
+                for row in rows
+            ),
+        ),
+        peers=_table(
+            (
+                "kvspn",
+                "what",
+                "fastest peer",
+                "times as fast",
+                "over transformers, fp32",
+                "over Whisper Medium",
+            ),
+            (
+                (
+                    key,
+                    what.replace("_", " "),
+                    ratios.get("fastest_peer", "–"),
+                    *(f"{ratios[name]:.2f}" if name in ratios else "–" for name in _RATIOS),
+                )
+                for key, compared in summary["speedup"].items()
+                if not key.startswith("miniature")
+                for what, ratios in compared.items()
+            ),
+        ),
+        limit=_limit(summary),
+        miniature=_miniature(miniature["rows"]),
+        profile=f"{profile['shape']}, {profile['weights']}, {_machine(profile['machine'] | profile)}",
+        long=_table(
+            ("T", "step, ms", "KVSPN step, ms", "breaks even at", "KV, MB"),
+            (
+                (
+                    f"{point['length']:,}",
+                    f"{point['step']:.2f}",
+                    f"{point['kvspn_step']:.2f}",
+                    f"{point['overhead']:.0%}",
+                    f"{point['kv_bytes'] / 1e6:.1f}",
+                )
+                for point in profile["points"]
+            ),
+        ),
+        attention=_table(
+            ("T", *profile["points"][0]["attention"]),
+            (
+                (f"{point['length']:,}", *(f"{value:.3f}" for value in point["attention"].values()))
+                for point in profile["points"]
+            ),
+        ),
+        checks=_table(
+            ("T", "k", "acceptance", "predicted", "measured"),
+            (
+                (
+                    f"{check['length']:,}",
+                    check["k"],
+                    f"{check['acceptance']:.0%}",
+                    f"{check['predicted']:.2f} ×",
+                    f"{check['measured']:.2f} ×",
+                )
+                for check in profile["checks"]
+            ),
+        ),
+    )
+
+
+def _limit(summary: dict[str, Any]) -> str:
+    costs = {
+        name: value for name, value in summary["two_row_cost"].items() if not name.startswith("miniature")
+    }
+    overhead = summary["draft_overhead"]
+    name = next(key for key in overhead if key.endswith("/int4") and key.count("/") == 3)
+    base = name.rpartition("/")[0]
+    return _LIMIT.format(
+        regions=12 * 9,
+        two_rows=" to ".join(f"{value - 1:.0%}" for value in (min(costs), max(costs))),
+        overhead_same=f"{overhead[base]:.0%}",
+        overhead_int4=f"{overhead[name]:.0%}",
+        format=base.rpartition("/")[2],
+    )
+
+
+def _miniature(rows: Iterable[dict[str, Any]]) -> str:
+    return _table(
+        ("set", "k", "BLEU", "BLEU, transcription", "acceptance", "tokens per step", "identical to greedy"),
+        (
+            (
+                row["set"],
+                str(row["k"]),
+                f"{row['bleu']:.1f}",
+                f"{row['bleu_transcription']:.1f}",
+                f"{row['acceptance']:.1%}",
+                f"{row['tokens_per_step']:.2f}",
+                f"{row['identical_to_greedy']:.1%}",
+            )
+            for row in rows
+        ),
+    )
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    cpu = machine["cpu"] if "model" in machine["cpu"] else machine["machine"]["cpu"]
+    return (
+        f"{cpu['model']}, {cpu['threads']} threads, {machine['read_gb_per_s']} GB/s read, torch "
+        f"{machine['versions']['torch']}, {machine['date'][:10]}"
+    )
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plots() -> dict[str, str]:
+    """The svg of each plot."""
+    from kvspn.report import profile_plots
+
+    return profile_plots(json.loads((RESULTS / "profile-cpu.json").read_text("utf-8")))
+
+
+if __name__ == "__main__":
+    (DOCS / "performance.md").write_text(performance(), "utf-8")
+    (DOCS / "plots").mkdir(exist_ok=True)
+    for plot, text in plots().items():
+        (DOCS / "plots" / f"{plot}.svg").write_text(text, "utf-8")
