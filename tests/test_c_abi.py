@@ -236,3 +236,61 @@ def test_fuzzed_weights(lib, weights):
         for wrong in (weights[name][..., :-1], weights[name].astype(np.int32), weights[name][None]):
             assert create(lib, rest | {name: wrong})[0] == INVALID, name
             assert lib.kvspn_last_error()
+
+
+class AttentionParams(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", c_uint32),
+        *((name, Tensor) for name in ("q", "kv", "lengths", "out")),
+        ("tail", POINTER(Tensor)),
+        ("tail_lengths", POINTER(Tensor)),
+        ("scale", c_float),
+        ("causal", c_int32),
+        ("part", c_int32),
+        ("parts", c_int32),
+    )
+
+
+def attention(q, kv, lengths, out, part=0, parts=1) -> AttentionParams:
+    tensors = [
+        Tensor.of(name, array) for name, array in (("q", q), ("kv", kv), ("lengths", lengths), ("out", out))
+    ]
+    return AttentionParams(ctypes.sizeof(AttentionParams), *tensors, None, None, 0.5, 0, part, parts)
+
+
+def test_attention_in_parts_and_fuzzed(lib):
+    """The parts together are the whole, of strided tensors too; bad tensors are refused by name."""
+    generator = np.random.default_rng(0)
+    q = generator.standard_normal((2, 5, 6, 4), np.float32)[:, :3].transpose(0, 2, 1, 3)  # [B, Hq, Q, D]
+    kv = generator.standard_normal((2, 2, 2, 3, 14, 4), np.float32)[..., ::2, :]
+    lengths = np.array([7, 2], np.int32)
+    whole, parted = np.full((2, 3, 24), np.nan, np.float32), np.full((2, 3, 24), np.nan, np.float32)
+    assert lib.kvspn_flat_kv_attention(byref(attention(q, kv, lengths, whole))) == OK
+    for part in range(5):
+        assert lib.kvspn_flat_kv_attention(byref(attention(q, kv, lengths, parted, part, 5))) == OK
+    assert np.array_equal(whole, parted)
+    keys = kv[:, :, 1, 1, :2].transpose(1, 0, 2, 3).reshape(2, 4, 4)  # of row 1, head 1: K and V
+    scores = np.exp(keys[0] @ q[1, 2, 0] * 0.5)
+    np.testing.assert_allclose(whole[1, 0, 8:12], scores / scores.sum() @ keys[1], rtol=1e-5)
+    rng = random.Random(2)
+    for _ in range(300):
+        given = attention(q, kv, lengths, parted)
+        name = rng.choice(("q", "kv", "lengths", "out"))
+        tensor = getattr(given, name)
+        kind = rng.choice(("dtype", "ndim", "shape", "data", "part", "scale"))
+        if kind == "dtype":
+            tensor.dtype = rng.choice([d for d in (-1, 1, 3, 4, 5, 6, 7, 1 << 30) if d != tensor.dtype])
+        elif kind == "ndim":
+            tensor.ndim = rng.choice([n for n in (-1, 0, 1, 2, 7, 1 << 30) if n != tensor.ndim])
+        elif kind == "shape":
+            tensor.shape[rng.randrange(tensor.ndim)] = rng.choice((-1, 0, -(1 << 60)))
+        elif kind == "data":
+            tensor.data = None
+        elif kind == "part":
+            given.part, given.parts = rng.choice(((-1, 1), (1, 1), (0, 0), (0, -3)))
+        else:
+            given.scale = rng.choice((np.nan, np.inf))
+        status = lib.kvspn_flat_kv_attention(byref(given))
+        assert status in (OK, INVALID)
+        assert status == INVALID or kind == "shape"  # fewer layers, positions or queries are fine
+        assert b"must " in lib.kvspn_last_error() or status == OK
