@@ -1,24 +1,31 @@
 """The decoder step, timed on every backend and weight format, each with a correctness check beside it.
 
-All cases of a shape are timed in turn, round after round, with the machine's reading bandwidth measured in
-every round too: what else the machine does falls on all of them alike.
+Everything in one weight format is timed in turn, round after round, the peers too, and in every round a bare
+read of as many bytes: what else the machine does falls on all of them alike.
 """
 
 from __future__ import annotations
 
 import gc
+import json
+import mmap
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
 from statistics import median
+from types import ModuleType
 from typing import Any
 
 import torch
 
+from kvspn import allocations, machine
 from kvspn.engines import Engine, engine
 from kvspn.ops import DecoderWeights
 from kvspn.ops.weights import Linear
-from kvspn.quantisation import quantise
+from kvspn.peers import PEERS, Problem, Skipped, load
+from kvspn.quantisation import FORMATS, quantise
 from kvspn.random_decoder import random_decoder
 
 
@@ -56,15 +63,27 @@ SHAPES = {
     "whisperM2M": Shape(12, 3, 16, 4096, 51865, 1500, 64),
     "miniature": Shape(4, 2, 3, 768, 1500, 300, 32),
 }
+UNPRUNED = {"whisperM2M": ("whisper-medium", replace(SHAPES["whisperM2M"], layers=24))}
+
+WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
+_RECORD = Path(__file__).parents[1] / "bench/results/miniature.json"
+_READ = 1 << 29  # bytes of the buffer read, far more than any cache
 
 
 @dataclass(frozen=True)
 class Row:
-    """One case: times in milliseconds; `bytes` that a step must at least read, and what follows from it.
+    """One case: times in milliseconds; `bytes` that it must at least read, and what follows from it.
 
-    what: "step", a plain greedy step of one row; "kvspn_step", draft, verification and all.
+    what: "step", a greedy step of one query row, or of two: a KVSPN step whose draft costs next to nothing;
+        "kvspn_step", draft, verification and all; "draft", what is left of it without the two-row step of
+        the same round; "token", a KVSPN step over the tokens that it yields.
+    shape, backend, weights: the backend is one of kvspn's, or a peer.
+    rows: query rows that the base model takes.
+    percent_of_measured_peak: the time of a bare read of as many bytes in the same rounds over that of the step.
+    launches: calls of the engine; None for a peer that is many.
+    allocations: of memory, by one such call; None where they cannot be counted.
     correct: in fp32 the reference backend's token; in every format the same tokens from KVSPN at k = 1 as
-        from plain steps.
+        from plain steps. A peer's: the reference's logits, within what its weight format explains.
     """
 
     what: str
@@ -72,6 +91,7 @@ class Row:
     backend: str
     weights: str
     batch: int
+    rows: int
     kv_length: int
     ms_median: float
     ms_min: float
@@ -79,7 +99,45 @@ class Row:
     bytes: int
     gb_per_s: float
     percent_of_measured_peak: float
+    launches: int | None
+    allocations: int | None
     correct: bool
+
+
+@dataclass(eq=False)
+class _Case:
+    """What becomes a Row; ``time`` takes one step and returns its milliseconds, None where they follow from others'."""
+
+    what: str
+    backend: str
+    rows: int
+    bytes: int
+    correct: bool
+    launches: int | None
+    allocations: int | None
+    time: Callable[[], float] | None = None
+    times: list[float] = field(default_factory=list)
+
+    def row(self, name: str, shape: Shape, fmt: str, read_ms: float) -> Row:
+        middle = median(self.times)
+        return Row(
+            what=self.what,
+            shape=name,
+            backend=self.backend,
+            weights=fmt,
+            batch=1,
+            rows=self.rows,
+            kv_length=shape.length,
+            ms_median=round(middle, 4),
+            ms_min=round(min(self.times), 4),
+            ms_max=round(max(self.times), 4),
+            bytes=self.bytes,
+            gb_per_s=round(self.bytes / middle / 1e6, 1),
+            percent_of_measured_peak=round(100 * read_ms / middle, 1),
+            launches=self.launches,
+            allocations=self.allocations,
+            correct=self.correct,
+        )
 
 
 def run(
@@ -87,138 +145,294 @@ def run(
     backends: Sequence[str],
     formats: Sequence[str],
     rounds: int = 20,
+    peers: Sequence[str] = (),
     progress: Callable[[str], None] = lambda text: None,
+    skipped: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Times the cases. Returns {"machine": {"read_gb_per_s", "threads"}, "rows": [...], "summary": {...}};
-    summary: draft_overhead of every shape, backend and format: a KVSPN step over a plain one of the same
-    round, minus 1, the median."""
-    rows: list[Row] = []
-    bandwidth: list[float] = []
-    overheads: dict[str, float] = {}
-    for shape in shapes:
-        made = SHAPES[shape].weights()
-        cases: list[_Case] = []
+    """Times the cases: {"machine", "rows", "summary"} of docs/benchmark.md, with a list of Row.
+
+    Args:
+        shapes: of SHAPES.
+        backends: of kvspn.
+        formats: of WEIGHT_BYTES.
+        rounds: timings of each case.
+        peers: of PEERS.
+        progress: told what is going on.
+        skipped: told what is left out, and why.
+    """
+    bench = _Bench(rounds, progress, skipped)
+    modules = {}
+    for peer in peers:
+        try:
+            modules[peer] = load(peer)
+        except Skipped as reason:
+            skipped(str(reason))
+    for fmt in formats:
+        if fmt not in FORMATS:
+            skipped(f"kvspn, {fmt}: skipped, as it has no such weights")
+    for name in shapes:
+        shape = SHAPES[name]
+        progress(f"{name}: random weights")
+        made = shape.weights()
+        problem = Problem(made, shape.length, shape.encoder_positions) if modules else None
         for fmt in formats:
-            weights = quantise(made, fmt)
-            for backend in backends:
-                progress(f"{shape}: {backend}, {fmt}")
-                cases += _cases(shape, weights, backend, fmt)
-        progress(f"{shape}: timing")
-        for _ in range(rounds):
-            bandwidth.append(read_gb_per_s())
-            time.sleep(0.05)  # torch's threads spin for a while after their work
+            cases: list[_Case] = []
+            for backend in backends if fmt in FORMATS else ():
+                progress(f"{name}: {backend}, {fmt}")
+                cases += _own_cases(shape, made, backend, fmt, bench.tokens_per_step)
+            cases += bench.peer_cases(modules, problem, shape, fmt)
+            bench.time(name, shape, fmt, cases)
+        del made, problem
+    for name in shapes:  # last, since they need the most memory
+        if name in UNPRUNED and "transformers" in modules and "fp32" in formats:
+            name, shape = UNPRUNED[name]
+            progress(f"{name}: random weights")
+            problem = Problem(shape.weights(), shape.length, shape.encoder_positions)
+            transformers = {"transformers": modules["transformers"]}
+            bench.time(name, shape, "fp32", bench.peer_cases(transformers, problem, shape, "fp32"))
+    return bench.document()
+
+
+class _Bench:
+    """The rows so far, and what they are measured with."""
+
+    def __init__(
+        self, rounds: int, progress: Callable[[str], None], skipped: Callable[[str], None]
+    ) -> None:
+        self._rounds, self._progress, self._skipped = rounds, progress, skipped
+        self._reader = _Reader()
+        self._reads: list[float] = []
+        self._rows: list[Row] = []
+        self._costs: dict[str, dict[str, float]] = {"two_row_cost": {}, "draft_overhead": {}}
+        self.tokens_per_step = _tokens_per_step()
+
+    def peer_cases(
+        self, modules: dict[str, ModuleType], problem: Problem | None, shape: Shape, fmt: str
+    ) -> Iterator[_Case]:
+        for peer, module in modules.items():
+            if problem is None or fmt not in module.FORMATS:
+                continue
+            self._progress(f"{peer}, {fmt}")
+            try:
+                yield from _peer_cases(peer, module, problem, shape, fmt)
+            except Skipped as reason:
+                self._skipped(str(reason))
+
+    def time(self, name: str, shape: Shape, fmt: str, cases: Iterable[_Case]) -> None:
+        """All of them in turn, round after round."""
+        cases = list(cases)
+        self._progress(f"{name}: timing, {fmt}")
+        reads: dict[int, list[float]] = {size: [] for size in (_READ, *(case.bytes for case in cases))}
+        for _ in range(self._rounds):
+            for size, times in reads.items():
+                times.append(self._reader.milliseconds(size))
             for case in cases:
-                case.time()
-        peak = median(bandwidth[-rounds:])
-        rows += [case.row(peak) for case in cases]
-        for plain, kvspn in zip(cases[::2], cases[1::2], strict=True):
-            ratios = [ours / base for base, ours in zip(plain.times, kvspn.times, strict=True)]
-            overheads[plain.name] = round(median(ratios) - 1, 3)
-        del cases, weights
-        gc.collect()
-    return {
-        "machine": {"read_gb_per_s": round(median(bandwidth), 1), "threads": torch.get_num_threads()},
-        "rows": rows,
-        "summary": {"draft_overhead": overheads},
-    }
+                if case.time:
+                    time.sleep(0.02)  # the threads of the one before may still spin
+                    case.times.append(case.time())
+        self._reads += reads[_READ]
+        self._derive(name, fmt, cases)
+        self._rows += [case.row(name, shape, fmt, median(reads[case.bytes])) for case in cases]
+
+    def _derive(self, name: str, fmt: str, cases: list[_Case]) -> None:
+        """The times of cases that follow from others', and the ratios, round by round."""
+        of = {(case.backend, case.what, case.rows): case for case in cases}
+        for case in cases:
+            if case.what == "token":
+                assert self.tokens_per_step
+                case.times = [ms / self.tokens_per_step for ms in of[case.backend, "kvspn_step", 2].times]
+            if case.what == "draft":
+                one, two, whole = (
+                    of[case.backend, what, rows].times
+                    for what, rows in (("step", 1), ("step", 2), ("kvspn_step", 2))
+                )
+                case.times = [a - b for a, b in zip(whole, two, strict=True)]
+                key = f"{name}/{case.backend}/{fmt}"
+                self._costs["two_row_cost"][key] = _ratio(two, one)
+                self._costs["draft_overhead"][key] = round(_ratio(whole, one) - 1, 3)
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "machine": {
+                "read_gb_per_s": round(_READ / median(self._reads) / 1e6, 1),
+                "cpu": machine.cpu(),
+                "memory_gib": machine.memory_gib(),
+                "versions": machine.versions(),
+                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            },
+            "rows": self._rows,
+            "summary": {
+                **self._costs,
+                "tokens_per_step": self.tokens_per_step,
+                "speedup": speedups(self._rows),
+            },
+        }
 
 
-def read_gb_per_s(size: int = 1 << 28) -> float:
-    """Reading bandwidth as torch's sum reaches it now."""
-    values = _buffer(size)
-    start = time.perf_counter()
-    values.sum()
-    return size / (time.perf_counter() - start) / 1e9
+def speedups(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Of each of kvspn's steps and tokens: the fastest correct peer of the same weight width, and the ratios.
 
-
-_BUFFER: list[torch.Tensor] = []
-
-
-def _buffer(size: int) -> torch.Tensor:
-    if not _BUFFER:
-        _BUFFER.append(torch.ones(size // 4))
-    return _BUFFER[0]
+    A token is compared with a peer's step of one row, which yields one.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for ours in rows:
+        if ours.backend in PEERS or ours.what not in ("step", "token"):
+            continue
+        token = ours.what == "token"
+        peers = [
+            row for row in rows if row.backend in PEERS and row.correct and row.rows == (1 if token else ours.rows)
+        ]
+        compared: dict[str, Any] = {}
+        same = [row for row in peers if (row.shape, row.weights) == (ours.shape, ours.weights)]
+        if same:
+            fastest = min(same, key=lambda row: row.ms_median)
+            compared["fastest_peer"] = fastest.backend
+            compared["over_fastest_peer"] = round(fastest.ms_median / ours.ms_median, 3)
+        unpruned, _ = UNPRUNED.get(ours.shape, (None, None))
+        for row in peers:
+            if row.backend == "transformers" and row.weights == "fp32" and row.shape in (ours.shape, unpruned):
+                which = "whisper_medium" if row.shape == unpruned else "transformers"
+                compared[f"over_{which}_fp32"] = round(row.ms_median / ours.ms_median, 3)
+        if compared:
+            what = "token" if token else f"step_{ours.rows}"
+            found.setdefault(f"{ours.shape}/{ours.backend}/{ours.weights}", {})[what] = compared
+    return found
 
 
 def step_bytes(weights: DecoderWeights, shape: Shape, batch: int, draft: bool) -> int:
     """Weights once, each row's keys and values once; with a draft, its weights and its group reads too."""
     parts: list[Any] = [layer._replace(cross_kv=Linear(weights.embed_tokens[:0])) for layer in weights.layers]
     parts += [(weights.norm, weights.head)]
-    positions = shape.layers * (shape.length + shape.encoder_positions)
     if draft:
         parts += [*weights.blocks, (weights.draft_norm, weights.draft_output)]
-        positions += shape.layers * shape.length + shape.groups * shape.encoder_positions
-    kv = 2 * positions * shape.width * weights.embed_tokens.element_size()
+    kv = _cached(shape, draft) * weights.embed_tokens.element_size()
     tensors = [tensor for part in parts for piece in part if piece for tensor in piece if tensor is not None]
     return batch * kv + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-class _Case:
-    """One kind of step on one engine."""
-
-    def __init__(self, engine: Engine, draft: bool, fields: dict[str, Any], length: int) -> None:
-        self._engine, self._draft, self._fields, self._length = engine, draft, fields, length
-        self.times: list[float] = []
-        self.name = f"{fields['shape']}/{fields['backend']}/{fields['weights']}"
-
-    def time(self) -> None:
-        """One step, after an untimed one that wakes threads and caches."""
-        for _ in range(2):
-            self._engine.lengths.fill_(self._length)
-            self._engine.finished.fill_(False)
-            start = time.perf_counter()
-            self._engine.step(1, self._draft)
-            milliseconds = (time.perf_counter() - start) * 1e3
-        self.times.append(milliseconds)
-
-    def row(self, peak: float) -> Row:
-        gb_per_s = self._fields["bytes"] / median(self.times) / 1e6
-        return Row(
-            **self._fields,
-            ms_median=round(median(self.times), 3),
-            ms_min=round(min(self.times), 3),
-            ms_max=round(max(self.times), 3),
-            gb_per_s=round(gb_per_s, 1),
-            percent_of_measured_peak=round(100 * gb_per_s / peak, 1),
-        )
+def _cached(shape: Shape, draft: bool) -> int:
+    """Values of the caches that a step reads for a row."""
+    positions = shape.layers * (shape.length + shape.encoder_positions)
+    if draft:
+        positions += shape.layers * shape.length + shape.groups * shape.encoder_positions
+    return 2 * positions * shape.width
 
 
-def _cases(name: str, weights: DecoderWeights, backend: str, fmt: str) -> Iterator[_Case]:
-    """A plain step and a KVSPN step, on one engine."""
-    shape = SHAPES[name]
+def start(backend: str, weights: DecoderWeights, shape: Shape) -> Engine:
+    """An engine of one row before its next step, ``shape.length`` positions in the cache."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(shape.encoder_positions, shape.width, generator=generator)
     prompt = torch.randint(shape.vocabulary, (shape.length + 1,), generator=generator).tolist()
+    capacity = shape.length + 8
+    made = engine(backend, weights, batch=1, capacity=capacity, cross_capacity=shape.encoder_positions)
+    made.start([states], [prompt], eos=-1, max_length=capacity)
+    return made
 
-    def start(backend: str) -> Engine:
-        capacity = shape.length + 8
-        e = engine(backend, weights, batch=1, capacity=capacity, cross_capacity=shape.encoder_positions)
-        e.start([states], [prompt], eos=-1, max_length=capacity)
-        return e
 
-    def tokens(e: Engine, draft: bool) -> list[int]:
-        e.lengths.fill_(shape.length)
+def _own_cases(
+    shape: Shape, made: DecoderWeights, backend: str, fmt: str, tokens_per_step: float | None
+) -> Iterator[_Case]:
+    weights = quantise(made, fmt)
+    whole, two_row = start(backend, weights, shape), start(backend, _faint_draft(weights), shape)
+
+    def tokens(engine: Engine, draft: bool) -> list[int]:
+        engine.lengths.fill_(shape.length)
         for _ in range(3):
-            e.step(1, draft)
-        return e.tokens[0, : shape.length + 4].tolist()
+            engine.step(1, draft)
+        found: list[int] = engine.tokens[0, : shape.length + 4].tolist()
+        return found
 
-    e = start(backend)
-    plain = tokens(e, draft=False)
-    correct = tokens(e, draft=True) == plain
+    plain = tokens(whole, draft=False)
+    correct = plain == tokens(whole, draft=True) == tokens(two_row, draft=True)
     if fmt == "fp32" and backend != "reference":
-        reference = start("reference")
+        reference = start("reference", weights, shape)
         reference.step(1, draft=False)
         correct &= reference.tokens[0, shape.length + 1].item() == plain[shape.length + 1]
-        del reference
-    for draft in (False, True):
-        fields = {
-            "what": "kvspn_step" if draft else "step",
-            "shape": name,
-            "backend": backend,
-            "weights": fmt,
-            "batch": 1,
-            "kv_length": shape.length,
-            "bytes": step_bytes(weights, shape, 1, draft),
-            "correct": correct,
-        }
-        yield _Case(e, draft, fields, shape.length)
+
+    def timed(engine: Engine, draft: bool) -> Callable[[], float]:
+        def milliseconds() -> float:
+            for _ in range(2):  # the first wakes threads and caches
+                engine.lengths.fill_(shape.length)
+                engine.finished.fill_(False)
+                begin = time.perf_counter()
+                engine.step(1, draft)
+                seconds = time.perf_counter() - begin
+            return seconds * 1e3
+
+        return milliseconds
+
+    plain_allocations, kvspn_allocations = allocations.count(shape.layers, shape.groups, backend, fmt)
+    bare, drafting = (step_bytes(weights, shape, 1, draft) for draft in (False, True))
+
+    def case(what: str, rows: int, size: int, time: Callable[[], float] | None = None) -> _Case:
+        counted = plain_allocations if (what, rows) == ("step", 1) else kvspn_allocations
+        return _Case(what, backend, rows, size, correct, 1, counted, time)
+
+    yield case("step", 1, bare, timed(whole, False))
+    yield case("step", 2, bare, timed(two_row, True))
+    yield case("kvspn_step", 2, drafting, timed(whole, True))
+    yield case("draft", 1, drafting - bare)
+    if tokens_per_step:
+        yield case("token", 2, round(drafting / tokens_per_step))
+
+
+def _faint_draft(weights: DecoderWeights) -> DecoderWeights:
+    """The same decoder behind a draft network of next to no cost: one small block, one word to choose from."""
+    like = weights.embed_tokens
+    block = weights.blocks[0]._replace(
+        fc1=Linear(like.new_zeros(16, like.shape[1])),
+        fc2=Linear(like.new_zeros(like.shape[1], 16)),
+        cross_norm=None,
+        cross_q=None,
+        cross_out=None,
+    )
+    return replace(
+        weights,
+        blocks=(block,),
+        groups=1,
+        last_layer_only=True,
+        draft_head=Linear(like[:1].clone()),
+        draft_ids=torch.zeros(1, dtype=torch.int32),
+    )
+
+
+def _peer_cases(peer: str, module: ModuleType, problem: Problem, shape: Shape, fmt: str) -> Iterator[_Case]:
+    step = module.prepare(problem, fmt)
+    fp32 = step_bytes(problem.weights, replace(shape, length=0, encoder_positions=0), 1, False)
+    size = round(fp32 / 4 * WEIGHT_BYTES[fmt]) + _cached(shape, False) * module.FORMATS[fmt]
+    for rows in module.ROWS:
+        _, logits = step(rows)
+        correct = problem.correct(logits, fmt)
+        yield _Case("step", peer, rows, size, correct, module.LAUNCHES, None, lambda rows=rows: step(rows)[0])
+
+
+def _tokens_per_step() -> float | None:
+    """What the shipped miniature reaches on unseen sentences at k = 1; None where its record is not here."""
+    if not _RECORD.exists():
+        return None
+    rows = json.loads(_RECORD.read_text("utf-8"))["rows"]
+    found: float = next(row["tokens_per_step"] for row in rows if (row["set"], row["k"]) == ("unseen", 1))
+    return found
+
+
+def _ratio(over: list[float], under: list[float]) -> float:
+    return round(median(a / b for a, b in zip(over, under, strict=True)), 3)
+
+
+class _Reader:
+    """A bare read by torch's sum, of a buffer in huge pages where the system grants them."""
+
+    def __init__(self) -> None:
+        memory = mmap.mmap(-1, _READ)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self._values = torch.frombuffer(memory, dtype=torch.float32).fill_(1)
+
+    def milliseconds(self, size: int) -> float:
+        """Of ``size`` bytes, those in cache that fit there; more than the buffer holds count in proportion."""
+        values = self._values[: size // 4]
+        for _ in range(2):
+            begin = time.perf_counter()
+            values.sum()
+            seconds = time.perf_counter() - begin
+        return seconds * 1e3 * size / values.nbytes

@@ -18,12 +18,13 @@ import kvspn
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "soundfile", "soxr", "sacrebleu")
 TRAINING_PACKAGES = ("peft", "accelerate", "Babel")
+PEER_PACKAGES = ("ctranslate2", "openvino", "onnxruntime", "onnx")
 
 
 def versions() -> dict[str, str | None]:
     """Versions by name; None for what is not installed."""
     found = {"kvspn": kvspn.__version__, "python": platform.python_version()}
-    return {**found, **{name: _installed(name) for name in (*_PACKAGES, *TRAINING_PACKAGES)}}
+    return {**found, **{name: _installed(name) for name in (*_PACKAGES, *TRAINING_PACKAGES, *PEER_PACKAGES)}}
 
 
 def cpu() -> dict[str, Any]:
@@ -39,6 +40,10 @@ def cpu() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "flags": {flag: flag in found for flag in CPU_FLAGS},
     }
+
+
+def memory_gib() -> float:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
 def gpu() -> dict[str, Any]:

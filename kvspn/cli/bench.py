@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,8 +12,11 @@ from rich.table import Table
 
 from kvspn.cli.common import Backend
 
+if TYPE_CHECKING:
+    from kvspn.benchmark import Row
+
 _SHAPES = ("whisperM2M", "miniature")
-_FORMATS = ("fp32", "bf16", "int8")
+_FORMATS = ("fp32", "bf16", "int8", "int4")
 
 
 def _parse(names: tuple[str, ...], text: str) -> list[str]:
@@ -26,19 +29,26 @@ def _parse(names: tuple[str, ...], text: str) -> list[str]:
 
 def bench(
     shapes: Annotated[
-        str, typer.Option("--shape", metavar="SHAPE,...", help="whisperM2M (3 GB of memory), miniature.")
+        str,
+        typer.Option(
+            "--shape", metavar="SHAPE,...", help="whisperM2M (5 GB of memory, 10 with --peers), miniature."
+        ),
     ] = ",".join(_SHAPES),
     formats: Annotated[
-        str, typer.Option("--weights", metavar="FORMAT,...", help="fp32, bf16, int8.")
+        str, typer.Option("--weights", metavar="FORMAT,...", help="fp32, bf16, int8, int4.")
     ] = ",".join(_FORMATS),
     backend: Backend = None,
+    peers: Annotated[
+        bool,
+        typer.Option("--peers", help="transformers, CTranslate2, OpenVINO and ONNX Runtime on the same step."),
+    ] = False,
     rounds: Annotated[int, typer.Option("--rounds", min=1, metavar="N", help="Timings of each case.")] = 20,
     output: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Write the figures here.", show_default=False),
     ] = None,
 ) -> None:
-    """Time the decoder step with random weights: plain, and with KVSPN.
+    """Time the decoder step with random weights: of one row and of two, and with KVSPN.
 
     All cases are timed in turn, with the machine's reading bandwidth among them; every one is checked for
     correctness beside its timing.
@@ -47,7 +57,6 @@ def bench(
 
     from kvspn import benchmark
     from kvspn.engines import default_backend
-    from kvspn.machine import cpu, versions
 
     chosen = _parse(_SHAPES, shapes), _parse(_FORMATS, formats)
     if output is not None and not output.absolute().parent.is_dir():
@@ -55,36 +64,49 @@ def bench(
     import torch
 
     name = backend or default_backend(torch.device("cpu"))
-    with Console(stderr=True).status("") as status:
-        found = benchmark.run(chosen[0], [name], chosen[1], rounds, status.update)
-    table = Table("shape", "backend", "weights", "what", box=None, pad_edge=False)
-    for heading in ("ms", "min", "max", "GB/s", "of peak", "correct"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in found["rows"]:
-        table.add_row(
-            row.shape,
-            row.backend,
-            row.weights,
-            row.what,
-            *(f"{value:.2f}" for value in (row.ms_median, row.ms_min, row.ms_max)),
-            f"{row.gb_per_s:.1f}",
-            f"{row.percent_of_measured_peak:.0f}%",
-            "yes" if row.correct else "NO",
+    errors = Console(stderr=True)
+    with errors.status("") as status:
+        found = benchmark.run(
+            chosen[0],
+            [name],
+            chosen[1],
+            rounds,
+            benchmark.PEERS if peers else (),
+            status.update,
+            lambda line: errors.print(line, markup=False, highlight=False),
         )
-    Console().print(table)
-    Console().print(f"Reading bandwidth, as torch.sum reaches it: {found['machine']['read_gb_per_s']} GB/s")
+    Console().print(_table(found["rows"]))
+    Console().print(f"A bare read of memory: {found['machine']['read_gb_per_s']} GB/s")
+    for key, compared in found["summary"]["speedup"].items():
+        for what, ratios in compared.items():
+            if "fastest_peer" in ratios:
+                Console().print(f"{key} {what}: {ratios['over_fastest_peer']:.2f} × {ratios['fastest_peer']}")
     if output is not None:
-        document: dict[str, Any] = {
-            "machine": {**found["machine"], "cpu": cpu(), "versions": versions(), "date": _now()},
-            "rows": [asdict(row) for row in found["rows"]],
-            "summary": found["summary"],
-        }
+        document: dict[str, Any] = {**found, "rows": [asdict(row) for row in found["rows"]]}
         output.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
     if not all(row.correct for row in found["rows"]):
         raise typer.Exit(1)
 
 
-def _now() -> str:
-    from datetime import datetime, timezone
-
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+def _table(rows: list[Row]) -> Table:
+    """Like beside like, the fastest first."""
+    table = Table("shape", "what", box=None, pad_edge=False)
+    table.add_column("rows", justify="right")
+    for heading in ("backend", "weights"):
+        table.add_column(heading)
+    for heading in ("ms", "min", "max", "GB/s", "of peak", "correct"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    places = {key: place for place, key in enumerate(dict.fromkeys((r.shape, r.what, r.rows) for r in rows))}
+    for row in sorted(rows, key=lambda row: (places[row.shape, row.what, row.rows], row.ms_median)):
+        table.add_row(
+            row.shape,
+            row.what,
+            str(row.rows),
+            row.backend,
+            row.weights,
+            *(f"{value:.2f}" for value in (row.ms_median, row.ms_min, row.ms_max)),
+            f"{row.gb_per_s:.1f}",
+            f"{row.percent_of_measured_peak:.0f}%",
+            "yes" if row.correct else "NO",
+        )
+    return table
