@@ -6,7 +6,6 @@ read of as many bytes: what else the machine does falls on all of them alike.
 
 from __future__ import annotations
 
-import gc
 import json
 import mmap
 import time
@@ -79,7 +78,7 @@ class Row:
         the same round; "token", a KVSPN step over the tokens that it yields.
     shape, backend, weights: the backend is one of kvspn's, or a peer.
     rows: query rows that the base model takes.
-    percent_of_measured_peak: the time of a bare read of as many bytes in the same rounds over that of the step.
+    percent_of_measured_peak: the time of a bare read of as many bytes, over that of the step.
     launches: calls of the engine; None for a peer that is many.
     allocations: of memory, by one such call; None where they cannot be counted.
     correct: in fp32 the reference backend's token; in every format the same tokens from KVSPN at k = 1 as
@@ -106,7 +105,7 @@ class Row:
 
 @dataclass(eq=False)
 class _Case:
-    """What becomes a Row; ``time`` takes one step and returns its milliseconds, None where they follow from others'."""
+    """What becomes a Row; ``time`` takes one step and returns its milliseconds, None if others' tell them."""
 
     what: str
     backend: str
@@ -182,7 +181,7 @@ def run(
                 cases += _own_cases(shape, made, backend, fmt, bench.tokens_per_step)
             cases += bench.peer_cases(modules, problem, shape, fmt)
             bench.time(name, shape, fmt, cases)
-        del made, problem
+        del made, problem, cases
     for name in shapes:  # last, since they need the most memory
         if name in UNPRUNED and "transformers" in modules and "fp32" in formats:
             name, shape = UNPRUNED[name]
@@ -196,9 +195,7 @@ def run(
 class _Bench:
     """The rows so far, and what they are measured with."""
 
-    def __init__(
-        self, rounds: int, progress: Callable[[str], None], skipped: Callable[[str], None]
-    ) -> None:
+    def __init__(self, rounds: int, progress: Callable[[str], None], skipped: Callable[[str], None]) -> None:
         self._rounds, self._progress, self._skipped = rounds, progress, skipped
         self._reader = _Reader()
         self._reads: list[float] = []
@@ -279,9 +276,8 @@ def speedups(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
         if ours.backend in PEERS or ours.what not in ("step", "token"):
             continue
         token = ours.what == "token"
-        peers = [
-            row for row in rows if row.backend in PEERS and row.correct and row.rows == (1 if token else ours.rows)
-        ]
+        count = 1 if token else ours.rows
+        peers = [row for row in rows if row.backend in PEERS and row.correct and row.rows == count]
         compared: dict[str, Any] = {}
         same = [row for row in peers if (row.shape, row.weights) == (ours.shape, ours.weights)]
         if same:
@@ -290,7 +286,7 @@ def speedups(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
             compared["over_fastest_peer"] = round(fastest.ms_median / ours.ms_median, 3)
         unpruned, _ = UNPRUNED.get(ours.shape, (None, None))
         for row in peers:
-            if row.backend == "transformers" and row.weights == "fp32" and row.shape in (ours.shape, unpruned):
+            if (row.backend, row.weights) == ("transformers", "fp32") and row.shape in (ours.shape, unpruned):
                 which = "whisper_medium" if row.shape == unpruned else "transformers"
                 compared[f"over_{which}_fp32"] = round(row.ms_median / ours.ms_median, 3)
         if compared:
@@ -377,7 +373,7 @@ def _own_cases(
 
 
 def _faint_draft(weights: DecoderWeights) -> DecoderWeights:
-    """The same decoder behind a draft network of next to no cost: one small block, one word to choose from."""
+    """The same decoder with a draft network of next to no cost: a small block, one word to choose from."""
     like = weights.embed_tokens
     block = weights.blocks[0]._replace(
         fc1=Linear(like.new_zeros(16, like.shape[1])),
@@ -403,7 +399,12 @@ def _peer_cases(peer: str, module: ModuleType, problem: Problem, shape: Shape, f
     for rows in module.ROWS:
         _, logits = step(rows)
         correct = problem.correct(logits, fmt)
-        yield _Case("step", peer, rows, size, correct, module.LAUNCHES, None, lambda rows=rows: step(rows)[0])
+
+        def milliseconds(rows: int = rows) -> float:
+            taken: float = step(rows)[0]
+            return taken
+
+        yield _Case("step", peer, rows, size, correct, module.LAUNCHES, None, milliseconds)
 
 
 def _tokens_per_step() -> float | None:
@@ -429,7 +430,7 @@ class _Reader:
         self._values = torch.frombuffer(memory, dtype=torch.float32).fill_(1)
 
     def milliseconds(self, size: int) -> float:
-        """Of ``size`` bytes, those in cache that fit there; more than the buffer holds count in proportion."""
+        """Of ``size`` bytes, from the cache if they fit there; in proportion where the buffer is smaller."""
         values = self._values[: size // 4]
         for _ in range(2):
             begin = time.perf_counter()

@@ -133,12 +133,15 @@ def test_bench(tmp_path: Path) -> None:
     assert set(document) == {"machine", "rows", "summary"}
     assert document["machine"]["read_gb_per_s"] > 0
     rows = document["rows"]
-    assert [(row["what"], row["weights"]) for row in rows] == [
-        (what, weights) for weights in ("fp32", "int8") for what in ("step", "kvspn_step")
+    assert [(row["what"], row["rows"], row["weights"]) for row in rows] == [
+        (what, count, weights)
+        for weights in ("fp32", "int8")
+        for what, count in (("step", 1), ("step", 2), ("kvspn_step", 2), ("draft", 1), ("token", 2))
     ]
     assert all(row["correct"] and row["ms_min"] <= row["ms_median"] <= row["ms_max"] for row in rows)
-    assert rows[0]["bytes"] > 2 * rows[2]["bytes"]
-    assert len(document["summary"]["draft_overhead"]) == 2
+    assert rows[0]["bytes"] > 2 * rows[5]["bytes"]
+    assert set(document["machine"]) == {"read_gb_per_s", "cpu", "memory_gib", "versions", "date"}
+    assert all(line in result.stdout for line in ("step, 2 rows", "A bare read of memory"))
     assert_one_line(kvspn_("bench", "--shape", "large"), "must be of whisperM2M, miniature; got 'large'")
     assert_one_line(kvspn_("bench", "--json", tmp_path / "no" / "x.json"), "no such folder to write to")
 

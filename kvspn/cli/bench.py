@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import warnings
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,7 +43,7 @@ def bench(
     backend: Backend = None,
     peers: Annotated[
         bool,
-        typer.Option("--peers", help="transformers, CTranslate2, OpenVINO and ONNX Runtime on the same step."),
+        typer.Option("--peers", help="Also transformers, CTranslate2, OpenVINO and ONNX Runtime."),
     ] = False,
     rounds: Annotated[int, typer.Option("--rounds", min=1, metavar="N", help="Timings of each case.")] = 20,
     output: Annotated[
@@ -57,12 +60,16 @@ def bench(
 
     from kvspn import benchmark
     from kvspn.engines import default_backend
+    from kvspn.peers import PEERS
 
     chosen = _parse(_SHAPES, shapes), _parse(_FORMATS, formats)
     if output is not None and not output.absolute().parent.is_dir():
         raise ValueError(f"{output}: no such folder to write to")
     import torch
 
+    if peers:  # theirs would break into the table
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
     name = backend or default_backend(torch.device("cpu"))
     errors = Console(stderr=True)
     with errors.status("") as status:
@@ -71,11 +78,12 @@ def bench(
             [name],
             chosen[1],
             rounds,
-            benchmark.PEERS if peers else (),
+            PEERS if peers else (),
             status.update,
             lambda line: errors.print(line, markup=False, highlight=False),
         )
-    Console().print(_table(found["rows"]))
+    for _, rows in groupby(found["rows"], key=lambda row: row.shape):
+        Console().print(_table(list(rows)))
     Console().print(f"A bare read of memory: {found['machine']['read_gb_per_s']} GB/s")
     for key, compared in found["summary"]["speedup"].items():
         for what, ratios in compared.items():
@@ -89,21 +97,15 @@ def bench(
 
 
 def _table(rows: list[Row]) -> Table:
-    """Like beside like, the fastest first."""
-    table = Table("shape", "what", box=None, pad_edge=False)
-    table.add_column("rows", justify="right")
-    for heading in ("backend", "weights"):
-        table.add_column(heading)
+    """Of one shape: like beside like, the fastest first."""
+    table = Table("what", "backend", title=rows[0].shape, title_justify="left", box=None, pad_edge=False)
     for heading in ("ms", "min", "max", "GB/s", "of peak", "correct"):
         table.add_column(heading, justify="right", no_wrap=True)
-    places = {key: place for place, key in enumerate(dict.fromkeys((r.shape, r.what, r.rows) for r in rows))}
-    for row in sorted(rows, key=lambda row: (places[row.shape, row.what, row.rows], row.ms_median)):
+    kinds = list(dict.fromkeys((row.what, row.rows) for row in rows))
+    for row in sorted(rows, key=lambda row: (kinds.index((row.what, row.rows)), row.ms_median)):
         table.add_row(
-            row.shape,
-            row.what,
-            str(row.rows),
-            row.backend,
-            row.weights,
+            f"{row.what}, {row.rows} row{'s' * (row.rows > 1)}" if row.what == "step" else row.what,
+            f"{row.backend} {row.weights}",
             *(f"{value:.2f}" for value in (row.ms_median, row.ms_min, row.ms_max)),
             f"{row.gb_per_s:.1f}",
             f"{row.percent_of_measured_peak:.0f}%",

@@ -54,6 +54,7 @@ class Problem:
         prompt: the ``length`` tokens in the cache.
         newest: those of the step; one row takes the first.
         kv: [L, 2, H, T, D], cross_kv: [L, 2, H, E, D].
+        logits: what both rows of the step must give [2, V].
     """
 
     def __init__(self, weights: DecoderWeights, length: int, positions: int) -> None:
@@ -67,7 +68,7 @@ class Problem:
         self._engine.start([self.states], [tokens[: length + 1]], eos=-1, max_length=length + 2)
         self.kv = self._engine.cache.kv[:, :, 0, :, :length]
         self.cross_kv = self._engine.cache.cross_kv[:, :, 0]
-        self._logits = self._reference()
+        self.logits = self._reference()
 
     @torch.no_grad()
     def _reference(self) -> Tensor:
@@ -83,7 +84,7 @@ class Problem:
 
     def correct(self, logits: Tensor, fmt: str) -> bool:
         """Whether logits [rows, V] are the reference's, up to what the weight format explains."""
-        expected = self._logits[: len(logits)]
+        expected = self.logits[: len(logits)]
         error = (logits.float() - expected).norm() / expected.norm()
         same = torch.equal(logits.argmax(-1), expected.argmax(-1))
         return bool(error <= TOLERANCE[fmt]) and (same or fmt != "fp32")

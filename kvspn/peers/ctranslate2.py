@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 from ctranslate2.specs import common_spec, transformer_spec
 from torch import Tensor
 
-from kvspn.ops import DecoderWeights
 from kvspn.ops.weights import Linear, Norm
 from kvspn.peers import Problem, Step
 
@@ -58,7 +58,7 @@ def prepare(problem: Problem, fmt: str) -> Step:
             callback=made,
             return_logits_vocab=True,
         )
-        seconds = median(after - before for before, after in zip(ends, ends[1:], strict=False))
+        seconds = median(after - before for before, after in pairwise(ends))
         return seconds * 1e3, torch.from_numpy(np.array(logits[0]))
 
     return step
@@ -73,11 +73,12 @@ def _spec(problem: Problem) -> transformer_spec.TransformerSpec:
     spec = transformer_spec.TransformerSpec(encoder, decoder)
     one = Norm(torch.ones(width), torch.zeros(width))
     nothing = Linear(torch.zeros(width, width), torch.zeros(width))
+    nothing_thrice = Linear(torch.zeros(3 * width, width), torch.zeros(3 * width))
     encoder.scale_embeddings = decoder.scale_embeddings = False
     encoder.embeddings[0].weight = problem.states.numpy()
     encoder.position_encodings.encodings = np.zeros_like(problem.states)
     _norm(encoder.layer_norm, one)
-    _attention(encoder.layer[0].self_attention, one, Linear(torch.zeros(3 * width, width), torch.zeros(3 * width)), nothing)
+    _attention(encoder.layer[0].self_attention, one, nothing_thrice, nothing)
     _feed_forward(encoder.layer[0].ffn, one, nothing, nothing)
 
     decoder.embeddings.weight = w.embed_tokens.numpy()
@@ -114,4 +115,6 @@ def _feed_forward(to: Any, norm: Norm, fc1: Linear, fc2: Linear) -> None:
 
 
 def _linear(to: Any, linear: Linear) -> None:
-    to.weight, to.bias = linear.weight.numpy(), linear.bias.numpy()
+    to.weight = linear.weight.numpy()
+    if linear.bias is not None:
+        to.bias = linear.bias.numpy()

@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from kvspn.ops import DecoderWeights
 from kvspn.ops.weights import Linear, Norm
 from kvspn.peers import Problem
 
 GROUP = 64  # values that share a scale in int4
 
 
-def inputs(problem: Problem, rows: int) -> dict[str, NDArray[np.float32]]:
+def inputs(problem: Problem, rows: int, masked: bool = True) -> dict[str, NDArray[np.float32]]:
     """What the graph takes; keys lie transposed, as the products read them."""
     length = len(problem.prompt)
-    mask = torch.full((rows, length + rows), -torch.inf).triu(length + 1)
-    found = {"x": problem.embedded(rows), "mask": mask}
+    found = {"x": problem.embedded(rows)}
+    if masked:
+        found["mask"] = torch.full((rows, length + rows), -torch.inf).triu(length + 1)
     for i, ((keys, values), (cross_keys, cross_values)) in enumerate(
         zip(problem.kv, problem.cross_kv, strict=True)
     ):
@@ -31,43 +31,46 @@ def inputs(problem: Problem, rows: int) -> dict[str, NDArray[np.float32]]:
     return {name: tensor.contiguous().numpy() for name, tensor in found.items()}
 
 
-def build(problem: Problem, fmt: str) -> onnx.ModelProto:
-    """Inputs x [Q, d], mask [Q, T + Q] and every layer's cache; outputs logits [Q, V] and the new keys and values.
+def build(problem: Problem, fmt: str, masked: bool = True) -> onnx.ModelProto:
+    """Inputs x [Q, d], mask [Q, T + Q], every layer's cache; outputs logits [Q, V], new keys and values.
 
-    fmt: of the matrices. "int8": DequantizeLinear, per output channel; "int4": MatMulNBits, per GROUP.
+    Args:
+        problem: weights and sizes.
+        fmt: of the matrices. "int8": DequantizeLinear, per output channel; "int4": MatMulNBits, per GROUP.
+        masked: False for a graph of one row, which needs no mask.
     """
-    return _Graph(problem.weights, fmt).model(problem)
+    return _Graph(problem, fmt, masked).model()
 
 
 class _Graph:
-    def __init__(self, weights: DecoderWeights, fmt: str) -> None:
-        self._w, self._fmt = weights, fmt
+    def __init__(self, problem: Problem, fmt: str, masked: bool) -> None:
+        self._w, self._fmt = problem.weights, fmt
+        self._inputs = {name: array.shape for name, array in inputs(problem, 1, masked).items()}
         self._nodes: list[onnx.NodeProto] = []
         self._constants: list[onnx.TensorProto] = []
         self._count = 0
 
-    def model(self, problem: Problem) -> onnx.ModelProto:
+    def model(self) -> onnx.ModelProto:
         w, heads = self._w, self._w.heads
         width = w.embed_tokens.shape[1]
         x, outputs = "x", []
         for i, layer in enumerate(w.layers):
             qkv = self._linear(self._norm(x, layer.self_norm), layer.self_qkv)
             parts = self._op("Reshape", qkv, self._ints(-1, 3, heads, width // heads))  # [Q, 3, H, D]
-            q, k, v = (
-                self._op("Gather", parts, self._constant(np.array(part, np.int64)), axis=1) for part in range(3)
-            )
+            q, k, v = (self._op("Gather", parts, self._int(part), axis=1) for part in range(3))
             new_keys = self._op("Transpose", k, perm=[1, 2, 0], name=f"new_keys.{i}")  # [H, D, Q]
             new_values = self._op("Transpose", v, perm=[1, 0, 2], name=f"new_values.{i}")  # [H, Q, D]
             outputs += [new_keys, new_values]
             keys = self._op("Concat", f"keys.{i}", new_keys, axis=2)
             values = self._op("Concat", f"values.{i}", new_values, axis=1)
-            attended = self._attend(self._op("Transpose", q, perm=[1, 0, 2]), keys, values, "mask")
+            q = self._op("Transpose", q, perm=[1, 0, 2])
+            attended = self._attend(q, keys, values, "mask" in self._inputs)
             x = self._op("Add", x, self._linear(attended, layer.self_out))
 
             q = self._linear(self._norm(x, layer.cross_norm), layer.cross_q)
             q = self._op("Reshape", q, self._ints(-1, heads, width // heads))
             q = self._op("Transpose", q, perm=[1, 0, 2])
-            attended = self._attend(q, f"cross_keys.{i}", f"cross_values.{i}", None)
+            attended = self._attend(q, f"cross_keys.{i}", f"cross_values.{i}", False)
             x = self._op("Add", x, self._linear(attended, layer.cross_out))
 
             hidden = self._op("Gelu", self._linear(self._norm(x, layer.ffn_norm), layer.fc1))
@@ -77,14 +80,11 @@ class _Graph:
         def described(name: str, shape: tuple[int | str, ...]) -> onnx.ValueInfoProto:
             return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
-        shapes: dict[str, tuple[int | str, ...]] = {
-            name: array.shape for name, array in inputs(problem, 1).items()
-        }
-        shapes |= {"x": ("Q", width), "mask": ("Q", "T+Q")}
+        symbolic: dict[str, tuple[int | str, ...]] = {"x": ("Q", width), "mask": ("Q", "T+Q")}
         graph = helper.make_graph(
             self._nodes,
             "decoder step",
-            [described(name, shape) for name, shape in shapes.items()],
+            [described(name, symbolic.get(name, shape)) for name, shape in self._inputs.items()],
             [
                 described("logits", ("Q", len(w.head.weight))),
                 *(described(name, (heads, "?", "??")) for name in outputs),
@@ -106,6 +106,9 @@ class _Graph:
         self._constants.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
         return name
 
+    def _int(self, value: int) -> str:
+        return self._constant(np.array(value, np.int64))
+
     def _ints(self, *values: int) -> str:
         return self._constant(np.array(values, np.int64))
 
@@ -113,14 +116,14 @@ class _Graph:
         weight, bias = (self._constant(tensor) for tensor in norm)
         return self._op("LayerNormalization", x, weight, bias, axis=-1, epsilon=1e-5)
 
-    def _attend(self, q: str, keys: str, values: str, mask: str | None) -> str:
+    def _attend(self, q: str, keys: str, values: str, masked: bool) -> str:
         """q [H, Q, D], keys [H, D, T], values [H, T, D] -> [Q, H * D]."""
         w = self._w
         width = w.embed_tokens.shape[1]
         q = self._op("Mul", q, self._constant(np.array((width // w.heads) ** -0.5, np.float32)))
         scores = self._op("MatMul", q, keys)
-        if mask:
-            scores = self._op("Add", scores, mask)
+        if masked:
+            scores = self._op("Add", scores, "mask")
         attended = self._op("MatMul", self._op("Softmax", scores, axis=-1), values)
         return self._op("Reshape", self._op("Transpose", attended, perm=[1, 0, 2]), self._ints(-1, width))
 

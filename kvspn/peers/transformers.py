@@ -10,6 +10,7 @@ from transformers import DynamicCache, EncoderDecoderCache, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
 from kvspn.ops import DecoderWeights
+from kvspn.ops.weights import Linear, Norm
 from kvspn.peers import Problem, Step, timed
 
 FORMATS = {"fp32": 4, "bf16": 2, "int8": 4}
@@ -41,7 +42,7 @@ class _Model(nn.Module):
 
 @torch.inference_mode()
 def prepare(problem: Problem, fmt: str) -> Step:
-    w, length = problem.weights, len(problem.prompt)
+    w = problem.weights
     with torch.device("meta"):
         model = _Model(w, len(problem.states)).eval()
     model.load_state_dict(dict(_state(w)), assign=True)
@@ -78,7 +79,7 @@ def _state(w: DecoderWeights) -> Iterator[tuple[str, Tensor]]:
     yield "head.weight", w.head.weight
     yield "decoder.embed_tokens.weight", w.embed_tokens
     yield "decoder.embed_positions.weight", w.embed_positions
-    parts = {"layer_norm": w.norm}
+    parts: dict[str, Norm | Linear] = {"layer_norm": w.norm}
     for i, layer in enumerate(w.layers):
         parts |= {
             f"layers.{i}.self_attn_layer_norm": layer.self_norm,
@@ -91,11 +92,15 @@ def _state(w: DecoderWeights) -> Iterator[tuple[str, Tensor]]:
             f"layers.{i}.fc2": layer.fc2,
         }
         fused = {"self_attn.": ("qkv", layer.self_qkv), "encoder_attn.": ("kv", layer.cross_kv)}
-        for attention, (names, (weight, bias, _)) in fused.items():
-            for name, rows, values in zip(names, weight.split(width), bias.split(width), strict=True):
-                yield f"decoder.layers.{i}.{attention}{name}_proj.weight", rows
-                if name != "k":
-                    yield f"decoder.layers.{i}.{attention}{name}_proj.bias", values
+        for attention, (names, linear) in fused.items():
+            projections = zip(names, _split(linear, width), strict=True)
+            parts |= {f"layers.{i}.{attention}{name}_proj": part for name, part in projections}
     for name, part in parts.items():
         yield f"decoder.{name}.weight", part.weight
-        yield f"decoder.{name}.bias", part.bias
+        if part.bias is not None and not name.endswith("k_proj"):  # Whisper's keys have no bias
+            yield f"decoder.{name}.bias", part.bias
+
+
+def _split(linear: Linear, width: int) -> Iterator[Linear]:
+    biases = torch.zeros(len(linear.weight)) if linear.bias is None else linear.bias
+    return map(Linear, linear.weight.split(width), biases.split(width))

@@ -1,0 +1,169 @@
+"""The benchmark: its rows, its ratios, what it skips, and that a wrong peer is found out. No times."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kvspn import allocations, benchmark, peers
+from kvspn.benchmark import Row, Shape, speedups
+from kvspn.engines import default_backend
+from kvspn.peers import PEERS, Problem, Skipped
+
+TINY = Shape(2, 1, heads=2, ffn=128, vocabulary=97, encoder_positions=20, length=6)
+BACKEND = default_backend(torch.device("cpu"))
+
+
+@pytest.fixture
+def shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "SHAPES", {"tiny": TINY})
+    monkeypatch.setattr(benchmark, "UNPRUNED", {"tiny": ("whisper-tiny", replace(TINY, layers=4))})
+    monkeypatch.setattr(benchmark, "_READ", 1 << 20)
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    return Problem(TINY.weights(), TINY.length, TINY.encoder_positions)
+
+
+def stub(logits):
+    """A peer in fp32 whose step of 1 ms makes logits(problem, rows)."""
+    return SimpleNamespace(
+        FORMATS={"fp32": 4},
+        ROWS=(1, 2),
+        LAUNCHES=1,
+        prepare=lambda problem, fmt: lambda rows: (1.0, logits(problem, rows)),
+    )
+
+
+def test_every_field_is_filled(shapes: None) -> None:
+    found = benchmark.run(["tiny"], [BACKEND], ["fp32", "int8"], rounds=2)
+    document = json.loads(json.dumps({**found, "rows": [asdict(row) for row in found["rows"]]}))
+    assert set(document) == {"machine", "rows", "summary"}
+    machine = document["machine"]
+    assert machine["read_gb_per_s"] > 0 and machine["memory_gib"] > 0
+    assert machine["cpu"]["cores"] >= 1 and machine["versions"]["torch"] and machine["date"]
+    kinds = (("step", 1), ("step", 2), ("kvspn_step", 2), ("draft", 1), ("token", 2))
+    assert [(row["weights"], row["what"], row["rows"]) for row in document["rows"]] == [
+        (fmt, *kind) for fmt in ("fp32", "int8") for kind in kinds
+    ]
+    for row in document["rows"]:
+        assert (row["shape"], row["backend"], row["batch"], row["kv_length"]) == ("tiny", BACKEND, 1, 6)
+        assert row["correct"] is True and row["launches"] == 1 and row["bytes"] > 0
+        assert row["ms_min"] <= row["ms_median"] <= row["ms_max"]
+        assert None not in (row["gb_per_s"], row["percent_of_measured_peak"])
+    step, _, whole, draft, token = document["rows"][:5]
+    summary = document["summary"]
+    assert step["bytes"] + draft["bytes"] == whole["bytes"]
+    assert token["ms_median"] == pytest.approx(whole["ms_median"] / summary["tokens_per_step"], abs=1e-4)
+    for ratio in ("two_row_cost", "draft_overhead"):
+        assert set(summary[ratio]) == {f"tiny/{BACKEND}/fp32", f"tiny/{BACKEND}/int8"}
+    assert summary["speedup"] == {}
+
+
+def test_two_rows_cost_no_more_than_the_whole_step_reads() -> None:
+    weights = TINY.weights()
+    faint = benchmark._faint_draft(weights)
+    assert faint.layers is weights.layers
+    assert sum(len(t.flatten()) for t in (faint.blocks[0].fc1.weight, faint.draft_head.weight)) == 17 * 128
+
+
+def test_peers_beside_it(shapes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = stub(lambda problem, rows: problem.logits[:rows])
+    monkeypatch.setattr(benchmark, "load", lambda name: right)
+    found = benchmark.run(["tiny"], [BACKEND], ["fp32"], rounds=1, peers=["transformers", "openvino"])
+    theirs = [row for row in found["rows"] if row.backend in PEERS]
+    assert [(row.shape, row.backend, row.rows) for row in theirs] == [
+        *(("tiny", peer, rows) for peer in ("transformers", "openvino") for rows in (1, 2)),
+        ("whisper-tiny", "transformers", 1),
+        ("whisper-tiny", "transformers", 2),
+    ]
+    assert all(row.correct and row.ms_median == 1 and row.allocations is None for row in theirs)
+    own = next(row for row in found["rows"] if (row.backend, row.what) == (BACKEND, "step"))
+    assert theirs[0].bytes == own.bytes
+    ratios = found["summary"]["speedup"][f"tiny/{BACKEND}/fp32"]
+    assert set(ratios) == {"step_1", "step_2", "token"}
+    assert all("over_whisper_medium_fp32" in ratio for ratio in ratios.values())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda problem, rows: problem.logits[:rows].flip(1),
+        lambda problem, rows: problem.logits[:rows] * 1.01,
+        lambda problem, rows: problem.logits[:rows] * torch.nan,
+        lambda problem, rows: problem.logits[1:].expand(rows, -1),
+    ],
+    ids=["other tokens", "a percent off", "nan", "another row's"],
+)
+def test_a_wrong_peer_is_found_out(shapes: None, monkeypatch: pytest.MonkeyPatch, wrong) -> None:
+    monkeypatch.setattr(benchmark, "load", lambda name: stub(wrong))
+    found = benchmark.run(["tiny"], [BACKEND], ["fp32"], rounds=1, peers=["openvino"])
+    assert not next(row for row in found["rows"] if row.backend == "openvino").correct
+    assert "step_1" not in found["summary"]["speedup"]
+
+
+def test_a_missing_peer_is_skipped_with_a_line(shapes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("ctranslate2", "onnx"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for name in ("ctranslate2", "openvino", "onnxruntime", "graph"):
+        monkeypatch.delitem(sys.modules, f"kvspn.peers.{name}", raising=False)
+    lines: list[str] = []
+    missing = ("ctranslate2", "openvino", "onnxruntime")
+    found = benchmark.run(["tiny"], [BACKEND], ["fp32"], rounds=1, peers=missing, skipped=lines.append)
+    assert [line.split(":")[0] for line in lines] == list(missing)
+    assert all("pip install 'kvspn[peers]'" in line for line in lines)
+    assert {row.backend for row in found["rows"]} == {BACKEND}
+
+
+@pytest.mark.parametrize("fmt", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_takes_the_same_step(problem: Problem, name: str, fmt: str, set_threads) -> None:
+    set_threads(2)
+    try:
+        peer = peers.load(name)
+    except Skipped as reason:
+        pytest.skip(str(reason))
+    if fmt not in peer.FORMATS:
+        pytest.skip(f"{name} has no {fmt}")
+    step = peer.prepare(problem, fmt)
+    for rows in (*peer.ROWS, *peer.ROWS):  # a step leaves nothing behind
+        milliseconds, logits = step(rows)
+        assert milliseconds > 0 and logits.shape == (rows, TINY.vocabulary)
+        assert problem.correct(logits, fmt)
+
+
+def test_speedups_are_over_the_fastest_correct_peer_of_the_same_width() -> None:
+    ours = Row("step", "tiny", "native", "int8", 1, 1, 6, 2.0, 1.0, 3.0, 1, 1.0, 1.0, 1, 0, True)
+    rows = [
+        ours,
+        replace(ours, what="token", rows=2, ms_median=4.0),
+        replace(ours, backend="openvino", ms_median=5.0),
+        replace(ours, backend="onnxruntime", ms_median=6.0),
+        replace(ours, backend="ctranslate2", ms_median=1.0, correct=False),
+        replace(ours, backend="openvino", weights="int4", ms_median=1.0),
+        replace(ours, backend="openvino", rows=2, ms_median=1.0),
+        replace(ours, backend="transformers", weights="fp32", ms_median=20.0),
+    ]
+    compared = {"fastest_peer": "openvino", "over_fastest_peer": 2.5, "over_transformers_fp32": 10.0}
+    token = {"fastest_peer": "openvino", "over_fastest_peer": 1.25, "over_transformers_fp32": 5.0}
+    assert speedups(rows) == {"tiny/native/int8": {"step_1": compared, "token": token}}
+
+
+def test_allocations_are_counted_where_glibc_can() -> None:
+    counts = allocations.count(2, 1, "reference", "fp32")
+    if platform.libc_ver()[0] != "glibc" or platform.machine() != "x86_64":
+        assert counts == (None, None)
+    else:
+        assert all(count > 100 for count in counts)  # every op of torch makes its tensor
+
+
+def test_allocations_are_none_without_a_tracer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocations, "_TRACER", "no_such_library.so")
+    assert allocations.count(2, 1, "reference", "fp32") == (None, None)
