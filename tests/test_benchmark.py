@@ -122,6 +122,7 @@ def test_a_missing_peer_is_skipped_with_a_line(shapes: None, monkeypatch: pytest
     assert {row.backend for row in found["rows"]} == {BACKEND}
 
 
+@pytest.mark.filterwarnings("ignore:.*quant")  # torch's, that its eager quantisation will go
 @pytest.mark.parametrize("fmt", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("name", PEERS)
 def test_a_peer_takes_the_same_step(problem: Problem, name: str, fmt: str, set_threads) -> None:

@@ -34,7 +34,7 @@ def bench(
     shapes: Annotated[
         str,
         typer.Option(
-            "--shape", metavar="SHAPE,...", help="whisperM2M (5 GB of memory, 10 with --peers), miniature."
+            "--shape", metavar="SHAPE,...", help="whisperM2M (5 GB of memory, 14 with --peers), miniature."
         ),
     ] = ",".join(_SHAPES),
     formats: Annotated[

@@ -19,6 +19,7 @@ LAUNCHES = 1
 
 
 def prepare(problem: Problem, fmt: str) -> Step:
+    onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.force_spinning_stop", "1")  # or it takes the next one's cores
