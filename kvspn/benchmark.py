@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -19,12 +20,11 @@ from typing import Any
 
 import torch
 
-from kvspn import allocations, machine
+from kvspn import allocations, machine, quantisation
 from kvspn.engines import Engine, engine
 from kvspn.ops import DecoderWeights
 from kvspn.ops.weights import Linear
 from kvspn.peers import PEERS, Problem, Skipped, load
-from kvspn.quantisation import FORMATS, quantise
 from kvspn.random_decoder import random_decoder
 
 
@@ -109,6 +109,7 @@ class _Case:
 
     what: str
     backend: str
+    weights: str
     rows: int
     bytes: int
     correct: bool
@@ -117,13 +118,13 @@ class _Case:
     time: Callable[[], float] | None = None
     times: list[float] = field(default_factory=list)
 
-    def row(self, name: str, shape: Shape, fmt: str, read_ms: float) -> Row:
+    def row(self, name: str, shape: Shape, read_ms: float) -> Row:
         middle = median(self.times)
         return Row(
             what=self.what,
             shape=name,
             backend=self.backend,
-            weights=fmt,
+            weights=self.weights,
             batch=1,
             rows=self.rows,
             kv_length=shape.length,
@@ -153,11 +154,14 @@ def run(
     Args:
         shapes: of SHAPES.
         backends: of kvspn.
-        formats: of WEIGHT_BYTES.
+        formats: of kvspn.quantisation.formats; a peer has the base model's, once.
         rounds: timings of each case.
         peers: of PEERS.
         progress: told what is going on.
         skipped: told what is left out, and why.
+
+    Raises:
+        ValueError: another format.
     """
     bench = _Bench(rounds, progress, skipped)
     modules = {}
@@ -166,29 +170,30 @@ def run(
             modules[peer] = load(peer)
         except Skipped as reason:
             skipped(str(reason))
+    widths: dict[str, list[str]] = {}
     for fmt in formats:
-        if fmt not in FORMATS:
-            skipped(f"kvspn, {fmt}: skipped, as it has no such weights")
+        widths.setdefault(_width(fmt), []).append(fmt)
     for name in shapes:
         shape = SHAPES[name]
         progress(f"{name}: random weights")
         made = shape.weights()
         problem = Problem(made, shape.length, shape.encoder_positions) if modules else None
-        for fmt in formats:
+        for width, ours in widths.items():
             cases: list[_Case] = []
-            for backend in backends if fmt in FORMATS else ():
-                progress(f"{name}: {backend}, {fmt}")
-                cases += _own_cases(shape, made, backend, fmt, bench.tokens_per_step)
-            cases += bench.peer_cases(modules, problem, shape, fmt)
-            bench.time(name, shape, fmt, cases)
+            for fmt in ours:
+                for backend in backends:
+                    progress(f"{name}: {backend}, {fmt}")
+                    cases += _own_cases(shape, made, backend, fmt, bench.tokens_per_step)
+            cases += bench.peer_cases(modules, problem, shape, width)
+            bench.time(name, shape, cases)
         del made, problem, cases
     for name in shapes:  # last, since they need the most memory
-        if name in UNPRUNED and "transformers" in modules and "fp32" in formats:
+        if name in UNPRUNED and "transformers" in modules and "fp32" in widths:
             name, shape = UNPRUNED[name]
             progress(f"{name}: random weights")
             problem = Problem(shape.weights(), shape.length, shape.encoder_positions)
             transformers = {"transformers": modules["transformers"]}
-            bench.time(name, shape, "fp32", bench.peer_cases(transformers, problem, shape, "fp32"))
+            bench.time(name, shape, bench.peer_cases(transformers, problem, shape, "fp32"))
     return bench.document()
 
 
@@ -197,7 +202,6 @@ class _Bench:
 
     def __init__(self, rounds: int, progress: Callable[[str], None], skipped: Callable[[str], None]) -> None:
         self._rounds, self._progress, self._skipped = rounds, progress, skipped
-        self._reader = _Reader()
         self._reads: list[float] = []
         self._rows: list[Row] = []
         self._costs: dict[str, dict[str, float]] = {"two_row_cost": {}, "draft_overhead": {}}
@@ -215,36 +219,38 @@ class _Bench:
             except Skipped as reason:
                 self._skipped(str(reason))
 
-    def time(self, name: str, shape: Shape, fmt: str, cases: Iterable[_Case]) -> None:
+    def time(self, name: str, shape: Shape, cases: Iterable[_Case]) -> None:
         """All of them in turn, round after round."""
         cases = list(cases)
-        self._progress(f"{name}: timing, {fmt}")
+        self._progress(f"{name}: timing")
         reads: dict[int, list[float]] = {size: [] for size in (_READ, *(case.bytes for case in cases))}
         for _ in range(self._rounds):
             for size, times in reads.items():
-                times.append(self._reader.milliseconds(size))
+                times.append(read_milliseconds(size))
             for case in cases:
                 if case.time:
                     time.sleep(0.02)  # the threads of the one before may still spin
                     case.times.append(case.time())
         self._reads += reads[_READ]
-        self._derive(name, fmt, cases)
-        self._rows += [case.row(name, shape, fmt, median(reads[case.bytes])) for case in cases]
+        self._derive(name, cases)
+        self._rows += [case.row(name, shape, median(reads[case.bytes])) for case in cases]
 
-    def _derive(self, name: str, fmt: str, cases: list[_Case]) -> None:
+    def _derive(self, name: str, cases: list[_Case]) -> None:
         """The times of cases that follow from others', and the ratios, round by round."""
-        of = {(case.backend, case.what, case.rows): case for case in cases}
+        of = {(case.backend, case.weights, case.what, case.rows): case.times for case in cases}
         for case in cases:
+            if case.what not in ("draft", "token"):
+                continue
+            one, two, whole = (
+                of[case.backend, case.weights, what, rows]
+                for what, rows in (("step", 1), ("step", 2), ("kvspn_step", 2))
+            )
             if case.what == "token":
                 assert self.tokens_per_step
-                case.times = [ms / self.tokens_per_step for ms in of[case.backend, "kvspn_step", 2].times]
-            if case.what == "draft":
-                one, two, whole = (
-                    of[case.backend, what, rows].times
-                    for what, rows in (("step", 1), ("step", 2), ("kvspn_step", 2))
-                )
+                case.times = [ms / self.tokens_per_step for ms in whole]
+            else:
                 case.times = [a - b for a, b in zip(whole, two, strict=True)]
-                key = f"{name}/{case.backend}/{fmt}"
+                key = f"{name}/{case.backend}/{case.weights}"
                 self._costs["two_row_cost"][key] = _ratio(two, one)
                 self._costs["draft_overhead"][key] = round(_ratio(whole, one) - 1, 3)
 
@@ -279,7 +285,7 @@ def speedups(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
         count = 1 if token else ours.rows
         peers = [row for row in rows if row.backend in PEERS and row.correct and row.rows == count]
         compared: dict[str, Any] = {}
-        same = [row for row in peers if (row.shape, row.weights) == (ours.shape, ours.weights)]
+        same = [row for row in peers if (row.shape, row.weights) == (ours.shape, _width(ours.weights))]
         if same:
             fastest = min(same, key=lambda row: row.ms_median)
             compared["fastest_peer"] = fastest.backend
@@ -328,7 +334,7 @@ def start(backend: str, weights: DecoderWeights, shape: Shape) -> Engine:
 def _own_cases(
     shape: Shape, made: DecoderWeights, backend: str, fmt: str, tokens_per_step: float | None
 ) -> Iterator[_Case]:
-    weights = quantise(made, fmt)
+    weights = quantisation.quantise(made, fmt)
     whole, two_row = start(backend, weights, shape), start(backend, _faint_draft(weights), shape)
 
     def tokens(engine: Engine, draft: bool) -> list[int]:
@@ -362,7 +368,7 @@ def _own_cases(
 
     def case(what: str, rows: int, size: int, time: Callable[[], float] | None = None) -> _Case:
         counted = plain_allocations if (what, rows) == ("step", 1) else kvspn_allocations
-        return _Case(what, backend, rows, size, correct, 1, counted, time)
+        return _Case(what, backend, fmt, rows, size, correct, 1, counted, time)
 
     yield case("step", 1, bare, timed(whole, False))
     yield case("step", 2, bare, timed(two_row, True))
@@ -404,7 +410,7 @@ def _peer_cases(peer: str, module: ModuleType, problem: Problem, shape: Shape, f
             taken: float = step(rows)[0]
             return taken
 
-        yield _Case("step", peer, rows, size, correct, module.LAUNCHES, None, milliseconds)
+        yield _Case("step", peer, fmt, rows, size, correct, module.LAUNCHES, None, milliseconds)
 
 
 def _tokens_per_step() -> float | None:
@@ -416,24 +422,37 @@ def _tokens_per_step() -> float | None:
     return found
 
 
+def _width(fmt: str) -> str:
+    """The base model's of a format for each network."""
+    return quantisation.formats(fmt)[0]
+
+
 def _ratio(over: list[float], under: list[float]) -> float:
     return round(median(a / b for a, b in zip(over, under, strict=True)), 3)
 
 
-class _Reader:
-    """A bare read by torch's sum, of a buffer in huge pages where the system grants them."""
+@cache
+def _buffer() -> torch.Tensor:
+    """In huge pages where the system grants them."""
+    memory = mmap.mmap(-1, _READ)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.float32).fill_(1)
 
-    def __init__(self) -> None:
-        memory = mmap.mmap(-1, _READ)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        self._values = torch.frombuffer(memory, dtype=torch.float32).fill_(1)
 
-    def milliseconds(self, size: int) -> float:
-        """Of ``size`` bytes, from the cache if they fit there; in proportion where the buffer is smaller."""
-        values = self._values[: size // 4]
-        for _ in range(2):
-            begin = time.perf_counter()
-            values.sum()
-            seconds = time.perf_counter() - begin
-        return seconds * 1e3 * size / values.nbytes
+def read_milliseconds(size: int) -> float:
+    """A bare read of ``size`` bytes by torch's sum, from the cache if they fit there.
+
+    More than the buffer holds, half a gigabyte, count in proportion.
+    """
+    values = _buffer()[: size // 4]
+    for _ in range(2):
+        begin = time.perf_counter()
+        values.sum()
+        seconds = time.perf_counter() - begin
+    return seconds * 1e3 * size / values.nbytes
+
+
+def read_gb_per_s() -> float:
+    """Reading bandwidth now, from memory."""
+    return _READ / read_milliseconds(_READ) / 1e6

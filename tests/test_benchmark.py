@@ -24,7 +24,7 @@ BACKEND = default_backend(torch.device("cpu"))
 def shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "SHAPES", {"tiny": TINY})
     monkeypatch.setattr(benchmark, "UNPRUNED", {"tiny": ("whisper-tiny", replace(TINY, layers=4))})
-    monkeypatch.setattr(benchmark, "_READ", 1 << 20)
+    monkeypatch.setattr(benchmark, "_buffer", lambda: torch.ones(1 << 18))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def stub(logits):
 
 
 def test_every_field_is_filled(shapes: None) -> None:
-    found = benchmark.run(["tiny"], [BACKEND], ["fp32", "int8"], rounds=2)
+    found = benchmark.run(["tiny"], [BACKEND], ["fp32", "int8", "int8/int4"], rounds=2)
     document = json.loads(json.dumps({**found, "rows": [asdict(row) for row in found["rows"]]}))
     assert set(document) == {"machine", "rows", "summary"}
     machine = document["machine"]
@@ -51,7 +51,7 @@ def test_every_field_is_filled(shapes: None) -> None:
     assert machine["cpu"]["cores"] >= 1 and machine["versions"]["torch"] and machine["date"]
     kinds = (("step", 1), ("step", 2), ("kvspn_step", 2), ("draft", 1), ("token", 2))
     assert [(row["weights"], row["what"], row["rows"]) for row in document["rows"]] == [
-        (fmt, *kind) for fmt in ("fp32", "int8") for kind in kinds
+        (fmt, *kind) for fmt in ("fp32", "int8", "int8/int4") for kind in kinds
     ]
     for row in document["rows"]:
         assert (row["shape"], row["backend"], row["batch"], row["kv_length"]) == ("tiny", BACKEND, 1, 6)
@@ -63,7 +63,7 @@ def test_every_field_is_filled(shapes: None) -> None:
     assert step["bytes"] + draft["bytes"] == whole["bytes"]
     assert token["ms_median"] == pytest.approx(whole["ms_median"] / summary["tokens_per_step"], abs=1e-4)
     for ratio in ("two_row_cost", "draft_overhead"):
-        assert set(summary[ratio]) == {f"tiny/{BACKEND}/fp32", f"tiny/{BACKEND}/int8"}
+        assert set(summary[ratio]) == {f"tiny/{BACKEND}/{fmt}" for fmt in ("fp32", "int8", "int8/int4")}
     assert summary["speedup"] == {}
 
 
@@ -144,7 +144,7 @@ def test_speedups_are_over_the_fastest_correct_peer_of_the_same_width() -> None:
     ours = Row("step", "tiny", "native", "int8", 1, 1, 6, 2.0, 1.0, 3.0, 1, 1.0, 1.0, 1, 0, True)
     rows = [
         ours,
-        replace(ours, what="token", rows=2, ms_median=4.0),
+        replace(ours, weights="int8/int4", what="token", rows=2, ms_median=4.0),
         replace(ours, backend="openvino", ms_median=5.0),
         replace(ours, backend="onnxruntime", ms_median=6.0),
         replace(ours, backend="ctranslate2", ms_median=1.0, correct=False),
@@ -154,7 +154,10 @@ def test_speedups_are_over_the_fastest_correct_peer_of_the_same_width() -> None:
     ]
     compared = {"fastest_peer": "openvino", "over_fastest_peer": 2.5, "over_transformers_fp32": 10.0}
     token = {"fastest_peer": "openvino", "over_fastest_peer": 1.25, "over_transformers_fp32": 5.0}
-    assert speedups(rows) == {"tiny/native/int8": {"step_1": compared, "token": token}}
+    assert speedups(rows) == {
+        "tiny/native/int8": {"step_1": compared},
+        "tiny/native/int8/int4": {"token": token},
+    }
 
 
 def test_allocations_are_counted_where_glibc_can() -> None:

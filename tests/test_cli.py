@@ -143,6 +143,7 @@ def test_bench(tmp_path: Path) -> None:
     assert set(document["machine"]) == {"read_gb_per_s", "cpu", "memory_gib", "versions", "date"}
     assert all(line in result.stdout for line in ("step, 2 rows", "A bare read of memory"))
     assert_one_line(kvspn_("bench", "--shape", "large"), "must be of whisperM2M, miniature; got 'large'")
+    assert_one_line(kvspn_("bench", "--weights", "int3"), "or two as base/draft, got 'int3'")
     assert_one_line(kvspn_("bench", "--json", tmp_path / "no" / "x.json"), "no such folder to write to")
 
 

@@ -19,15 +19,6 @@ if TYPE_CHECKING:
     from kvspn.benchmark import Row
 
 _SHAPES = ("whisperM2M", "miniature")
-_FORMATS = ("fp32", "bf16", "int8", "int4")
-
-
-def _parse(names: tuple[str, ...], text: str) -> list[str]:
-    chosen = [name.strip() for name in text.split(",")]
-    for name in chosen:
-        if name not in names:
-            raise typer.BadParameter(f"must be of {', '.join(names)}; got {name!r}")
-    return chosen
 
 
 def bench(
@@ -38,8 +29,13 @@ def bench(
         ),
     ] = ",".join(_SHAPES),
     formats: Annotated[
-        str, typer.Option("--weights", metavar="FORMAT,...", help="fp32, bf16, int8, int4.")
-    ] = ",".join(_FORMATS),
+        str,
+        typer.Option(
+            "--weights",
+            metavar="FORMAT,...",
+            help="fp32, bf16, fp16, int8, int4; or two as base/draft, as in int8/int4.",
+        ),
+    ] = "fp32,bf16,int8,int4",
     backend: Backend = None,
     peers: Annotated[
         bool,
@@ -62,7 +58,10 @@ def bench(
     from kvspn.engines import default_backend
     from kvspn.peers import PEERS
 
-    chosen = _parse(_SHAPES, shapes), _parse(_FORMATS, formats)
+    chosen = [name.strip() for name in shapes.split(",")]
+    for name in chosen:
+        if name not in _SHAPES:
+            raise typer.BadParameter(f"must be of {', '.join(_SHAPES)}; got {name!r}")
     if output is not None and not output.absolute().parent.is_dir():
         raise ValueError(f"{output}: no such folder to write to")
     import torch
@@ -70,13 +69,12 @@ def bench(
     if peers:  # theirs would break into the table
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
-    name = backend or default_backend(torch.device("cpu"))
     errors = Console(stderr=True)
     with errors.status("") as status:
         found = benchmark.run(
-            chosen[0],
-            [name],
-            chosen[1],
+            chosen,
+            [backend or default_backend(torch.device("cpu"))],
+            [fmt.strip() for fmt in formats.split(",")],
             rounds,
             PEERS if peers else (),
             status.update,

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from kvspn.ops.weights import Linear, Norm
 from kvspn.peers import Problem
-
-GROUP = 64  # values that share a scale in int4
+from kvspn.quantisation import quantise_linear
 
 
 def inputs(problem: Problem, rows: int, masked: bool = True) -> dict[str, NDArray[np.float32]]:
@@ -36,7 +35,7 @@ def build(problem: Problem, fmt: str, masked: bool = True) -> onnx.ModelProto:
 
     Args:
         problem: weights and sizes.
-        fmt: of the matrices. "int8": DequantizeLinear, per output channel; "int4": MatMulNBits, per GROUP.
+        fmt: of the matrices, quantised as kvspn does it. int8: DequantizeLinear; int4: MatMulNBits.
         masked: False for a graph of one row, which needs no mask.
     """
     return _Graph(problem, fmt, masked).model()
@@ -132,32 +131,31 @@ class _Graph:
         weight, bias, _ = linear
         to = "" if bias is not None else name
         if self._fmt == "int4":
-            y = self._int4(x, weight, to)
+            y = self._int4(x, linear, to)
         elif self._fmt == "int8":
-            scale = weight.abs().amax(1) / 127
-            values = (weight / scale[:, None]).round().to(torch.int8).T
-            matrix = self._op("DequantizeLinear", self._constant(values), self._constant(scale), axis=1)
+            weight, _, scale = quantise_linear(linear, "int8")
+            assert scale is not None
+            matrix = self._op("DequantizeLinear", self._constant(weight.T), self._constant(scale), axis=1)
             y = self._op("MatMul", x, matrix, name=to)
         else:
             y = self._op("MatMul", x, self._constant(weight.T), name=to)
         return y if bias is None else self._op("Add", y, self._constant(bias), name=name)
 
-    def _int4(self, x: str, weight: Tensor, name: str) -> str:
-        n, k = weight.shape
-        groups = weight.view(n, k // GROUP, GROUP)
-        scale = groups.abs().amax(2) / 7
-        values = (groups / scale[..., None]).round().to(torch.uint8) + 8  # -7 ... 7, stored from 1
-        packed = values[..., ::2] | values[..., 1::2] << 4
+    def _int4(self, x: str, linear: Linear, name: str) -> str:
+        n, k = linear.weight.shape
+        packed, _, scale = quantise_linear(linear, "int4")
+        assert scale is not None
+        groups = scale.shape[1]
         return self._op(
             "MatMulNBits",
             x,
-            self._constant(packed),
+            self._constant(packed.view(n, groups, -1)),
             self._constant(scale),
             name=name,
             domain="com.microsoft",
             K=k,
             N=n,
             bits=4,
-            block_size=GROUP,
+            block_size=k // groups,
             accuracy_level=4,  # int8 activations
         )
