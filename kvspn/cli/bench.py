@@ -96,8 +96,10 @@ def bench(
 
 def _table(rows: list[Row]) -> Table:
     """Of one shape: like beside like, the fastest first."""
-    table = Table("what", "backend", title=rows[0].shape, title_justify="left", box=None, pad_edge=False)
-    for heading in ("ms", "min", "max", "GB/s", "of peak", "correct"):
+    table = Table(title=rows[0].shape, title_justify="left", box=None, pad_edge=False)
+    for heading in ("what", "backend"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("ms", "min", "max", "GB/s", "of peak", "ok"):
         table.add_column(heading, justify="right", no_wrap=True)
     kinds = list(dict.fromkeys((row.what, row.rows) for row in rows))
     for row in sorted(rows, key=lambda row: (kinds.index((row.what, row.rows)), row.ms_median)):
