@@ -180,7 +180,7 @@ def _limit(summary: dict[str, Any]) -> str:
     base = name.rpartition("/")[0]
     return _LIMIT.format(
         regions=12 * 9,
-        two_rows=" to ".join(f"{value - 1:.0%}" for value in (min(costs), max(costs))),
+        two_rows=" to ".join(f"{value - 1:.0%}" for value in (min(costs.values()), max(costs.values()))),
         overhead_same=f"{overhead[base]:.0%}",
         overhead_int4=f"{overhead[name]:.0%}",
         format=base.rpartition("/")[2],
