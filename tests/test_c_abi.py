@@ -91,9 +91,9 @@ def lib():
 
 @pytest.fixture
 def weights():
-    from kvspn.native import _named
+    from kvspn.ops.weights import named_tensors
 
-    return {name: tensor.numpy() for name, tensor in _named(random_decoder())}
+    return {name: tensor.numpy() for name, tensor in named_tensors(random_decoder())}
 
 
 def params(**fields: int) -> EngineParams:

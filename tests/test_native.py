@@ -139,10 +139,10 @@ def test_numpy_alone_drives_the_engine():
     """The module takes any DLPack tensor; here from NumPy, with weights that are views of one buffer."""
     np = pytest.importorskip("numpy")
     from kvspn import _native
-    from kvspn.native import _named
+    from kvspn.ops.weights import named_tensors
 
     weights = random_decoder()
-    named = {name: tensor.numpy() for name, tensor in _named(weights)}
+    named = {name: tensor.numpy() for name, tensor in named_tensors(weights)}
     native = _native.Engine(named, layers=2, heads=2, blocks=1, groups=1, last_layer_only=False, threads=1)
     tokens = np.zeros((1, 12), np.int32)
     tokens[0, :2] = 3, 5
