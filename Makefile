@@ -23,7 +23,7 @@ demo: $(READY)
 
 # One thread a process: the processes already fill the cores.
 test: $(READY)
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --maxprocesses 8 $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check .

@@ -19,7 +19,10 @@ from kvspn.engines import backends
 from kvspn.translator import Translator
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not here")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not here"),
+    pytest.mark.xdist_group("embed"),  # one build for all
+]
 
 
 def run(*command: object) -> str:
