@@ -111,7 +111,7 @@ KVSPN_API const char* kvspn_instruction_set(void);
 
 /* Packs the weights, which may be freed afterwards. Names and shapes are those of kvspn/ops/weights.py:
  * "embed_tokens", "layers.0.self_qkv.weight", "blocks.2.fc1.scale", ... A matrix is FP32, BF16, FP16,
- * INT8 with a "scale" [N], or INT4, [N, K / 2], with a "scale" [N, groups]. */
+ * INT8 with a "scale" [N], or INT4, [N, K / 2], with a "scale" [N, groups]. Other names are ignored. */
 KVSPN_API kvspn_status kvspn_engine_create(const kvspn_engine_params* params, const kvspn_tensor* weights,
                                            int32_t count, kvspn_engine** engine);
 KVSPN_API void kvspn_engine_destroy(kvspn_engine* engine);

@@ -47,14 +47,17 @@ static char* string(char** at) {
     return text;
 }
 
-static int32_t dtype_of(const char* name) {
-    static const struct {
-        const char* name;
-        int32_t dtype;
-    } known[] = {{"F32", KVSPN_FP32}, {"BF16", KVSPN_BF16}, {"F16", KVSPN_FP16},
-                 {"I8", KVSPN_INT8},  {"U8", KVSPN_INT4},   {"I32", KVSPN_INT32}};
+typedef struct format {
+    const char* name;
+    int32_t dtype;
+    size_t size;
+} format;
+
+static const format* format_of(const char* name) {
+    static const format known[] = {{"F32", KVSPN_FP32, 4}, {"BF16", KVSPN_BF16, 2}, {"F16", KVSPN_FP16, 2},
+                                   {"I8", KVSPN_INT8, 1},  {"U8", KVSPN_INT4, 1},   {"I32", KVSPN_INT32, 4}};
     for (size_t i = 0; i < sizeof known / sizeof *known; ++i)
-        if (!strcmp(name, known[i].name)) return known[i].dtype;
+        if (!strcmp(name, known[i].name)) return &known[i];
     fail("the model's tensors must not be %s", name);
 }
 
@@ -73,11 +76,14 @@ static void read_numbers(model* m, char** at) {
 
 static void read_tensor(kvspn_tensor* t, char* name, char** at, char* data, size_t size) {
     expect(at, "{\"dtype\":");
-    *t = (kvspn_tensor){.name = name, .dtype = dtype_of(string(at))};
+    const format* format = format_of(string(at));
+    size_t bytes = format->size;
+    *t = (kvspn_tensor){.name = name, .dtype = format->dtype};
     expect(at, ",\"shape\":[");
     while (!skip(at, "]")) {
         if (t->ndim == KVSPN_MAX_DIMS) fail("%s must have at most %d dimensions", name, KVSPN_MAX_DIMS);
-        t->shape[t->ndim++] = strtoll(*at, at, 10);
+        t->shape[t->ndim] = strtoll(*at, at, 10);
+        bytes *= t->shape[t->ndim++];
         skip(at, ",");
     }
     for (int64_t i = t->ndim - 1, stride = 1; i >= 0; stride *= t->shape[i--]) t->strides[i] = stride;
@@ -86,7 +92,8 @@ static void read_tensor(kvspn_tensor* t, char* name, char** at, char* data, size
     expect(at, ",");
     size_t last = strtoull(*at, at, 10);
     expect(at, "]}");
-    if (first > last || last > size) fail("%s must lie in the model's %zu bytes", name, size);
+    if (first > last || last > size || last - first != bytes)
+        fail("%s must be %zu bytes of the model's %zu, got %zu to %zu", name, bytes, size, first, last);
     t->data = data + first;
 }
 

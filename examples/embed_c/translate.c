@@ -113,7 +113,8 @@ int main(int argc, char** argv) {
     check(kvspn_engine_generate(engine, &generate));
     kvspn_statistics all = {.struct_size = sizeof all};
     check(kvspn_engine_read_statistics(engine, -1, &all));
-    printf("\n");
+    putchar('\n');
+    fflush(stdout);
     fprintf(stderr, "%d tokens in %d steps, %d of %d drafts accepted\n", (int)all.tokens, (int)all.steps,
             (int)all.accepted, (int)all.drafted);
     kvspn_engine_destroy(engine);
