@@ -1,5 +1,6 @@
 """Builds csrc with ninja: the module kvspn._native, and kvspn._torch_ops, which torch loads.
 
+csrc/CMakeLists.txt builds the library without Python from the same files, with the same flags: keep them so.
 Metadata lives in pyproject.toml. KVSPN_SANITIZE=address,undefined (or thread) builds with sanitizers.
 """
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from kvspn import _native
 from kvspn.engines import CachedEngine
 from kvspn.ops import DecoderWeights
+from kvspn.ops.weights import named_tensors
 
 
 class NativeEngine(CachedEngine):
@@ -25,7 +23,7 @@ class NativeEngine(CachedEngine):
         super().__init__(weights, batch=batch, capacity=capacity, cross_capacity=cross_capacity)
         if self._embed.device.type != "cpu":
             raise ValueError(f"weights must be on the CPU, got {self._embed.device}")
-        named = dict(_named(weights))
+        named = dict(named_tensors(weights))
         self._engine = _native.Engine(
             named,
             layers=len(weights.layers),
@@ -54,22 +52,3 @@ class NativeEngine(CachedEngine):
     def _step(self, mask: Tensor | None, k: int, draft: bool) -> None:
         mask = None if mask is None else mask.contiguous()
         self._engine.step(mask, k=k, eos=self._eos, max_length=self._max_length, draft=draft)
-
-
-def _named(weights: DecoderWeights) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under the name that csrc knows: "embed_tokens", "layers.0.self_qkv.weight", ..."""
-    yield "embed_tokens", weights.embed_tokens.detach()
-    yield "embed_positions", weights.embed_positions.detach()
-    if weights.draft_ids is not None:
-        yield "draft_ids", weights.draft_ids
-    parts: dict[str, Any] = {  # a Norm or a Linear each, or None
-        name: getattr(weights, name) for name in ("norm", "head", "draft_norm", "draft_head")
-    }
-    for i, layer in enumerate(weights.layers):
-        parts |= {f"layers.{i}.{field}": part for field, part in layer._asdict().items()}
-    for i, block in enumerate(weights.blocks):
-        parts |= {f"blocks.{i}.{field}": part for field, part in block._asdict().items()}
-    for name, part in parts.items():
-        for field, tensor in () if part is None else part._asdict().items():
-            if tensor is not None:
-                yield f"{name}.{field}", tensor.detach()

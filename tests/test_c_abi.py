@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kvspn.engines import backends
+from kvspn.ops.weights import named_tensors
 from kvspn.random_decoder import random_decoder
 
 pytestmark = pytest.mark.skipif(backends()["native"] is not None, reason="the extension is not built")
@@ -69,6 +70,27 @@ class StepParams(ctypes.Structure):
     )
 
 
+ON_STEP = ctypes.CFUNCTYPE(c_int32, c_void_p)
+
+
+class GenerateParams(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", c_uint32),
+        ("step", StepParams),
+        ("first_mask", POINTER(c_float)),
+        ("max_steps", c_int32),
+        ("on_step", ON_STEP),
+        ("context", c_void_p),
+    )
+
+
+COUNTS = ("tokens", "steps", "drafted", "accepted")
+
+
+class Statistics(ctypes.Structure):
+    _fields_ = (("struct_size", c_uint32), *((name, c_int64) for name in COUNTS))
+
+
 @pytest.fixture(scope="module")
 def lib():
     from kvspn import _native
@@ -78,22 +100,19 @@ def lib():
     lib.kvspn_instruction_set.restype = c_char_p
     lib.kvspn_engine_destroy.argtypes = [c_void_p]
     lib.kvspn_engine_destroy.restype = None
-    for name in ("bind", "encode", "prefill", "step"):
-        getattr(lib, f"kvspn_engine_{name}").argtypes = (
-            [c_void_p, c_int32, c_int32]
-            if name == "prefill"
-            else [c_void_p, c_int32, c_void_p]
-            if name == "encode"
-            else [c_void_p, c_void_p]
-        )
+    lib.kvspn_engine_reset.argtypes = [c_void_p]
+    for name in ("bind", "step", "generate"):
+        getattr(lib, f"kvspn_engine_{name}").argtypes = [c_void_p, c_void_p]
+    for name in ("encode", "read_statistics"):
+        getattr(lib, f"kvspn_engine_{name}").argtypes = [c_void_p, c_int32, c_void_p]
+    for name in ("prefill", "rollback"):
+        getattr(lib, f"kvspn_engine_{name}").argtypes = [c_void_p, c_int32, c_int32]
     return lib
 
 
 @pytest.fixture
 def weights():
-    from kvspn.native import _named
-
-    return {name: tensor.numpy() for name, tensor in _named(random_decoder())}
+    return {name: tensor.numpy() for name, tensor in named_tensors(random_decoder())}
 
 
 def params(**fields: int) -> EngineParams:
@@ -129,6 +148,105 @@ def step(**fields: int) -> StepParams:
     return StepParams(ctypes.sizeof(StepParams), None, **(values | fields))
 
 
+def generate(first_mask=None, max_steps: int = 0, on_step=None, **fields: int) -> GenerateParams:
+    mask = None if first_mask is None else first_mask.ctypes.data_as(POINTER(c_float))
+    on_step = ON_STEP() if on_step is None else ON_STEP(on_step)
+    return GenerateParams(ctypes.sizeof(GenerateParams), step(**fields), mask, max_steps, on_step, None)
+
+
+def statistics(lib, engine, row: int) -> dict[str, int]:
+    found = Statistics(ctypes.sizeof(Statistics))
+    assert lib.kvspn_engine_read_statistics(engine, row, byref(found)) == OK
+    return {name: getattr(found, name) for name in COUNTS}
+
+
+@pytest.fixture
+def started(lib, weights):
+    """An engine with one utterance of three prompt tokens, and its batch."""
+    status, engine = create(lib, weights)
+    assert status == OK
+    values = arrays()
+    assert lib.kvspn_engine_bind(engine, byref(batch(values))) == OK
+    states = np.random.default_rng(0).standard_normal((4, 16), np.float32)
+    assert lib.kvspn_engine_encode(engine, 0, byref(Tensor.of("states", states))) == OK
+    assert lib.kvspn_engine_prefill(engine, 0, 2) == OK
+    yield engine, values
+    lib.kvspn_engine_destroy(engine)
+
+
+def test_generate_is_step_after_step(lib, started):
+    engine, values = started
+    while not values["finished"][0]:
+        assert lib.kvspn_engine_step(engine, byref(step())) == OK
+    tokens, stats = values["tokens"].copy(), values["stats"].copy()
+    assert statistics(lib, engine, 0) == dict(zip(COUNTS, (9, *stats[0]), strict=True))
+    assert statistics(lib, engine, -1) == statistics(lib, engine, 0)
+
+    values["stats"][:] = 0
+    values["tokens"][0, 3:] = 0
+    assert lib.kvspn_engine_rollback(engine, 0, 2) == OK
+    assert (values["lengths"][0], values["finished"][0]) == (2, False)
+    calls = []
+    assert lib.kvspn_engine_generate(engine, byref(generate(on_step=lambda _: calls.append(1) or 0))) == OK
+    assert np.array_equal(values["tokens"], tokens)
+    assert np.array_equal(values["stats"], stats)
+    assert len(calls) == stats[0, 0]
+
+
+def test_generate_stops(lib, started):
+    """By max_steps, by the callback, and not at all where every row is finished."""
+    engine, values = started
+    assert lib.kvspn_engine_generate(engine, byref(generate(max_steps=2))) == OK
+    assert statistics(lib, engine, 0)["steps"] == 2
+    assert lib.kvspn_engine_generate(engine, byref(generate(on_step=lambda _: 1))) == OK
+    assert statistics(lib, engine, 0)["steps"] == 3
+    assert not values["finished"][0]
+    values["finished"][0] = True
+    assert lib.kvspn_engine_generate(engine, byref(generate())) == OK
+    assert statistics(lib, engine, 0)["steps"] == 3
+
+
+def test_the_first_mask_is_for_a_first_greedy_step(lib, started):
+    engine, values = started
+    mask = np.full(29, -np.inf, np.float32)
+    mask[17] = 0
+    assert lib.kvspn_engine_generate(engine, byref(generate(first_mask=mask))) == OK
+    assert values["tokens"][0, 3] == 17
+    assert set(values["tokens"][0, 4:]) != {17}
+    assert statistics(lib, engine, 0)["drafted"] == statistics(lib, engine, 0)["steps"] - 1
+
+
+def test_reset_forgets(lib, started):
+    engine, values = started
+    assert lib.kvspn_engine_generate(engine, byref(generate(max_steps=2))) == OK
+    assert lib.kvspn_engine_reset(engine) == OK
+    for name in ("lengths", "cross_lengths", "stats"):
+        assert not values[name].any()
+    assert values["finished"].all()
+    assert statistics(lib, engine, -1) == dict.fromkeys(COUNTS, 0)
+
+
+def test_refused_calls_change_nothing(lib, started):
+    engine, values = started
+    before = {name: value.copy() for name, value in values.items()}
+    short = generate()
+    short.step.struct_size = 4
+    for name, arguments, message in (
+        ("generate", (byref(generate(max_steps=-1)),), b"max_steps must be at least 0, got -1"),
+        ("generate", (byref(generate(k=0)),), b"k must be at least 1, got 0"),
+        ("generate", (byref(short),), b"params->step->struct_size must be"),
+        ("rollback", (0, 3), b"length must be 0 to 2, got 3"),
+        ("rollback", (0, -1), b"length must be 0 to 2, got -1"),
+        ("rollback", (1, 0), b"row must be 0 to 0, got 1"),
+        ("read_statistics", (-2, byref(Statistics(40))), b"row must be 0 to 0, got -2"),
+        ("read_statistics", (0, byref(Statistics(8))), b"statistics->struct_size must be 40, got 8"),
+    ):
+        assert getattr(lib, f"kvspn_engine_{name}")(engine, *arguments) == INVALID
+        assert message in lib.kvspn_last_error()
+    for name, value in values.items():
+        assert np.array_equal(value, before[name], equal_nan=name.endswith("kv")), name
+
+
 def test_a_whole_life(lib, weights):
     assert lib.kvspn_abi_version() == 1
     assert lib.kvspn_instruction_set() in (b"avx512vnni", b"avx512", b"avx2", b"portable")
@@ -152,15 +270,35 @@ def test_null_pointers(lib, weights):
     assert b"params must be given, got a null pointer" in lib.kvspn_last_error()
     assert lib.kvspn_engine_create(byref(params()), None, 3, byref(c_void_p())) == INVALID
     assert lib.kvspn_engine_create(byref(params()), None, 0, None) == INVALID
-    for name, arguments in (("bind", (None,)), ("encode", (0, None)), ("prefill", (0, 1)), ("step", (None,))):
+    calls = (
+        ("bind", (None,)),
+        ("encode", (0, None)),
+        ("prefill", (0, 1)),
+        ("step", (None,)),
+        ("generate", (None,)),
+        ("rollback", (0, 0)),
+        ("reset", ()),
+        ("read_statistics", (0, None)),
+    )
+    for name, arguments in calls:
         assert getattr(lib, f"kvspn_engine_{name}")(None, *arguments) == INVALID
         assert lib.kvspn_last_error()
     status, engine = create(lib, weights)
     assert status == OK
-    for name, arguments in (("bind", (None,)), ("encode", (0, None)), ("step", (None,))):
+    for name, arguments in calls:
+        if None not in arguments:
+            continue
         assert getattr(lib, f"kvspn_engine_{name}")(engine, *arguments) == INVALID
         assert b"null pointer" in lib.kvspn_last_error()
-    for name, arguments in (("prefill", (0, 1)), ("step", (byref(step()),))):
+    unbound = (
+        ("prefill", (0, 1)),
+        ("step", (byref(step()),)),
+        ("generate", (byref(generate()),)),
+        ("rollback", (0, 0)),
+        ("reset", ()),
+        ("read_statistics", (-1, byref(Statistics(ctypes.sizeof(Statistics))))),
+    )
+    for name, arguments in unbound:
         assert getattr(lib, f"kvspn_engine_{name}")(engine, *arguments) == INVALID
         assert b"a batch must be bound first" in lib.kvspn_last_error()
     lib.kvspn_engine_destroy(engine)
@@ -221,7 +359,13 @@ def test_fuzzed_tensors_and_numbers(lib, weights):
         values["finished"][0] = False
         fields = {name: rng.choice(numbers) for name in ("k", "eos", "max_length", "draft")}
         assert lib.kvspn_engine_step(engine, byref(step(**fields))) in (OK, INVALID)
-        assert lib.kvspn_engine_prefill(engine, rng.choice(numbers), rng.choice(numbers)) in (OK, INVALID)
+        given = generate(max_steps=rng.choice(numbers), **fields)
+        assert lib.kvspn_engine_generate(engine, byref(given)) in (OK, INVALID)
+        found = Statistics(ctypes.sizeof(Statistics))
+        assert lib.kvspn_engine_read_statistics(engine, rng.choice(numbers), byref(found)) in (OK, INVALID)
+        for name in ("prefill", "rollback"):
+            call = getattr(lib, f"kvspn_engine_{name}")
+            assert call(engine, rng.choice(numbers), rng.choice(numbers)) in (OK, INVALID)
     lib.kvspn_engine_destroy(engine)
 
 

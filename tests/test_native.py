@@ -1,10 +1,16 @@
 """The C++ engine against the reference, on every instruction set and number of threads."""
 
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
 import pytest
 import torch
 
 from kvspn.engines import backends, engine
 from kvspn.ops import K_INF, DecoderWeights
+from kvspn.ops.weights import named_tensors
 from kvspn.random_decoder import random_decoder
 
 pytestmark = pytest.mark.skipif(backends()["native"] is not None, reason="the extension is not built")
@@ -139,10 +145,9 @@ def test_numpy_alone_drives_the_engine():
     """The module takes any DLPack tensor; here from NumPy, with weights that are views of one buffer."""
     np = pytest.importorskip("numpy")
     from kvspn import _native
-    from kvspn.native import _named
 
     weights = random_decoder()
-    named = {name: tensor.numpy() for name, tensor in _named(weights)}
+    named = {name: tensor.numpy() for name, tensor in named_tensors(weights)}
     native = _native.Engine(named, layers=2, heads=2, blocks=1, groups=1, last_layer_only=False, threads=1)
     tokens = np.zeros((1, 12), np.int32)
     tokens[0, :2] = 3, 5
@@ -179,3 +184,52 @@ def test_numpy_alone_drives_the_engine():
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             native.bind(**(batch | {name: wrong}))
+
+
+WITHOUT_TORCH = """
+import sys
+import numpy as np
+sys.modules["torch"] = None
+from kvspn import _native
+data, library = sys.argv[1:]
+array = __import__(library).numpy.asarray if library == "jax" else np.asarray
+given = {name: array(value) for name, value in np.load(data).items()}
+states = given.pop("states")
+engine = _native.Engine(given, layers=2, heads=2, blocks=1, groups=1, last_layer_only=False, threads=1)
+batch = {
+    "kv": np.full((2, 2, 1, 2, 12, 8), np.nan, np.float32),
+    "lengths": np.zeros(1, np.int32),
+    "tokens": np.full((1, 12), 3, np.int32),
+    "finished": np.zeros(1, np.bool_),
+    "stats": np.zeros((1, 3), np.int32),
+    "cross_kv": np.full((2, 2, 1, 2, 6, 8), np.nan, np.float32),
+    "cross_lengths": np.zeros(1, np.int32),
+}
+engine.bind(**batch)
+engine.encode(0, states)
+engine.prefill(0, 1)
+while not batch["finished"][0]:
+    engine.step(None, k=1, eos=-1, max_length=12, draft=True)
+print(batch["tokens"].tolist())
+"""
+
+
+@pytest.mark.parametrize("library", ["numpy", "jax"])
+def test_without_torch(library, tmp_path):
+    """Weights and encoder states as NumPy's or JAX's arrays, in a process that cannot import torch."""
+    pytest.importorskip(library)
+    weights = random_decoder()
+    states = torch.randn(4, 16)
+    data = {name: tensor.numpy() for name, tensor in named_tensors(weights)}
+    numpy.savez(tmp_path / "data.npz", states=states.numpy(), **data)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, str(tmp_path / "data.npz"), library],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    reference = engine("reference", weights, batch=1, capacity=12, cross_capacity=6)
+    reference.start([states], [[3, 3]], eos=-1, max_length=12)
+    while not reference.finished.all():
+        reference.step()
+    assert done.stdout == f"{reference.tokens.tolist()}\n", done.stderr

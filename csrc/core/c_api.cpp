@@ -95,6 +95,29 @@ kvspn_status kvspn_engine_step(kvspn_engine* engine, const kvspn_step_params* pa
     });
 }
 
+kvspn_status kvspn_engine_generate(kvspn_engine* engine, const kvspn_generate_params* params) {
+    return guard([&] {
+        check_struct("params", params);
+        check_struct("params->step", &params->step);
+        of(engine).generate(*params);
+    });
+}
+
+kvspn_status kvspn_engine_rollback(kvspn_engine* engine, int32_t row, int32_t length) {
+    return guard([&] { of(engine).rollback(row, length); });
+}
+
+kvspn_status kvspn_engine_reset(kvspn_engine* engine) {
+    return guard([&] { of(engine).reset(); });
+}
+
+kvspn_status kvspn_engine_read_statistics(kvspn_engine* engine, int32_t row, kvspn_statistics* statistics) {
+    return guard([&] {
+        check_struct("statistics", statistics);
+        of(engine).read_statistics(row, *statistics);
+    });
+}
+
 kvspn_status kvspn_flat_kv_attention(const kvspn_attention_params* params) {
     return guard([&] {
         check_struct("params", params);

@@ -83,6 +83,7 @@ void Engine::bind(const kvspn_batch& b) {
         logits(threads * queries * kStrip * sizeof(float)), best(threads * queries * sizeof(Best)),
         ids(queries * sizeof(int32_t)), drafts(rows * sizeof(int32_t));
     slots_.resize(rows);
+    prefilled_.assign(rows, 0);
     x_ = std::move(x), wide_ = std::move(wide), attended_ = std::move(attended), hidden_ = std::move(hidden);
     normed_ = std::move(normed), quantised_ = std::move(quantised), scales_ = std::move(scales);
     scores_ = std::move(score), logits_ = std::move(logits), best_ = std::move(best);
@@ -103,8 +104,7 @@ void Engine::bind(const kvspn_batch& b) {
 }
 
 void Engine::encode(int row, const kvspn_tensor& states) {
-    require(batch_.rows, "a batch must be bound first, got none");
-    require(row >= 0 && row < batch_.rows, "row must be 0 to ", batch_.rows - 1, ", got ", row);
+    check_row(row);
     check_tensor("states", states, {Dtype::fp32, Dtype::bf16, Dtype::fp16}, {-1, weights_.width});
     const int count = int(std::min<int64_t>(states.shape[0], 1 << 24));
     require(count >= 1 && count <= batch_.cross_capacity, "states must hold 1 to ", batch_.cross_capacity,
@@ -139,8 +139,7 @@ void Engine::encode(int row, const kvspn_tensor& states) {
 }
 
 void Engine::prefill(int row, int count) {
-    require(batch_.rows, "a batch must be bound first, got none");
-    require(row >= 0 && row < batch_.rows, "row must be 0 to ", batch_.rows - 1, ", got ", row);
+    check_row(row);
     const int limit = std::min({batch_.capacity, batch_.token_capacity, weights_.positions.count});
     require(count >= 0 && count <= limit, "count must be 0 to ", limit, ", got ", count);
     check_cross(row);
@@ -156,7 +155,14 @@ void Engine::prefill(int row, int count) {
         embed(ids + first);
         team_.run([this](int thread) { base_pass(thread); });
     }
-    batch_.lengths[row] = count;
+    batch_.lengths[row] = prefilled_[row] = count;
+}
+
+void Engine::check_bound() const { require(batch_.rows, "a batch must be bound first, got none"); }
+
+void Engine::check_row(int row) const {
+    check_bound();
+    require(row >= 0 && row < batch_.rows, "row must be 0 to ", batch_.rows - 1, ", got ", row);
 }
 
 // The caller owns the lengths: they may hold anything.
@@ -166,14 +172,18 @@ void Engine::check_cross(int row) const {
             batch_.cross_capacity, ", got ", cross);
 }
 
-void Engine::step(const kvspn_step_params& params) {
-    require(batch_.rows, "a batch must be bound first, got none");
+void Engine::check_step(const kvspn_step_params& params) const {
+    check_bound();
     require(params.k >= 1, "k must be at least 1, got ", params.k);
     require(params.eos >= -1, "eos must be at least -1, got ", params.eos);
     const int limit = std::min({batch_.capacity, batch_.token_capacity, weights_.positions.count});
     require(params.max_length >= 1 && params.max_length <= limit, "max_length must be 1 to ", limit, ", got ",
             params.max_length);
     require(!params.draft || !weights_.blocks.empty(), "draft must be 0 without draft blocks, got 1");
+}
+
+void Engine::step(const kvspn_step_params& params) {
+    check_step(params);
     slot_count_ = 0;
     for (int row = 0; row < batch_.rows; ++row) {
         if (batch_.finished[row]) continue;
@@ -219,6 +229,51 @@ void Engine::step(const kvspn_step_params& params) {
         verify(thread, weights_.norm, weights_.head, nullptr);
         if (thread == 0) accept();
     });
+}
+
+void Engine::generate(const kvspn_generate_params& params) {
+    check_step(params.step);
+    require(params.max_steps >= 0, "max_steps must be at least 0, got ", params.max_steps);
+    kvspn_step_params first = params.step;
+    if (params.first_mask) first.mask = params.first_mask, first.draft = 0;
+    const uint8_t *finished = batch_.finished, *end = finished + batch_.rows;
+    for (int n = 0; !params.max_steps || n < params.max_steps; ++n) {
+        if (std::find(finished, end, 0) == end) return;
+        step(n ? params.step : first);
+        if (params.on_step && params.on_step(params.context)) return;
+    }
+}
+
+void Engine::rollback(int row, int length) {
+    check_row(row);
+    require(length >= 0 && length <= batch_.lengths[row], "length must be 0 to ", batch_.lengths[row],
+            ", got ", length);
+    batch_.lengths[row] = length;
+    batch_.finished[row] = 0;
+}
+
+void Engine::reset() {
+    check_bound();
+    std::fill_n(batch_.lengths, batch_.rows, 0);
+    std::fill_n(batch_.cross_lengths, batch_.rows, 0);
+    std::fill_n(batch_.finished, batch_.rows, 1);
+    std::fill_n(batch_.stats, 3 * batch_.rows, 0);
+    std::fill(prefilled_.begin(), prefilled_.end(), 0);
+}
+
+void Engine::read_statistics(int row, kvspn_statistics& statistics) const {
+    if (row == -1)
+        check_bound();
+    else
+        check_row(row);
+    statistics = {sizeof statistics, 0, 0, 0, 0};
+    for (int r = row == -1 ? 0 : row; r < (row == -1 ? batch_.rows : row + 1); ++r) {
+        const int32_t* stats = batch_.stats + 3 * int64_t(r);
+        statistics.tokens += std::max<int64_t>(int64_t(batch_.lengths[r]) - prefilled_[r], 0);
+        statistics.steps += stats[0];
+        statistics.drafted += stats[1];
+        statistics.accepted += stats[2];
+    }
 }
 
 // Tokens [rows] -> x: their embeddings and those of their positions.

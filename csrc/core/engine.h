@@ -18,6 +18,10 @@ class Engine {
     void encode(int row, const kvspn_tensor& states);
     void prefill(int row, int count);
     void step(const kvspn_step_params& params);
+    void generate(const kvspn_generate_params& params);
+    void rollback(int row, int length);
+    void reset();
+    void read_statistics(int row, kvspn_statistics& statistics) const;
 
   private:
     // `queries` tokens of batch row `row` in one pass, the first at `position`; rows of x from `first`.
@@ -37,7 +41,10 @@ class Engine {
         int rows, capacity, cross_capacity, token_capacity;
     };
 
+    void check_bound() const;
+    void check_row(int row) const;
     void check_cross(int row) const;
+    void check_step(const kvspn_step_params& params) const;
     void base_pass(int thread);
     void propose(int thread);
     void verify(int thread, const Norm& norm, const Matrix& head, const int32_t* ids);
@@ -58,6 +65,7 @@ class Engine {
     Batch batch_{};
     const kvspn_step_params* params_ = nullptr;
 
+    std::vector<int> prefilled_;  // tokens of each row
     std::vector<Slot> slots_;
     int slot_count_ = 0, rows_ = 0;  // of the present pass
     bool verify_drafts_ = false;

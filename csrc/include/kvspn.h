@@ -84,6 +84,23 @@ typedef struct kvspn_step_params {
     int32_t draft; /* 0: a plain greedy step */
 } kvspn_step_params;
 
+typedef struct kvspn_generate_params {
+    uint32_t struct_size;
+    kvspn_step_params step;            /* every step's */
+    const float* first_mask;           /* [V], in place of step.mask in a first step without draft; or NULL */
+    int32_t max_steps;                 /* 0: until every row is finished */
+    int32_t (*on_step)(void* context); /* after each step; other than 0 stops there. Or NULL */
+    void* context;
+} kvspn_generate_params;
+
+typedef struct kvspn_statistics {
+    uint32_t struct_size;
+    int64_t tokens; /* generated: past the prefilled ones and the one after them */
+    int64_t steps;
+    int64_t drafted;
+    int64_t accepted;
+} kvspn_statistics;
+
 typedef struct kvspn_engine kvspn_engine;
 
 KVSPN_API int32_t kvspn_abi_version(void);
@@ -94,7 +111,7 @@ KVSPN_API const char* kvspn_instruction_set(void);
 
 /* Packs the weights, which may be freed afterwards. Names and shapes are those of kvspn/ops/weights.py:
  * "embed_tokens", "layers.0.self_qkv.weight", "blocks.2.fc1.scale", ... A matrix is FP32, BF16, FP16,
- * INT8 with a "scale" [N], or INT4, [N, K / 2], with a "scale" [N, groups]. */
+ * INT8 with a "scale" [N], or INT4, [N, K / 2], with a "scale" [N, groups]. Other names are ignored. */
 KVSPN_API kvspn_status kvspn_engine_create(const kvspn_engine_params* params, const kvspn_tensor* weights,
                                            int32_t count, kvspn_engine** engine);
 KVSPN_API void kvspn_engine_destroy(kvspn_engine* engine);
@@ -110,6 +127,21 @@ KVSPN_API kvspn_status kvspn_engine_prefill(kvspn_engine* engine, int32_t row, i
 
 /* Draft, verify, accept, roll back: one step of every unfinished row. Allocates nothing. */
 KVSPN_API kvspn_status kvspn_engine_step(kvspn_engine* engine, const kvspn_step_params* params);
+
+/* Step after step, until every row is finished, max_steps are made or on_step stops it. */
+KVSPN_API kvspn_status kvspn_engine_generate(kvspn_engine* engine, const kvspn_generate_params* params);
+
+/* Takes one row back to its first length + 1 tokens, from which it goes on: lengths[row] = length, at most
+ * what it is, and the row is unfinished. Statistics stay. */
+KVSPN_API kvspn_status kvspn_engine_rollback(kvspn_engine* engine, int32_t row, int32_t length);
+
+/* Forgets the utterances: lengths, cross_lengths and stats are 0, every row is finished. A new one is encode,
+ * its tokens, finished[row] = 0, prefill. */
+KVSPN_API kvspn_status kvspn_engine_reset(kvspn_engine* engine);
+
+/* Fills in the figures of one row, or the sum of all for row -1; struct_size is the caller's. */
+KVSPN_API kvspn_status kvspn_engine_read_statistics(kvspn_engine* engine, int32_t row,
+                                                    kvspn_statistics* statistics);
 
 /* Queries over the keys of several layers as one sequence; see kvspn/ops/flat_kv_attention.py. One dtype:
  * FP32, BF16 or FP16. Any strides, but kv and tail are contiguous in D. */

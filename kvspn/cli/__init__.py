@@ -16,6 +16,7 @@ from kvspn.cli.demo import demo
 from kvspn.cli.doctor import doctor
 from kvspn.cli.evaluate import evaluate
 from kvspn.cli.profile import profile
+from kvspn.cli.quantize import quantize
 from kvspn.cli.train import app as train
 from kvspn.cli.translate import translate
 
@@ -50,6 +51,7 @@ for command in (translate, demo, evaluate):
     app.command(rich_help_panel="Use a model")(command)
 app.add_typer(train, name="train", rich_help_panel="Make a model")
 app.command(rich_help_panel="Make a model")(convert)
+app.command(rich_help_panel="Make a model")(quantize)
 app.command(rich_help_panel="This machine")(doctor)
 app.command(rich_help_panel="This machine")(bench)
 app.command(rich_help_panel="This machine")(profile)

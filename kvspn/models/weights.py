@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kvspn.ops import DecoderWeights
 from kvspn.ops.weights import DraftBlockWeights, LayerWeights, Linear, Norm
@@ -35,6 +35,29 @@ def decoder_weights(model: WhisperM2MForConditionalGeneration) -> DecoderWeights
             draft_ids=None if ids is None else ids.to(torch.int32),
             last_layer_only=draft is not None and draft.last_layer_only,
         )
+
+
+def encoder_weights(model: WhisperM2MForConditionalGeneration) -> dict[str, Tensor]:
+    """The speech encoder by name: "encoder.conv1.weight", "encoder.layers.0.self_qkv.bias", ..., in fp32."""
+    encoder = model.model.encoder
+    parts: dict[str, Norm | Linear] = {
+        "conv1": _linear(encoder.conv1),
+        "conv2": _linear(encoder.conv2),
+        "norm": _norm(encoder.layer_norm),
+    }
+    for i, layer in enumerate(encoder.layers):
+        attention = layer.self_attn
+        parts |= {
+            f"layers.{i}.self_norm": _norm(layer.self_attn_layer_norm),
+            f"layers.{i}.self_qkv": _stack(attention.q_proj, attention.k_proj, attention.v_proj),
+            f"layers.{i}.self_out": _linear(attention.out_proj),
+            f"layers.{i}.ffn_norm": _norm(layer.final_layer_norm),
+            f"layers.{i}.fc1": _linear(layer.fc1),
+            f"layers.{i}.fc2": _linear(layer.fc2),
+        }
+    tensors = {f"encoder.{name}.weight": part.weight.float() for name, part in parts.items()}
+    tensors |= {f"encoder.{name}.bias": part.bias.float() for name, part in parts.items()}
+    return tensors | {"encoder.embed_positions": encoder.embed_positions.weight.detach().float()}
 
 
 def _layer(layer: nn.Module) -> LayerWeights:

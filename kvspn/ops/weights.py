@@ -178,6 +178,25 @@ _LAYER = (Norm, Linear, Linear, Norm, Linear, Linear, Linear, Norm, Linear, Line
 _BLOCK = (Norm, Linear, Linear, Norm, Linear, Linear, Norm, Linear, Linear)
 
 
+def named_tensors(weights: DecoderWeights) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under the name that csrc knows: "embed_tokens", "layers.0.self_qkv.weight", ..."""
+    yield "embed_tokens", weights.embed_tokens.detach()
+    yield "embed_positions", weights.embed_positions.detach()
+    if weights.draft_ids is not None:
+        yield "draft_ids", weights.draft_ids
+    parts: dict[str, Any] = {  # a Norm or a Linear each, or None
+        name: getattr(weights, name) for name in ("norm", "head", "draft_norm", "draft_head")
+    }
+    for i, layer in enumerate(weights.layers):
+        parts |= {f"layers.{i}.{field}": part for field, part in layer._asdict().items()}
+    for i, block in enumerate(weights.blocks):
+        parts |= {f"blocks.{i}.{field}": part for field, part in block._asdict().items()}
+    for name, part in parts.items():
+        for field, tensor in () if part is None else part._asdict().items():
+            if tensor is not None:
+                yield f"{name}.{field}", tensor.detach()
+
+
 def _size(kinds: Sequence[Any]) -> int:
     return sum(len(kind._fields) for kind in kinds)
 

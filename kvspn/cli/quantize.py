@@ -1,0 +1,46 @@
+"""`kvspn quantize`: a model as one file for programs without Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvspn.cli.common import Model, silence_transformers
+
+
+def quantize(
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="The safetensors file to write.", show_default=False),
+    ],
+    model: Model = None,
+    weights: Annotated[
+        str,
+        typer.Option(
+            "--weights",
+            metavar="FORMAT",
+            help="The decoder's: fp32, bf16, fp16, int8 or int4, or two as base/draft.",
+        ),
+    ] = "int8",
+) -> None:
+    """Write a model as one file for C and C++: decoder in a weight format, encoder, vocabulary.
+
+    `examples/embed_c` shows a program that translates with it and the library alone.
+    """
+    import torch
+
+    from kvspn.assets import bundled_model
+    from kvspn.export import export
+    from kvspn.model_folder import open_folder
+    from kvspn.models import WhisperM2MForConditionalGeneration, WhisperM2MProcessor
+
+    silence_transformers()
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"{out}: no such folder")
+    opened, processor = open_folder(
+        model or bundled_model(), WhisperM2MForConditionalGeneration, WhisperM2MProcessor, torch.float32
+    )
+    export(opened, processor, out, weights)
+    typer.echo(f"Written to {out}: {weights}, {out.stat().st_size / 1e6:.1f} MB")

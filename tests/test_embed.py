@@ -1,0 +1,90 @@
+"""Without Python: the library is built and installed by CMake, and a C program translates with it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+from typer.testing import CliRunner
+
+from kvspn.assets import read_manifest
+from kvspn.audio import SAMPLING_RATE, load_audio
+from kvspn.cli import app
+from kvspn.engines import backends
+from kvspn.translator import Translator
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [
+    pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not here"),
+    pytest.mark.xdist_group("embed"),  # one build for all
+]
+
+
+def run(*command: object) -> str:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder outside the repository: lib/ with the stress test, the installed prefix/."""
+    folder = tmp_path_factory.mktemp("embed")
+    run("cmake", "-S", ROOT / "csrc", "-B", folder / "lib", "-DKVSPN_TESTS=ON")
+    run("cmake", "--build", folder / "lib", "--parallel", os.environ.get("OMP_NUM_THREADS", "1"))
+    run("cmake", "--install", folder / "lib", "--prefix", folder / "prefix")
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ELF tools")
+def test_exports_the_abi_alone(build):
+    [library] = build.glob("prefix/lib*/libkvspn.so")
+    exported = {line.split()[-1] for line in run("nm", "-D", "--defined-only", library).splitlines()}
+    header = (build / "prefix" / "include" / "kvspn.h").read_text()
+    assert exported == {name for name in exported if f"{name}(" in header}
+    assert {"kvspn_engine_create", "kvspn_engine_generate"} <= exported
+    assert "libkvspn.so.1" in run("readelf", "-d", library)
+
+
+def test_threads_memory_and_allocations(build):
+    """Engines on several threads at once; no allocation in a step; flat memory over many generations."""
+    out = run(build / "lib" / "kvspn_stress", 10_000)
+    assert out.startswith("10000 generations")
+
+
+@pytest.mark.skipif(backends()["native"] is not None, reason="the extension is not built")
+@pytest.mark.parametrize("weights", ["fp32", "int8/int4"])
+def test_a_c_program_translates(build, tmp_path, weights):
+    """The same text as Python's, on bundled clips."""
+    run(
+        "cmake",
+        *("-S", ROOT / "examples" / "embed_c", "-B", build / "example"),
+        f"-Dkvspn_ROOT={build / 'prefix'}",
+    )
+    run("cmake", "--build", build / "example")
+    model = tmp_path / "mini.safetensors"
+    assert CliRunner().invoke(app, ["quantize", str(model), "--weights", weights]).exit_code == 0
+    translator = Translator.from_folder(backend="native", weights=weights)
+    for clip, target in zip(read_manifest("demo")[:3], ("zh", "en", "de"), strict=True):
+        wav = tmp_path / f"{clip.id}.wav"
+        soundfile.write(wav, load_audio(clip.audio), SAMPLING_RATE, "PCM_16")
+        expected = translator.translate(load_audio(wav), target, clip.language)
+        assert run(build / "example" / "translate", model, wav, clip.language, target) == expected.text + "\n"
+
+
+def test_quantize_refuses(tmp_path):
+    for arguments, message in (
+        (["missing/mini.safetensors"], "no such folder"),
+        ([str(tmp_path / "mini.safetensors"), "--weights", "int3"], "weights must be one of"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "kvspn", "quantize", *arguments], capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == 1
