@@ -38,7 +38,7 @@ class Recipe:
     targets: int = 3  # of each clip
     encoder: Stage = field(default_factory=lambda: Stage(4200, 32, 1.5e-3))
     parent: Stage = field(default_factory=lambda: Stage(1200, 64, 1.5e-3))
-    base: Stage = field(default_factory=lambda: Stage(1800, 32, 1.5e-3))
+    base: Stage = field(default_factory=lambda: Stage(3000, 32, 1.5e-3))
     adapt: Stage = field(default_factory=lambda: Stage(160, 16, 3e-4))
     draft: Stage = field(default_factory=lambda: Stage(700, 32, 1.5e-3))
 
