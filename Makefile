@@ -22,7 +22,9 @@ demo: $(READY)
 	@$(BIN)/kvspn demo
 
 # One thread a process: the processes already fill the cores.
+# csrc/cuda is tested on the host: .ci/cuda and bench/gpu.sh build it for GPUs.
 test: $(READY)
+	@KVSPN_CUDA=emulate $(BIN)/python setup.py -q build_ext
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --maxprocesses 8 $(ARGS)
 
 lint: $(READY)

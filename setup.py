@@ -1,7 +1,9 @@
-"""Builds csrc with ninja: the module kvspn._native, and kvspn._torch_ops, which torch loads.
+"""Builds csrc with ninja: the modules kvspn._native, kvspn._torch_ops, which torch loads, and kvspn._cuda.
 
 csrc/CMakeLists.txt builds the library without Python from the same files, with the same flags: keep them so.
 Metadata lives in pyproject.toml. KVSPN_SANITIZE=address,undefined (or thread) builds with sanitizers.
+KVSPN_CUDA=auto builds for CUDA where nvcc and a GPU are, 1 in any case, 0 never; KVSPN_CUDA_ARCHS narrows the
+architectures down. KVSPN_CUDA=emulate builds csrc/cuda for the host, for the tests, and nothing else.
 """
 
 from __future__ import annotations
@@ -20,10 +22,31 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
+CUDA = os.environ.get("KVSPN_CUDA", "auto")
+EMULATE = CUDA == "emulate"
+CUDA_ARCHS = os.environ.get("KVSPN_CUDA_ARCHS", "80 90a 100a 120").split()
+TORCH = find_spec("torch") is not None  # an isolated build has none, and leaves the torch ops out
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
 ISA = {"avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512vnni": f"{AVX512} -mavx512vnni"}
-TORCH = find_spec("torch") is not None  # an isolated build has none, and leaves the torch ops out
-MODULES = ["kvspn._native", "kvspn._torch_ops"] if TORCH else ["kvspn._native"]
+
+
+def cuda() -> tuple[bool, str]:
+    """Whether to build for CUDA devices, and why."""
+    if CUDA not in ("auto", "0", "1", "emulate"):
+        raise SystemExit(f"KVSPN_CUDA must be auto, 1, 0 or emulate, got {CUDA}")
+    if CUDA in ("0", "emulate"):
+        return EMULATE, f"KVSPN_CUDA={CUDA}"
+    if not shutil.which("nvcc"):
+        if CUDA == "1":
+            raise SystemExit("KVSPN_CUDA=1 needs nvcc in the PATH, and it is not there")
+        return False, "no nvcc in the PATH"
+    if CUDA == "auto" and not Path("/dev/nvidia0").exists():
+        return False, "no GPU here (KVSPN_CUDA=1 builds all the same)"
+    return True, f"with nvcc, for sm_{', sm_'.join(CUDA_ARCHS)}"
+
+
+MODULES = [] if EMULATE else ["kvspn._native", "kvspn._torch_ops"] if TORCH else ["kvspn._native"]
+MODULES += ["kvspn._cuda"] if cuda()[0] else []
 
 
 class NinjaBuild(build_ext):
@@ -34,61 +57,85 @@ class NinjaBuild(build_ext):
         if missing:
             print(f"kvspn: the native backend is not built: {' and '.join(missing)} missing", file=sys.stderr)
             return
+        print(f"kvspn: the CUDA backend is {'' if cuda()[0] else 'not '}built: {cuda()[1]}", file=sys.stderr)
         super().run()
 
     def build_extensions(self) -> None:
-        folder = ROOT / "build" / "native"
+        folder = ROOT / "build" / ("emulated" if EMULATE else "native")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(self._rules())
+        (folder / "build.ninja").write_text(_rules())
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder), "--quiet"], check=True)
-        for extension in self.extensions:
+        for extension in self.extensions if not EMULATE else ():
             module = Path(self.get_ext_fullpath(extension.name))
             module.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(folder / f"{extension.name.rpartition('.')[2]}.so", module)
 
-    def _rules(self) -> str:
-        import pybind11
 
-        sanitize = os.environ.get("KVSPN_SANITIZE")
-        checks = f" -fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
-        x86 = platform.machine() in ("x86_64", "AMD64")
-        lines = [
-            f"cxx = {os.environ.get('CXX', 'c++')}",
-            f"flags = -std=c++17 -O3 -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra "
-            # GCC's own vector headers; vectors never cross a call.
-            f"-Wno-uninitialized -Wno-maybe-uninitialized -Wno-psabi "
-            f"-I{CSRC} -I{CSRC / 'include'}{checks}",
-            "rule compile",
-            "  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "rule link",
-            f"  command = $cxx -shared{checks} -pthread $in $extra -o $out",
-        ]
-        objects = []
-        for source in sorted([*CSRC.glob("core/*.cpp"), *CSRC.glob("cpu/*.cpp")]):
-            extra = ISA.get(source.stem, "") if x86 else ""
-            objects.append(f"{source.parent.name}-{source.stem}.o")
-            lines += [f"build {objects[-1]}: compile {source}", f"  extra = {extra}"]
-        lines += [
-            f"build module.o: compile {CSRC / 'bindings' / 'module.cpp'}",
-            f"  extra = -I{sysconfig.get_paths()['include']} -I{pybind11.get_include()}",
-            f"build _native.so: link module.o {' '.join(objects)}",
-        ]
-        if TORCH:
-            import torch
+def _rules() -> str:
+    """build.ninja."""
+    import pybind11
 
-            installed = Path(torch.__file__).parent
-            # TORCH_TARGET_VERSION: the oldest torch whose stable ABI it must run with.
-            stable = f"-std=c++20 -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem {installed / 'include'}"
-            lines += [
-                f"build torch_ops.o: compile {CSRC / 'bindings' / 'torch_ops.cpp'}",
-                f"  extra = {stable}",
-                f"build _torch_ops.so: link torch_ops.o {' '.join(objects)}",
-                f"  extra = -L{installed / 'lib'} -ltorch_cpu -ltorch",
-            ]
-        lines.append("")
-        return "\n".join(lines)
+    sanitize = os.environ.get("KVSPN_SANITIZE")
+    checks = f" -fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    # -ffp-contract, -fmad: a sum is the same wherever it is inlined.
+    common = f"-std=c++17 -O3 -I{CSRC} -I{CSRC / 'include'}"
+    targets = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS)
+    lines = [
+        f"cxx = {os.environ.get('CXX', 'c++')}",
+        f"flags = {common} -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra "
+        # GCC's own vector headers; vectors never cross a call.
+        f"-Wno-uninitialized -Wno-maybe-uninitialized -Wno-psabi{checks}",
+        "rule compile",
+        "  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule nvcc",  # the compiler's report on registers and spills stays beside the object
+        f"  command = nvcc {common} {targets} -fmad=false -lineinfo -Xptxas=-v --threads 2 "
+        "-Xcompiler=-fPIC,-fvisibility=hidden $extra -MMD -MF $out.d -c $in -o $out > $out.report 2>&1 || "
+        "{ cat $out.report; exit 1; }",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx -shared{checks} -pthread $in $extra -o $out",
+        "rule nvlink",
+        "  command = nvcc -shared -cudart=static -Xcompiler=-pthread $in -o $out",
+    ]
+
+    def build(output: str, rule: str, inputs: object, extra: str = "") -> str:
+        lines.extend([f"build {output}: {rule} {inputs}", f"  extra = {extra}"])
+        return output
+
+    objects = []
+    for source in sorted([*CSRC.glob("core/*.cpp"), *CSRC.glob("cpu/*.cpp")]):
+        extra = ISA.get(source.stem, "") if x86 else ""
+        objects.append(build(f"{source.parent.name}-{source.stem}.o", "compile", source, extra))
+    python = f"-I{sysconfig.get_paths()['include']} -I{pybind11.get_include()}"
+    bindings = CSRC / "bindings"
+    module = build("module.o", "compile", bindings / "module.cpp", f"{python} -DKVSPN_MODULE=_native")
+    build("_native.so", "link", " ".join([module, *objects]))
+    if TORCH:
+        import torch
+
+        installed = Path(torch.__file__).parent
+        # TORCH_TARGET_VERSION: the oldest torch whose stable ABI it must run with.
+        stable = f"-std=c++20 -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem {installed / 'include'}"
+        ops = build("torch_ops.o", "compile", bindings / "torch_ops.cpp", stable)
+        linked = f"-L{installed / 'lib'} -ltorch_cpu -ltorch"
+        build("_torch_ops.so", "link", " ".join([ops, *objects]), linked)
+
+    defines = f"-DKVSPN_CUDA -DKVSPN_MODULE=_cuda {'-DKVSPN_EMULATE -Wno-unknown-pragmas' * EMULATE}"
+    objects = [name for name in objects if name in ("core-batch.o", "core-tensor.o", "core-weights.o")]
+    objects.append(build("cuda-module.o", "compile", bindings / "module.cpp", f"{python} {defines}"))
+    sources = sorted([CSRC / "core" / "c_api.cpp", *CSRC.glob("cuda/*.cpp"), *CSRC.glob("cuda/*.cu")])
+    for source in sources:
+        if EMULATE:
+            objects.append(build(f"cuda-{source.stem}.o", "compile", source, f"{defines} -x c++"))
+        elif source.stem != "emulation":
+            objects.append(build(f"cuda-{source.stem}.o", "nvcc", source, defines))
+    build("_cuda.so", "link" if EMULATE else "nvlink", " ".join(objects))
+    wanted = " ".join(f"{extension.rpartition('.')[2]}.so" for extension in MODULES)
+    return "\n".join([*lines, f"default {wanted}", ""])
 
 
 setup(

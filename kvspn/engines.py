@@ -131,11 +131,25 @@ class CachedEngine(Engine):
 
     @torch.no_grad()
     def step(self, k: int = 1, draft: bool = True) -> None:
+        self.run(k, draft, steps=1)
+
+    @torch.no_grad()
+    def run(self, k: int = 1, draft: bool = True, *, steps: int) -> None:
+        """Step until every row has finished, ``steps`` times at most; see :meth:`step`.
+
+        One call of a backend that loops by itself, and there nothing waits for the device.
+        """
+        integer("steps", steps, 0, K_INF)
         integer("k", k, 1, K_INF)
         if draft and not self._weights.blocks:
             raise ValueError("draft must be False without draft blocks among the weights, got True")
-        first, self._first_mask = self._first_mask, None
-        self._step(self._mask if first is None else first, k, draft and first is None)
+        first = self._first_mask
+        if first is not None and steps:
+            self._first_mask = None
+            self._step(first, k, False)
+            steps -= 1
+        if steps:
+            self._run(self._mask, k, draft, steps)
 
     @abc.abstractmethod
     def _encode(self, row: int, states: Tensor) -> None:
@@ -148,6 +162,13 @@ class CachedEngine(Engine):
     @abc.abstractmethod
     def _step(self, mask: Tensor | None, k: int, draft: bool) -> None:
         """One checked step of every unfinished row."""
+
+    def _run(self, mask: Tensor | None, k: int, draft: bool, steps: int) -> None:
+        """That many checked steps, fewer where every row has finished."""
+        for _ in range(steps):
+            if steps > 1 and self.finished.all():
+                break
+            self._step(mask, k, draft)
 
     def _check_start(
         self,
@@ -229,7 +250,7 @@ class ReferenceEngine(CachedEngine):
         )
 
 
-_MISSING = dict.fromkeys(("cuda", "triton"), "not part of this version")
+_MISSING = {"triton": "not part of this version"}
 
 
 def _engines() -> tuple[dict[str, type[Engine]], dict[str, str]]:
@@ -242,6 +263,15 @@ def _engines() -> tuple[dict[str, type[Engine]], dict[str, str]]:
         ready["native"] = NativeEngine
     except ImportError as error:
         missing["native"] = f"its extension is not built here ({error})"
+    try:
+        from kvspn.cuda import CudaEngine
+
+        if CudaEngine.device == "cpu" or torch.cuda.is_available():
+            ready["cuda"] = CudaEngine
+        else:
+            missing["cuda"] = "PyTorch sees no CUDA device here"
+    except ImportError as error:
+        missing["cuda"] = f"its extension is not built here ({error})"
     return ready, missing
 
 
@@ -253,7 +283,8 @@ def backends() -> dict[str, str | None]:
 
 def default_backend(device: torch.device) -> str:
     """The fastest ready backend for weights on a device."""
-    return "native" if device.type == "cpu" and backends()["native"] is None else "reference"
+    fastest = "cuda" if device.type == "cuda" else "native"
+    return fastest if backends()[fastest] is None else "reference"
 
 
 def engine(name: str, weights: DecoderWeights, *, batch: int, capacity: int, cross_capacity: int) -> Engine:

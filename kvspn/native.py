@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -19,13 +22,15 @@ class NativeEngine(CachedEngine):
     chosen at run time; the environment variable KVSPN_CPU (avx512vnni, avx512, avx2, portable) names another.
     """
 
+    module: ClassVar[ModuleType] = _native
+    device: ClassVar[str] = "cpu"
+
     def __init__(self, weights: DecoderWeights, *, batch: int, capacity: int, cross_capacity: int) -> None:
         super().__init__(weights, batch=batch, capacity=capacity, cross_capacity=cross_capacity)
-        if self._embed.device.type != "cpu":
-            raise ValueError(f"weights must be on the CPU, got {self._embed.device}")
-        named = dict(named_tensors(weights))
-        self._engine = _native.Engine(
-            named,
+        if self._embed.device.type != self.device:
+            raise ValueError(f"weights must be on the device {self.device}, got {self._embed.device}")
+        self._engine = self.module.Engine(
+            {name: tensor.cpu() for name, tensor in named_tensors(weights)},
             layers=len(weights.layers),
             heads=weights.heads,
             blocks=len(weights.blocks),
@@ -50,5 +55,12 @@ class NativeEngine(CachedEngine):
         self._engine.prefill(row, count)
 
     def _step(self, mask: Tensor | None, k: int, draft: bool) -> None:
+        self._run(mask, k, draft, 1)
+
+    def _run(self, mask: Tensor | None, k: int, draft: bool, steps: int) -> None:
         mask = None if mask is None else mask.contiguous()
-        self._engine.step(mask, k=k, eos=self._eos, max_length=self._max_length, draft=draft)
+        self._engine.step(mask, k=k, eos=self._eos, max_length=self._max_length, draft=draft, steps=steps)
+
+    def progress(self, row: int) -> list[int]:
+        """The tokens that steps have given one row since start(): on a CUDA device also while run() runs."""
+        return self._engine.progress(row)

@@ -118,7 +118,7 @@ def test_translate_on_another_backend_or_format(clip: Path, arguments: tuple[str
     ("arguments", "message"),
     [
         (("--weights", "int3"), "weights must be one of fp32, bf16, fp16, int8, int4, or two"),
-        (("--backend", "cuda"), "got 'cuda'"),
+        (("--backend", "cublas"), "got 'cublas'"),
     ],
 )
 def test_translate_refuses(clip: Path, arguments: tuple[str, ...], message: str) -> None:

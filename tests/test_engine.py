@@ -5,6 +5,8 @@ from kvspn.engines import backends, engine
 from kvspn.random_decoder import random_decoder
 
 READY = [name for name, missing in backends().items() if missing is None]
+if torch.cuda.is_available():
+    READY = [name for name in READY if name != "cuda"]  # tests/test_gpu.py has it
 
 
 @pytest.fixture(params=READY)
@@ -89,6 +91,27 @@ def test_the_encoder_states_of_a_row_alone(make_engine, dtype):
         assert torch.equal(alone.cache.cross_kv[:, :, 0], together[:, :, b])
 
 
+def test_run_is_many_steps(make_engine):
+    """It ends with the last row, makes the first token as step() does, and tells what it made."""
+    e, only = make_engine(random_decoder()), torch.full((29,), -torch.inf)
+    only[7] = 0
+    runs = []
+    for steps in (1, 30):
+        torch.manual_seed(1)
+        start(e, begin_mask=only, eos=5)
+        while not e.finished.all():
+            e.run(steps=steps)
+        runs.append(state(e))
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    assert runs[1]["tokens"][0, 3] == 7
+    if hasattr(e, "progress"):
+        for row, prompt in enumerate((3, 1)):
+            assert e.progress(row) == e.tokens[row, prompt : e.lengths[row] + 1].tolist()
+    start(e)
+    e.run(steps=0)
+    assert not e.stats.any()
+
+
 def test_begin_mask_is_for_the_first_token(make_engine):
     e = make_engine(random_decoder())
     only = torch.full((29,), -torch.inf)
@@ -135,7 +158,6 @@ def test_parameters_and_inference_mode(make_engine):
     ("name", "options"),
     [
         ("name", {"name": "cublas"}),
-        ("name", {"name": "cuda"}),
         ("weights", {"weights": []}),
         ("batch", {"batch": 0}),
         ("capacity", {"capacity": 25}),
@@ -155,8 +177,8 @@ def test_engine_errors_name_the_argument(name, options):
 
 
 def test_an_unknown_backend_hears_why():
-    with pytest.raises(ValueError, match=r"reference.*got 'cuda'.*cuda: not part of this version"):
-        engine("cuda", random_decoder(), batch=1, capacity=9, cross_capacity=9)
+    with pytest.raises(ValueError, match=r"reference.*got 'triton'.*triton: not part of this version"):
+        engine("triton", random_decoder(), batch=1, capacity=9, cross_capacity=9)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,14 @@ namespace py = pybind11;
 
 namespace {
 
+// As DLPack counts them; the batch's.
+constexpr int kCpu = 1;
+#if defined(KVSPN_CUDA) && !defined(KVSPN_EMULATE)
+constexpr int kDevice = 2;
+#else
+constexpr int kDevice = kCpu;
+#endif
+
 void check(kvspn_status status) {
     if (status == KVSPN_OK) return;
     if (status == KVSPN_INVALID_ARGUMENT) throw py::value_error(kvspn_last_error());
@@ -37,7 +45,7 @@ int32_t dtype_of(const std::string& name, DLDataType dtype) {
 // A tensor of the caller; holds the capsule, which keeps its memory alive.
 class Tensor {
   public:
-    Tensor(std::string name, const py::object& object) : name_(std::move(name)) {
+    Tensor(std::string name, const py::object& object, int device = kDevice) : name_(std::move(name)) {
         if (!py::hasattr(object, "__dlpack__"))
             throw py::type_error(name_ + " must be a tensor with __dlpack__, got " +
                                  std::string(py::str(py::type::of(object).attr("__name__"))));
@@ -45,8 +53,9 @@ class Tensor {
         auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
         if (!managed) throw py::error_already_set();
         const DLTensor& from = managed->dl_tensor;
-        if (from.device.device_type != 1)
-            throw py::value_error(name_ + " must be on the CPU, got another device");
+        if (from.device.device_type != device)
+            throw py::value_error(name_ + " must be on " + (device == kCpu ? "the CPU" : "a CUDA device") +
+                                  ", got another device");
         if (from.ndim > KVSPN_MAX_DIMS)
             throw py::value_error(name_ + " must have at most 6 dimensions, got " +
                                   std::to_string(from.ndim));
@@ -83,7 +92,7 @@ class Engine {
         std::vector<kvspn_tensor> tensors;
         for (auto& [name, value] : weights) {
             held.push_back(
-                std::make_unique<Tensor>(py::cast<std::string>(name), py::cast<py::object>(value)));
+                std::make_unique<Tensor>(py::cast<std::string>(name), py::cast<py::object>(value), kCpu));
             tensors.push_back(held.back()->get());
         }
         kvspn_engine_params params{sizeof params, layers, heads, blocks, groups, last_layer_only, threads};
@@ -136,7 +145,7 @@ class Engine {
         check(status);
     }
 
-    void step(const py::object& mask, int k, int eos, int max_length, bool draft) {
+    void step(const py::object& mask, int k, int eos, int max_length, bool draft, int steps) {
         std::unique_ptr<Tensor> held;
         if (!mask.is_none()) {
             held = std::make_unique<Tensor>("mask", mask);
@@ -144,15 +153,25 @@ class Engine {
             if (t.dtype != KVSPN_FP32 || t.ndim != 1 || (t.shape[0] > 1 && t.strides[0] != 1))
                 throw py::value_error("mask must be fp32 and contiguous, [V], got another tensor");
         }
-        kvspn_step_params params{
-            sizeof params, held ? static_cast<const float*>(held->get().data) : nullptr, k, eos, max_length,
-            draft};
+        const float* values = held ? static_cast<const float*>(held->get().data) : nullptr;
+        kvspn_generate_params params{};
+        params.struct_size = sizeof params;
+        params.step = {sizeof params.step, values, k, eos, max_length, draft};
+        params.max_steps = steps;
         kvspn_status status;
         {
             py::gil_scoped_release release;
-            status = kvspn_engine_step(engine_.get(), &params);
+            status = kvspn_engine_generate(engine_.get(), &params);
         }
         check(status);
+    }
+
+    std::vector<int32_t> progress(int row) const {
+        int32_t count = 0;
+        check(kvspn_engine_progress(engine_.get(), row, nullptr, 0, &count));
+        std::vector<int32_t> tokens(static_cast<size_t>(count));
+        check(kvspn_engine_progress(engine_.get(), row, tokens.data(), count, &count));
+        return tokens;
     }
 
   private:
@@ -162,7 +181,7 @@ class Engine {
 
 }  // namespace
 
-PYBIND11_MODULE(_native, m) {
+PYBIND11_MODULE(KVSPN_MODULE, m) {
     m.doc() = "kvspn's C++ engine; every tensor is taken through DLPack. See csrc/include/kvspn.h.";
     m.def("instruction_set", [] { return std::string(kvspn_instruction_set()); });
     m.attr("ABI_VERSION") = kvspn_abi_version();
@@ -175,5 +194,6 @@ PYBIND11_MODULE(_native, m) {
         .def("encode", &Engine::encode, py::arg("row"), py::arg("states"))
         .def("prefill", &Engine::prefill, py::arg("row"), py::arg("count"))
         .def("step", &Engine::step, py::arg("mask"), py::kw_only(), py::arg("k"), py::arg("eos"),
-             py::arg("max_length"), py::arg("draft"));
+             py::arg("max_length"), py::arg("draft"), py::arg("steps") = 1)
+        .def("progress", &Engine::progress, py::arg("row"));
 }

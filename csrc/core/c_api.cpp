@@ -1,8 +1,12 @@
 #include <new>
 
-#include "core/engine.h"
 #include "core/error.h"
+#if defined(KVSPN_CUDA)  // one ABI, a library for each kind of device
+#include "cuda/engine.h"
+#else
+#include "core/engine.h"
 #include "core/ops.h"
+#endif
 
 struct kvspn_engine {
     kvspn::Engine engine;
@@ -55,7 +59,7 @@ const char* kvspn_last_error(void) { return last_error.c_str(); }
 
 const char* kvspn_instruction_set(void) {
     const char* name = "";
-    guard([&] { name = kvspn::select_kernels().name; });
+    guard([&] { name = kvspn::instruction_set(); });
     return name;
 }
 
@@ -118,9 +122,20 @@ kvspn_status kvspn_engine_read_statistics(kvspn_engine* engine, int32_t row, kvs
     });
 }
 
+kvspn_status kvspn_engine_progress(kvspn_engine* engine, int32_t row, int32_t* tokens, int32_t capacity,
+                                   int32_t* count) {
+    return guard([&] {
+        kvspn::require(count && capacity >= 0 && (tokens || !capacity),
+                       "tokens and count must be given, got a null pointer");
+        *count = of(engine).progress(row, tokens, capacity);
+    });
+}
+
+#if !defined(KVSPN_CUDA)
 kvspn_status kvspn_flat_kv_attention(const kvspn_attention_params* params) {
     return guard([&] {
         check_struct("params", params);
         kvspn::flat_kv_attention(*params);
     });
 }
+#endif

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/batch.h"
 #include "core/error.h"
 
 namespace kvspn {
@@ -22,16 +23,9 @@ std::pair<int, int> share(int count, int thread, int threads) {
             int(std::min<int64_t>(count, tiles * (thread + 1) / threads * kLanes))};
 }
 
-void check_contiguous(const std::string& name, const kvspn_tensor& tensor) {
-    int64_t stride = 1;
-    for (int i = tensor.ndim - 1; i >= 0; --i) {
-        require(tensor.shape[i] <= 1 || tensor.strides[i] == stride, name, " must be contiguous, got stride ",
-                tensor.strides[i], " in dimension ", i);
-        stride *= tensor.shape[i];
-    }
-}
-
 }  // namespace
+
+const char* instruction_set() { return select_kernels().name; }
 
 Engine::Engine(const kvspn_engine_params& params, const kvspn_tensor* weights, int count)
     : weights_(params, weights, count), team_(thread_count(params.threads)), kernels_(select_kernels()) {
@@ -49,30 +43,9 @@ Engine::Engine(const kvspn_engine_params& params, const kvspn_tensor* weights, i
 }
 
 void Engine::bind(const kvspn_batch& b) {
-    const int64_t layers = int64_t(weights_.layers.size()), heads = weights_.heads, width = weights_.head_dim;
-    check_tensor("kv", b.kv, {Dtype::fp32, Dtype::bf16, Dtype::fp16}, {layers, 2, -1, heads, -1, width});
-    const int64_t rows = b.kv.shape[2], capacity = b.kv.shape[4];
-    check_tensor("lengths", b.lengths, {Dtype::int32}, {rows});
-    check_tensor("tokens", b.tokens, {Dtype::int32}, {rows, -1});
-    check_tensor("finished", b.finished, {Dtype::boolean}, {rows});
-    check_tensor("stats", b.stats, {Dtype::int32}, {rows, 3});
-    check_tensor("cross_kv", b.cross_kv, {Dtype(b.kv.dtype)}, {layers, 2, rows, heads, -1, width});
-    check_tensor("cross_lengths", b.cross_lengths, {Dtype::int32}, {rows});
-    const int64_t cross = b.cross_kv.shape[4], tokens = b.tokens.shape[1];
-    for (int64_t size : {rows, capacity, cross, tokens})
-        require(size >= 1 && size < (1 << 24), "kv, cross_kv and tokens must have 1 to 2^24 rows, got ",
-                size);
-    for (auto& [name, tensor] : {std::pair<const char*, const kvspn_tensor*>{"kv", &b.kv},
-                                 {"lengths", &b.lengths},
-                                 {"tokens", &b.tokens},
-                                 {"finished", &b.finished},
-                                 {"stats", &b.stats},
-                                 {"cross_kv", &b.cross_kv},
-                                 {"cross_lengths", &b.cross_lengths}})
-        check_contiguous(name, *tensor);
-
+    const auto [rows, capacity, cross, tokens] = check_batch(b, weights_);
     const int64_t queries = std::max<int64_t>(kPrefillChunk, 2 * rows);
-    const int group = weights_.blocks.empty() ? 1 : int(layers) / weights_.groups;
+    const int group = weights_.blocks.empty() ? 1 : int(weights_.layers.size()) / weights_.groups;
     const int scores = pad(int(std::max(capacity * group, cross) + int64_t(kLanes) * group));
     const int threads = team_.size();
     Memory x(queries * width_stride_ * sizeof(float)), wide(queries * wide_stride_ * sizeof(float)),
@@ -274,6 +247,15 @@ void Engine::read_statistics(int row, kvspn_statistics& statistics) const {
         statistics.drafted += stats[1];
         statistics.accepted += stats[2];
     }
+}
+
+int Engine::progress(int row, int32_t* tokens, int capacity) const {
+    check_row(row);
+    const int first = prefilled_[row] + 1, end = std::min(batch_.lengths[row] + 1, batch_.token_capacity);
+    const int count = std::max(end - first, 0);
+    std::copy_n(batch_.tokens + int64_t(row) * batch_.token_capacity + first, std::min(count, capacity),
+                tokens);
+    return count;
 }
 
 // Tokens [rows] -> x: their embeddings and those of their positions.

@@ -10,6 +10,8 @@ namespace kvspn {
 
 constexpr int kPrefillChunk = 16;  // query tokens of one pass
 
+const char* instruction_set();
+
 class Engine {
   public:
     Engine(const kvspn_engine_params& params, const kvspn_tensor* weights, int count);
@@ -22,6 +24,7 @@ class Engine {
     void rollback(int row, int length);
     void reset();
     void read_statistics(int row, kvspn_statistics& statistics) const;
+    int progress(int row, int32_t* tokens, int capacity) const;
 
   private:
     // `queries` tokens of batch row `row` in one pass, the first at `position`; rows of x from `first`.

@@ -28,8 +28,8 @@ void Table::add(int row, float* x) const {
     }
 }
 
-Weights::Weights(const kvspn_engine_params& params, const kvspn_tensor* tensors, int count)
-    : heads(params.heads), groups(params.groups), last_layer_only(params.last_layer_only) {
+Weights::Weights(const kvspn_engine_params& params, const kvspn_tensor* tensors, int count, Layout layout)
+    : heads(params.heads), groups(params.groups), last_layer_only(params.last_layer_only), layout_(layout) {
     require(params.layers >= 1, "layers must be at least 1, got ", params.layers);
     require(params.heads >= 1, "heads must be at least 1, got ", params.heads);
     require(params.blocks >= 0, "blocks must be at least 0, got ", params.blocks);
@@ -162,9 +162,43 @@ Matrix Weights::read_matrix(const std::string& name, int outputs, int columns) {
     require(bool(find(name + ".scale")) == is_integer(matrix.dtype), name,
             ".scale must be given with an int8 or int4 weight alone, got ",
             find(name + ".scale") ? "one" : "none");
+    if (layout_ == Layout::rows) {
+        copy_rows(name, *tensor, columns, matrix);
+        return matrix;
+    }
     if (is_integer(matrix.dtype)) read_scale(name, columns, matrix);
     pack(*tensor, columns, matrix);
     return matrix;
+}
+
+void Weights::copy_rows(const std::string& name, const kvspn_tensor& tensor, int columns, Matrix& matrix) {
+    const bool int4 = matrix.dtype == Dtype::int4;
+    if (matrix.dtype == Dtype::int8) matrix.scale = vector(name + ".scale", matrix.outputs);
+    if (int4) {
+        const kvspn_tensor& scale = get(name + ".scale", {matrix.outputs, -1});
+        const int groups = int(scale.shape[1]);
+        matrix.span = groups ? columns / groups : 0;
+        require(
+            matrix.span >= kDepth && !(matrix.span & (matrix.span - 1)) && matrix.span * groups == columns,
+            name, ".scale must divide the ", columns, " columns into groups of 8, 16, 32, ..., got ", groups,
+            " groups");
+        Memory memory(size_t(matrix.outputs) * groups * sizeof(float));
+        read_rows(scale, matrix.outputs, groups, memory.as<float>(), groups);
+        matrix.scale = memory.as<float>();
+        memory_.push_back(std::move(memory));
+    }
+    const int64_t size = int64_t(size_of(matrix.dtype)), count = tensor.shape[1];
+    const int64_t pitch = pad(int(count * size), 16);
+    matrix.columns = int(pitch / size) * (int4 ? 2 : 1);
+    Memory memory(size_t(matrix.outputs * pitch));
+    for (int64_t output = 0; output < matrix.outputs; ++output)
+        for (int64_t c = 0; c < count; ++c)
+            std::memcpy(memory.as<char>() + output * pitch + c * size,
+                        static_cast<const char*>(tensor.data) +
+                            (output * tensor.strides[0] + c * tensor.strides[1]) * size,
+                        size_t(size));
+    matrix.weight = memory.as<void>();
+    memory_.push_back(std::move(memory));
 }
 
 // int8: a scale for each output; int4: for each group of an output's columns.

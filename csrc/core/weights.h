@@ -35,8 +35,15 @@ struct Table {
     void add(int row, float* x) const;  // x[0 .. width) += the row
 };
 
+// Of a matrix in memory: as the CPU's kernels read it, or its rows as they are, each filled up to 16 bytes.
+enum class Layout { packed, rows };
+
 struct Weights {
-    Weights(const kvspn_engine_params& params, const kvspn_tensor* tensors, int count);
+    Weights(const kvspn_engine_params& params, const kvspn_tensor* tensors, int count,
+            Layout layout = Layout::packed);
+
+    // Frees what the pointers below point to, for who has copied it.
+    void release() { memory_.clear(); }
 
     int heads, head_dim, width, vocabulary;
     int groups;
@@ -56,9 +63,11 @@ struct Weights {
     Matrix read_matrix(const std::string& name, int outputs, int columns);
     void read_scale(const std::string& name, int columns, Matrix& matrix);
     void pack(const kvspn_tensor& tensor, int columns, Matrix& matrix);
+    void copy_rows(const std::string& name, const kvspn_tensor& tensor, int columns, Matrix& matrix);
     int rows_of(const std::string& name) const;
     Table read_table(const std::string& name);
 
+    Layout layout_;
     std::unordered_map<std::string, const kvspn_tensor*> tensors_;  // valid while constructing
     std::vector<Memory> memory_;
 };

@@ -106,7 +106,14 @@ typedef struct kvspn_engine kvspn_engine;
 KVSPN_API int32_t kvspn_abi_version(void);
 KVSPN_API const char* kvspn_last_error(void);
 
-/* The instruction set in use: "avx512vnni", "avx512", "avx2" or "portable". KVSPN_CPU names another one. */
+/* The instruction set in use: "avx512vnni", "avx512", "avx2" or "portable". KVSPN_CPU names another one.
+ *
+ * "cuda" in the library for CUDA devices, which is the same but for this: the tensors of a batch, the encoder
+ * states and the masks are in the device's memory, the weights in the host's, int4 in groups of 8, 16, 32,
+ * ...; work is put on the default stream, step and generate without on_step do not wait for it, and an error
+ * of the device may come out of a later call; a row whose length is out of bounds is left alone. The
+ * environment variable KVSPN_CUDA_STEP says how steps run there: "persistent" (the default: one launch, for
+ * all the steps of generate too), "graph" or "kernels". kvspn_flat_kv_attention is not in it. */
 KVSPN_API const char* kvspn_instruction_set(void);
 
 /* Packs the weights, which may be freed afterwards. Names and shapes are those of kvspn/ops/weights.py:
@@ -142,6 +149,11 @@ KVSPN_API kvspn_status kvspn_engine_reset(kvspn_engine* engine);
 /* Fills in the figures of one row, or the sum of all for row -1; struct_size is the caller's. */
 KVSPN_API kvspn_status kvspn_engine_read_statistics(kvspn_engine* engine, int32_t row,
                                                     kvspn_statistics* statistics);
+
+/* The tokens generated for one row, as far as they are there: from a CUDA device also while it runs. *count:
+ * their number; of them `capacity` are copied at most. */
+KVSPN_API kvspn_status kvspn_engine_progress(kvspn_engine* engine, int32_t row, int32_t* tokens,
+                                             int32_t capacity, int32_t* count);
 
 /* Queries over the keys of several layers as one sequence; see kvspn/ops/flat_kv_attention.py. One dtype:
  * FP32, BF16 or FP16. Any strides, but kv and tail are contiguous in D. */

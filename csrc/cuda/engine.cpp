@@ -1,0 +1,451 @@
+#include "cuda/engine.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "core/batch.h"
+#include "core/error.h"
+
+namespace kvspn {
+namespace cuda {
+
+Buffer::Buffer(size_t bytes) {
+    check(cudaMalloc(&data_, std::max<size_t>(bytes, 16)), "device memory");
+    check(cudaMemsetAsync(data_, 0, bytes, nullptr), "device memory");
+}
+
+Buffer::Buffer(const void* from, size_t bytes) {
+    check(cudaMalloc(&data_, std::max<size_t>(bytes, 16)), "device memory");
+    check(cudaMemcpyAsync(data_, from, bytes, cudaMemcpyHostToDevice, nullptr), "device memory");
+}
+
+Pinned::Pinned(size_t bytes) {
+    check(cudaMallocHost(&data_, bytes), "pinned memory");
+    std::memset(data_, 0, bytes);
+}
+
+template <class Body>
+void Graph::launch(Body capture, cudaStream_t on) {
+    if (!exec_) {
+        // The default stream cannot be captured.
+        cudaStream_t stream;
+        cudaGraph_t graph;
+        check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "the step's graph");
+        check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "the step's graph");
+        capture(stream);
+        check(cudaStreamEndCapture(stream, &graph), "the step's graph");
+        check(cudaGraphInstantiate(&exec_, graph, 0), "the step's graph");
+        cudaGraphDestroy(graph);
+        cudaStreamDestroy(stream);
+    }
+    check(cudaGraphLaunch(exec_, on), "the step's graph");
+}
+
+void Graph::reset() {
+    if (exec_) cudaGraphExecDestroy(exec_);
+    exec_ = nullptr;
+}
+
+}  // namespace cuda
+
+using cuda::Buffer;
+using cuda::Kind;
+using cuda::Stage;
+
+namespace {
+
+// Bytes of an output's weights, and their scales.
+int64_t pitch_of(const Matrix& matrix) {
+    return int64_t(matrix.columns) * int64_t(size_of(matrix.dtype)) / (matrix.dtype == Dtype::int4 ? 2 : 1);
+}
+int groups_of(const Matrix& matrix) { return matrix.dtype == Dtype::int4 ? matrix.inputs / matrix.span : 1; }
+
+// Waits for the device.
+void fetch(void* to, const void* from, size_t bytes) {
+    cuda::check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, nullptr), "the batch");
+    cuda::check(cudaStreamSynchronize(nullptr), "the batch");
+}
+
+}  // namespace
+
+const char* instruction_set() {
+#if defined(KVSPN_EMULATE)
+    return "cuda, emulated";
+#else
+    return "cuda";
+#endif
+}
+
+Engine::Engine(const kvspn_engine_params& params, const kvspn_tensor* weights, int count)
+    : weights_(params, weights, count, Layout::rows) {
+    const char* mode = std::getenv("KVSPN_CUDA_STEP");
+    const std::string name = mode ? mode : "persistent";
+    require(name == "persistent" || name == "graph" || name == "kernels",
+            "KVSPN_CUDA_STEP must be persistent, graph or kernels, got ", name);
+    mode_ = name == "persistent" ? Mode::persistent : name == "graph" ? Mode::graph : Mode::kernels;
+    device_ = cuda::open_device();
+
+    Weights& w = weights_;
+    int hidden = w.width, query = 3 * w.width;
+    const auto widest = [](int& widest, const Matrix& matrix) { widest = std::max(widest, matrix.outputs); };
+    model_.tokens = upload(w.tokens), model_.positions = upload(w.positions);
+    vocabulary_ = w.vocabulary;
+    w.norm = upload(w.norm);
+    const bool own_head = w.draft_head.weight && w.draft_head.weight != w.head.weight;
+    w.head = upload(w.head);
+    w.draft_head = own_head ? upload(w.draft_head) : w.head;
+    for (Layer& layer : w.layers) {
+        for (Norm* norm : {&layer.self_norm, &layer.cross_norm, &layer.ffn_norm}) *norm = upload(*norm);
+        for (Matrix* matrix : {&layer.self_qkv, &layer.self_out, &layer.cross_q, &layer.cross_kv,
+                               &layer.cross_out, &layer.fc1, &layer.fc2})
+            *matrix = upload(*matrix);
+        widest(hidden, layer.fc1);
+    }
+    for (Block& block : w.blocks) {
+        for (Norm* norm : {&block.kv_norm, &block.cross_norm, &block.ffn_norm}) *norm = upload(*norm);
+        for (Matrix* matrix :
+             {&block.kv_q, &block.kv_out, &block.cross_q, &block.cross_out, &block.fc1, &block.fc2})
+            *matrix = upload(*matrix);
+        widest(hidden, block.fc1), widest(query, block.kv_q), widest(query, block.cross_q);
+    }
+    if (!w.blocks.empty()) w.draft_norm = upload(w.draft_norm);
+    if (w.draft_ids)
+        model_.draft_ids =
+            keep(Buffer(w.draft_ids, size_t(w.draft_head.outputs) * sizeof(int32_t))).as<int32_t>();
+    hidden_stride_ = pad(hidden), query_stride_ = pad(query);
+    model_.x_stride = pad(w.width);
+    model_.width = w.width, model_.heads = w.heads, model_.head_dim = w.head_dim;
+    // The host's copies have arrived, and go.
+    cuda::check(cudaStreamSynchronize(nullptr), "the weights");
+    w.release();
+}
+
+Buffer& Engine::keep(Buffer buffer) {
+    weight_memory_.push_back(std::move(buffer));
+    return weight_memory_.back();
+}
+
+const float* Engine::upload(const float* values, int count) {
+    return values ? keep(Buffer(values, size_t(count) * sizeof(float))).as<float>() : nullptr;
+}
+
+Matrix Engine::upload(const Matrix& matrix) {
+    Matrix copy = matrix;
+    if (!matrix.weight) return copy;
+    copy.weight = keep(Buffer(matrix.weight, size_t(matrix.outputs * pitch_of(matrix)))).as<void>();
+    copy.scale = upload(matrix.scale, matrix.outputs * groups_of(matrix));
+    copy.bias = upload(matrix.bias, matrix.outputs);
+    return copy;
+}
+
+Norm Engine::upload(const Norm& norm) {
+    return {upload(norm.weight, weights_.width), upload(norm.bias, weights_.width)};
+}
+
+cuda::Table Engine::upload(const Table& table) {
+    const size_t bytes = size_t(table.count) * table.width * size_of(table.dtype);
+    return {table.dtype, keep(Buffer(table.rows, bytes)).as<void>(), table.count};
+}
+
+void Engine::bind(const kvspn_batch& b) {
+    const auto [rows, capacity, cross, ids] = check_batch(b, weights_);
+    require(rows <= cuda::kMaxBatch, "kv must have at most ", cuda::kMaxBatch, " rows, got ", rows);
+    const int64_t head_bytes = weights_.head_dim * int64_t(size_of(Dtype(b.kv.dtype)));
+    require(head_bytes % 16 == 0 && head_bytes <= cuda::kMaxHeadBytes, "kv must have heads of 16 to ",
+            cuda::kMaxHeadBytes, " bytes, a multiple of 16, got ", head_bytes);
+    for (auto& [name, tensor] :
+         {std::pair<const char*, const kvspn_tensor*>{"kv", &b.kv}, {"cross_kv", &b.cross_kv}})
+        require(reinterpret_cast<uintptr_t>(tensor->data) % 16 == 0, name,
+                " must start at a multiple of 16 bytes, got another address");
+
+    model_.kv_dtype = Dtype(b.kv.dtype);
+    model_.lengths = static_cast<int32_t*>(b.lengths.data);
+    model_.ids = static_cast<int32_t*>(b.tokens.data);
+    model_.stats = static_cast<int32_t*>(b.stats.data);
+    model_.cross_lengths = static_cast<const int32_t*>(b.cross_lengths.data);
+    model_.finished = static_cast<bool*>(b.finished.data);
+    model_.batch = int(rows), model_.capacity = int(capacity), model_.id_capacity = int(ids);
+    batch_ = b;
+
+    const size_t queries = std::max<size_t>(kPrefillChunk, 2 * rows), slots = rows;
+    x_ = Buffer(queries * model_.x_stride * sizeof(float));
+    wide_ = Buffer(queries * query_stride_ * sizeof(float));
+    attended_ = Buffer(queries * query_stride_ * sizeof(float));
+    hidden_ = Buffer(queries * hidden_stride_ * sizeof(float));
+    best_ = Buffer(queries * sizeof(uint64_t)), draft_best_ = Buffer(slots * sizeof(uint64_t));
+    above_ = Buffer(queries * sizeof(int32_t)), arrived_ = Buffer(slots * weights_.heads * sizeof(int32_t));
+    barrier_ = Buffer(sizeof(uint32_t)), control_ = Buffer(sizeof(cuda::Control));
+    model_.x = x_.as<float>();
+    model_.best = best_.as<uint64_t>(), model_.draft_best = draft_best_.as<uint64_t>();
+    model_.above = above_.as<int32_t>(), model_.arrived = arrived_.as<int32_t>();
+    model_.barrier = barrier_.as<uint32_t>(), model_.control = control_.as<cuda::Control>();
+    progress_ = cuda::Pinned(size_t(rows) * (1 + ids) * sizeof(int32_t));
+    model_.progress = progress_.as<int32_t>();
+    prefilled_.assign(size_t(rows), 0);
+    controlled_ = false;
+    for (cuda::Graph& graph : graphs_) graph.reset();
+    plan();
+}
+
+// The stages of a step on the present batch, and the memory that they need.
+void Engine::plan() {
+    const Weights& w = weights_;
+    float *x = x_.as<float>(), *wide = wide_.as<float>(), *attended = attended_.as<float>(),
+          *hidden = hidden_.as<float>();
+    const int layers = int(w.layers.size()), blocks = int(w.blocks.size());
+    const int capacity = model_.capacity, cross_capacity = int(batch_.cross_kv.shape[4]);
+    auto attention = [&](const Norm& norm, const Matrix& q, const Matrix& out, void* kv, int layer, int count,
+                         bool cross) {
+        const int size = cross ? cross_capacity : capacity;
+        add_linear(&norm, x, model_.x_stride, q, wide, query_stride_, false, false);
+        add_attend(layer_kv(kv, layer, size), count, size, q.outputs / w.head_dim, false, cross);
+        add_linear(nullptr, attended, query_stride_, out, x, model_.x_stride, false, true);
+    };
+    auto feed_forward = [&](const Norm& norm, const Matrix& fc1, const Matrix& fc2) {
+        add_linear(&norm, x, model_.x_stride, fc1, hidden, hidden_stride_, true, false);
+        add_linear(nullptr, hidden, hidden_stride_, fc2, x, model_.x_stride, false, true);
+    };
+
+    stages_.clear();
+    drafting_ = true;
+    if (blocks) add_embed(true);
+    for (int i = 0; i < blocks; ++i) {
+        const Block& block = w.blocks[i];
+        const int size = layers / w.groups, end = (i * w.groups / blocks + 1) * size,
+                  count = w.last_layer_only ? 1 : size;
+        attention(block.kv_norm, block.kv_q, block.kv_out, batch_.kv.data, end - count, count, false);
+        if (block.cross)
+            attention(block.cross_norm, block.cross_q, block.cross_out, batch_.cross_kv.data, end - 1, 1,
+                      true);
+        feed_forward(block.ffn_norm, block.fc1, block.fc2);
+    }
+    if (blocks) add_verify(true, w.draft_norm, w.draft_head);
+    drafting_ = false;
+    base_ = int(stages_.size());
+    add_embed(false);
+    for (int i = 0; i < layers; ++i) {
+        const Layer& layer = w.layers[i];
+        char* kv = layer_kv(batch_.kv.data, i, capacity);
+        add_linear(&layer.self_norm, x, model_.x_stride, layer.self_qkv, wide, query_stride_, false, false);
+        stages_.back().kv = kv, stages_.back().kept = w.width, stages_.back().capacity = capacity;
+        add_attend(kv, 1, capacity, w.heads, true, false);
+        add_linear(nullptr, attended, query_stride_, layer.self_out, x, model_.x_stride, false, true);
+        attention(layer.cross_norm, layer.cross_q, layer.cross_out, batch_.cross_kv.data, i, 1, true);
+        feed_forward(layer.ffn_norm, layer.fc1, layer.fc2);
+    }
+    judge_ = int(stages_.size());
+    add_verify(false, w.norm, w.head);
+    stages_.emplace_back();
+    stages_.back().kind = Kind::accept;
+
+    size_t partials = 0;
+    int longest = 0;  // row of activations, in a block's memory
+    for (const Stage& stage : stages_) {
+        if (stage.kind == Kind::attend) {
+            const size_t split = size_t(32 / stage.lanes * cuda::kLoads);
+            const size_t splits = stage.layers * ((stage.capacity + split - 1) / split);
+            const size_t queries = std::max<size_t>(kPrefillChunk, 2 * model_.batch);
+            partials = std::max(partials, splits * queries * stage.query_heads * (2 + w.head_dim));
+        } else {
+            longest = std::max(longest, pad(stage.inputs, 1024));
+        }
+    }
+    partials_ = Buffer(partials * sizeof(float));
+    model_.partials = partials_.as<float>();
+    model_.shared_floats = cuda::shared_floats(device_, int(stages_.size()));
+    require(longest <= model_.shared_floats, "weights must be at most ", model_.shared_floats / 1024 * 1024,
+            " columns wide on this device, got ", longest);
+    plan_ = Buffer(stages_.data(), stages_.size() * sizeof(Stage));
+}
+
+void Engine::add_embed(bool draft) {
+    stages_.emplace_back();
+    stages_.back().kind = Kind::embed, stages_.back().draft = draft;
+}
+
+void Engine::add_linear(const Norm* norm, const float* x, int64_t x_stride, const Matrix& matrix, float* y,
+                        int64_t y_stride, bool gelu, bool accumulate) {
+    Stage s;
+    s.kind = Kind::linear, s.dtype = matrix.dtype, s.draft = drafting_;
+    s.x = x, s.x_stride = x_stride, s.y = y, s.y_stride = y_stride;
+    if (norm) s.norm_weight = norm->weight, s.norm_bias = norm->bias;
+    s.weight = static_cast<const char*>(matrix.weight), s.scale = matrix.scale, s.bias = matrix.bias;
+    s.pitch = pitch_of(matrix), s.groups = groups_of(matrix);
+    while (1 << s.group_shift < matrix.span) ++s.group_shift;
+    s.inputs = matrix.inputs, s.outputs = matrix.outputs, s.gelu = gelu, s.accumulate = accumulate;
+    stages_.push_back(s);
+}
+
+void Engine::add_attend(char* kv, int layers, int capacity, int query_heads, bool causal, bool cross) {
+    Stage s;
+    s.kind = Kind::attend, s.dtype = model_.kv_dtype, s.draft = drafting_;
+    s.x = wide_.as<float>(), s.y = attended_.as<float>(), s.x_stride = s.y_stride = query_stride_;
+    s.kv = kv, s.layers = layers, s.capacity = capacity, s.query_heads = query_heads;
+    s.causal = causal, s.cross = cross, s.lanes = 1;
+    while (s.lanes * 16 < weights_.head_dim * int(size_of(model_.kv_dtype))) s.lanes *= 2;
+    stages_.push_back(s);
+}
+
+void Engine::add_verify(bool draft, const Norm& norm, const Matrix& head) {
+    add_linear(&norm, x_.as<float>(), model_.x_stride, head, nullptr, 0, false, false);
+    stages_.back().kind = Kind::verify, stages_.back().draft = draft;
+}
+
+void Engine::encode(int row, const kvspn_tensor& states) {
+    check_row(row);
+    check_tensor("states", states, {Dtype::fp32, Dtype::bf16, Dtype::fp16}, {-1, weights_.width});
+    const int64_t capacity = batch_.cross_kv.shape[4], count = states.shape[0];
+    require(count >= 1 && count <= capacity, "states must hold 1 to ", capacity, " positions, got ", count);
+    Buffer x(size_t(count * model_.x_stride) * sizeof(float));
+    cuda::launch_to_float(device_, {Dtype(states.dtype), states.data, int32_t(count)}, weights_.width,
+                          states.strides[0], states.strides[1], x.as<float>(), model_.x_stride, nullptr);
+    for (size_t i = 0; i < weights_.layers.size(); ++i) {
+        add_linear(nullptr, x.as<float>(), model_.x_stride, weights_.layers[i].cross_kv, nullptr, 0, false,
+                   false);
+        Stage stage = stages_.back();
+        stages_.pop_back();
+        stage.kv = layer_kv(batch_.cross_kv.data, int(i), int(capacity)), stage.capacity = int(capacity);
+        cuda::launch_stage(device_, model_, stage, {row, 0, int32_t(count)}, nullptr);
+    }
+    set(static_cast<int32_t*>(batch_.cross_lengths.data) + row, int32_t(count));
+    cuda::check(cudaStreamSynchronize(nullptr), "encode");
+}
+
+void Engine::prefill(int row, int count) {
+    check_row(row);
+    const int limit = std::min({model_.capacity, model_.id_capacity, model_.positions.count});
+    require(count >= 0 && count <= limit, "count must be 0 to ", limit, ", got ", count);
+    for (int first = 0; first < count; first += kPrefillChunk)
+        launch_stages(base_, judge_, {row, first, std::min(kPrefillChunk, count - first)}, nullptr);
+    set(model_.lengths + row, count);
+    cuda::check(cudaStreamSynchronize(nullptr), "prefill");
+    prefilled_[row] = count;
+    model_.progress[int64_t(row) * (1 + model_.id_capacity)] = 0;
+}
+
+void Engine::check_bound() const { require(model_.batch, "a batch must be bound first, got none"); }
+
+void Engine::check_row(int row) const {
+    check_bound();
+    require(row >= 0 && row < model_.batch, "row must be 0 to ", model_.batch - 1, ", got ", row);
+}
+
+void Engine::check_step(const kvspn_step_params& params) const {
+    check_bound();
+    require(params.k >= 1, "k must be at least 1, got ", params.k);
+    require(params.eos >= -1, "eos must be at least -1, got ", params.eos);
+    const int limit = std::min({model_.capacity, model_.id_capacity, model_.positions.count});
+    require(params.max_length >= 1 && params.max_length <= limit, "max_length must be 1 to ", limit, ", got ",
+            params.max_length);
+    require(!params.draft || !weights_.blocks.empty(), "draft must be 0 without draft blocks, got 1");
+}
+
+void Engine::generate(const kvspn_generate_params& params) {
+    check_step(params.step);
+    require(params.max_steps >= 0, "max_steps must be at least 0, got ", params.max_steps);
+    int left = params.max_steps ? params.max_steps : params.step.max_length;  // each makes a token
+    kvspn_step_params first = params.step;
+    if (params.first_mask) first.mask = params.first_mask, first.draft = 0;
+    if (!params.on_step) {
+        if (params.first_mask) run(first, 1), --left;
+        return run(params.step, left);
+    }
+    std::vector<uint8_t> finished(size_t(model_.batch));
+    for (int n = 0; n < left; ++n) {
+        fetch(finished.data(), model_.finished, finished.size());
+        if (!std::count(finished.begin(), finished.end(), 0)) return;
+        run(n ? params.step : first, 1);
+        cuda::check(cudaStreamSynchronize(nullptr), "decoder_step");
+        if (params.on_step(params.context)) return;
+    }
+}
+
+void Engine::rollback(int row, int length) {
+    check_row(row);
+    int32_t present;
+    fetch(&present, model_.lengths + row, sizeof present);
+    require(length >= 0 && length <= present, "length must be 0 to ", present, ", got ", length);
+    set(model_.lengths + row, length);
+    cuda::check(cudaMemsetAsync(model_.finished + row, 0, sizeof(bool), nullptr), "rollback");
+}
+
+void Engine::reset() {
+    check_bound();
+    const size_t rows = size_t(model_.batch);
+    cuda::check(cudaMemsetAsync(model_.lengths, 0, rows * sizeof(int32_t), nullptr), "reset");
+    cuda::check(cudaMemsetAsync(batch_.cross_lengths.data, 0, rows * sizeof(int32_t), nullptr), "reset");
+    cuda::check(cudaMemsetAsync(model_.finished, 1, rows * sizeof(bool), nullptr), "reset");
+    cuda::check(cudaMemsetAsync(model_.stats, 0, 3 * rows * sizeof(int32_t), nullptr), "reset");
+    std::fill(prefilled_.begin(), prefilled_.end(), 0);
+}
+
+void Engine::read_statistics(int row, kvspn_statistics& statistics) const {
+    if (row == -1)
+        check_bound();
+    else
+        check_row(row);
+    std::vector<int32_t> lengths(size_t(model_.batch)), stats(3 * lengths.size());
+    fetch(lengths.data(), model_.lengths, lengths.size() * sizeof(int32_t));
+    fetch(stats.data(), model_.stats, stats.size() * sizeof(int32_t));
+    statistics = {sizeof statistics, 0, 0, 0, 0};
+    for (int r = row == -1 ? 0 : row; r < (row == -1 ? model_.batch : row + 1); ++r) {
+        statistics.tokens += std::max<int64_t>(int64_t(lengths[r]) - prefilled_[r], 0);
+        statistics.steps += stats[3 * r];
+        statistics.drafted += stats[3 * r + 1];
+        statistics.accepted += stats[3 * r + 2];
+    }
+}
+
+int Engine::progress(int row, int32_t* tokens, int capacity) const {
+    check_row(row);
+    const volatile int32_t* from = model_.progress + int64_t(row) * (1 + model_.id_capacity);
+    const int first = prefilled_[row] + 1, count = std::max(int(*from) - first, 0);
+    std::atomic_thread_fence(std::memory_order_acquire);
+    for (int i = 0; i < std::min(count, capacity); ++i) tokens[i] = from[1 + first + i];
+    return count;
+}
+
+void Engine::run(const kvspn_step_params& params, int steps) {
+    check_step(params);
+    if (!steps) return;
+    const cuda::Control control{params.mask, params.k, params.eos, params.max_length};
+    if (!controlled_ || control.mask != present_.mask || control.k != present_.k ||
+        control.eos != present_.eos || control.max_length != present_.max_length) {
+        present_ = control;
+        cuda::check(
+            cudaMemcpyAsync(control_.as<void>(), &present_, sizeof present_, cudaMemcpyHostToDevice, nullptr),
+            "decoder_step");
+        controlled_ = true;
+    }
+    const int first = params.draft ? 0 : base_, last = int(stages_.size());
+    const cuda::Pass pass{-1, 0, params.draft ? 2 : 1};
+    switch (mode_) {
+        case Mode::persistent:
+            return cuda::launch_steps(device_, model_, plan_.as<Stage>() + first, last - first, pass, steps,
+                                      nullptr);
+        case Mode::graph:
+            while (steps-- > 0)  // one after the last row has finished does nothing
+                graphs_[params.draft ? 1 : 0].launch(
+                    [&](cudaStream_t stream) { launch_stages(first, last, pass, stream); }, nullptr);
+            return;
+        case Mode::kernels:
+            while (steps-- > 0) launch_stages(first, last, pass, nullptr);
+    }
+}
+
+void Engine::launch_stages(int first, int last, const cuda::Pass& pass, cudaStream_t stream) {
+    for (int i = first; i < last; ++i) cuda::launch_stage(device_, model_, stages_[i], pass, stream);
+}
+
+void Engine::set(int32_t* at, int32_t value) {
+    cuda::check(cudaMemcpyAsync(at, &value, sizeof value, cudaMemcpyHostToDevice, nullptr), "lengths");
+}
+
+char* Engine::layer_kv(void* kv, int layer, int capacity) const {
+    const int64_t elements = int64_t(2) * model_.batch * weights_.heads * capacity * weights_.head_dim;
+    return static_cast<char*>(kv) + layer * elements * int64_t(size_of(model_.kv_dtype));
+}
+
+}  // namespace kvspn

@@ -1,0 +1,135 @@
+// The decoder step on a CUDA device. The batch is in its memory; the weights are copied to it from the
+// host's.
+#pragma once
+
+#include <vector>
+
+#include "core/weights.h"
+#include "cuda/kernels.h"
+#include "kvspn.h"
+
+namespace kvspn {
+
+constexpr int kPrefillChunk = 16;  // query tokens of one pass
+
+namespace cuda {
+
+class Buffer {
+  public:
+    Buffer() = default;
+    explicit Buffer(size_t bytes);  // zeros
+    Buffer(const void* from, size_t bytes);
+    Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+    Buffer& operator=(Buffer&& other) noexcept {
+        std::swap(data_, other.data_);
+        return *this;
+    }
+    ~Buffer() { cudaFree(data_); }
+
+    template <class T>
+    T* as() const {
+        return static_cast<T*>(data_);
+    }
+
+  private:
+    void* data_ = nullptr;
+};
+
+// Of the host, where the device can write.
+class Pinned {
+  public:
+    Pinned() = default;
+    explicit Pinned(size_t bytes);  // zeros
+    Pinned(const Pinned&) = delete;
+    Pinned& operator=(Pinned&& other) noexcept {
+        std::swap(data_, other.data_);
+        return *this;
+    }
+    ~Pinned() { cudaFreeHost(data_); }
+
+    template <class T>
+    T* as() const {
+        return static_cast<T*>(data_);
+    }
+
+  private:
+    void* data_ = nullptr;
+};
+
+// A step captured once, for as long as no address changes.
+class Graph {
+  public:
+    Graph() = default;
+    Graph(const Graph&) = delete;
+    ~Graph() { reset(); }
+    template <class Body>
+    void launch(Body capture, cudaStream_t on);
+    void reset();
+
+  private:
+    cudaGraphExec_t exec_ = nullptr;
+};
+
+}  // namespace cuda
+
+const char* instruction_set();
+
+// Everything is put on the default stream, and no call waits for the device but the first of a graph.
+class Engine {
+  public:
+    Engine(const kvspn_engine_params& params, const kvspn_tensor* weights, int count);
+
+    void bind(const kvspn_batch& batch);
+    void encode(int row, const kvspn_tensor& states);
+    void prefill(int row, int count);
+    void step(const kvspn_step_params& params) { run(params, 1); }
+    void generate(const kvspn_generate_params& params);
+    void rollback(int row, int length);
+    void reset();
+    void read_statistics(int row, kvspn_statistics& statistics) const;
+    int progress(int row, int32_t* tokens, int capacity) const;
+
+  private:
+    enum class Mode { persistent, graph, kernels };
+
+    cuda::Buffer& keep(cuda::Buffer buffer);
+    Matrix upload(const Matrix& matrix);
+    Norm upload(const Norm& norm);
+    cuda::Table upload(const Table& table);
+    const float* upload(const float* values, int count);
+
+    void check_bound() const;
+    void check_row(int row) const;
+    void check_step(const kvspn_step_params& params) const;
+    void run(const kvspn_step_params& params, int steps);
+    void plan();
+    void add_embed(bool draft);
+    void add_linear(const Norm* norm, const float* x, int64_t x_stride, const Matrix& matrix, float* y,
+                    int64_t y_stride, bool gelu, bool accumulate);
+    void add_attend(char* kv, int layers, int capacity, int query_heads, bool causal, bool cross);
+    void add_verify(bool draft, const Norm& norm, const Matrix& head);
+    void launch_stages(int first, int last, const cuda::Pass& pass, cudaStream_t stream);
+    void set(int32_t* at, int32_t value);
+    char* layer_kv(void* kv, int layer, int capacity) const;
+
+    Mode mode_;
+    cuda::Device device_;
+    std::vector<cuda::Buffer> weight_memory_;
+    Weights weights_;  // their pointers are the device's
+    cuda::Model model_{};
+    kvspn_batch batch_{};
+    int vocabulary_, hidden_stride_, query_stride_;
+
+    std::vector<cuda::Stage> stages_;  // the draft network's, the base model's, what follows
+    int base_ = 0, judge_ = 0;         // where the second and the third begin
+    bool drafting_ = false;            // while they are made: for the draft network
+    cuda::Buffer plan_, control_, x_, wide_, attended_, hidden_, best_, draft_best_, above_, partials_,
+        arrived_, barrier_;
+    cuda::Pinned progress_;
+    std::vector<int> prefilled_;  // tokens of each row
+    cuda::Control present_{};
+    bool controlled_ = false;
+    cuda::Graph graphs_[2];  // plain, with a draft
+};
+
+}  // namespace kvspn

@@ -1,0 +1,167 @@
+#include "cuda/kernels.h"
+#include "cuda/stages.h"
+
+namespace kvspn::cuda {
+namespace {
+
+constexpr int kAhead = 2;  // stages, of weights on their way: memory is busy through the barriers
+
+__device__ __forceinline__ int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+
+// The block's memory: Shared, the plan if there is one, activations.
+__device__ __forceinline__ Shared& shared_part() { return *reinterpret_cast<Shared*>(shared_memory()); }
+__device__ __forceinline__ char* behind_shared() { return shared_memory() + aligned(sizeof(Shared)); }
+
+// Block 0 tops the count up to 2^31, so that its highest bit turns when all blocks have come: the barrier is
+// ready for the next time, and for the next kernel, as it is.
+__device__ __forceinline__ uint32_t arrive(uint32_t* barrier) {
+    sync_block();
+    if (thread_index()) return 0;
+    return add_release(barrier, block_index() ? 1 : 0x80000000 - uint32_t(block_count() - 1));
+}
+__device__ __forceinline__ void wait(const uint32_t* barrier, uint32_t before) {
+    if (thread_index() == 0)
+        while (!((before ^ load_acquire(barrier)) & 0x80000000)) wait_a_moment();
+    sync_block();
+}
+
+template <Kind kind>
+__global__ void __launch_bounds__(kThreads, 1)
+    stage_kernel(const __grid_constant__ Model m, const __grid_constant__ Stage stage, const Pass pass) {
+    let_next_kernel_start();
+    prefetch_weights(stage);
+    wait_for_previous_kernel();
+    Shared& shared = shared_part();
+    collect(m, pass, shared.slots);
+    run_stage<kind>(m, stage, pass, shared, reinterpret_cast<float*>(behind_shared()));
+}
+
+__global__ void __launch_bounds__(kThreads, 1)
+    step_kernel(const __grid_constant__ Model m, const Stage* plan, const int count, const Pass pass,
+                const int steps) {
+    Shared& shared = shared_part();
+    Stage* stages = reinterpret_cast<Stage*>(behind_shared());
+    float* x = reinterpret_cast<float*>(behind_shared() + aligned(count * int64_t(sizeof(Stage))));
+    for (int i = thread_index(); i < count * int(sizeof(Stage) / 4); i += thread_count())
+        reinterpret_cast<uint32_t*>(stages)[i] = reinterpret_cast<const uint32_t*>(plan)[i];
+    for (int step = 0; step < steps; ++step) {
+        sync_block();
+        collect(m, pass, shared.slots);
+        if (!shared.slots.count) return;
+        for (int i = 0; i < count; ++i) {
+            const Stage& stage = stages[i];
+            const Pass now = stage.draft ? Pass{} : pass;
+            switch (stage.kind) {
+                case Kind::embed:
+                    run_stage<Kind::embed>(m, stage, now, shared, x);
+                    break;
+                case Kind::linear:
+                    run_stage<Kind::linear>(m, stage, now, shared, x);
+                    break;
+                case Kind::attend:
+                    run_stage<Kind::attend>(m, stage, now, shared, x);
+                    break;
+                case Kind::verify:
+                    run_stage<Kind::verify>(m, stage, now, shared, x);
+                    break;
+                case Kind::accept:
+                    run_stage<Kind::accept>(m, stage, now, shared, x);
+            }
+            if (i + 1 == count && step + 1 == steps) return;
+            const uint32_t before = arrive(m.barrier);
+            const Stage& soon = stages[(i + kAhead) % count];
+            prefetch_weights(soon);
+            prefetch_cross(m, soon, shared.slots);
+            wait(m.barrier, before);
+        }
+    }
+}
+
+__global__ void to_float_kernel(const Table from, const int columns, const int64_t row_stride,
+                                const int64_t column_stride, float* out, const int64_t out_stride) {
+    wait_for_previous_kernel();
+    for (int r = block_index(); r < from.count; r += block_count())
+        for (int c = thread_index(); c < columns; c += thread_count())
+            out[r * out_stride + c] = element(from, r * row_stride + c * column_stride);
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, const Device& device, void (*kernel)(Parameters...), bool cooperative,
+            int blocks, cudaStream_t stream, Arguments... arguments) {
+    cudaLaunchAttribute attribute{};
+    if (cooperative)
+        attribute.id = cudaLaunchAttributeCooperative, attribute.val.cooperative = 1;
+    else
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization,
+        attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim.x = unsigned(blocks), config.blockDim.x = unsigned(device.threads);
+    config.dynamicSmemBytes = size_t(device.shared_bytes), config.stream = stream;
+    config.attrs = &attribute, config.numAttrs = cooperative || device.overlap;
+    check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+}
+
+void allow_shared(const char* name, const void* kernel, int bytes) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
+}
+
+}  // namespace
+
+Device open_device() {
+    int device, shared, multiprocessors, major;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "the device");
+    check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "the device");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "the device");
+    allow_shared("encoder states", reinterpret_cast<const void*>(&to_float_kernel), shared);
+    allow_shared("embed", reinterpret_cast<const void*>(&stage_kernel<Kind::embed>), shared);
+    allow_shared("fused_linear", reinterpret_cast<const void*>(&stage_kernel<Kind::linear>), shared);
+    allow_shared("flat_kv_attention", reinterpret_cast<const void*>(&stage_kernel<Kind::attend>), shared);
+    allow_shared("lm_head_verify", reinterpret_cast<const void*>(&stage_kernel<Kind::verify>), shared);
+    allow_shared("accept_and_rollback", reinterpret_cast<const void*>(&stage_kernel<Kind::accept>), shared);
+    allow_shared("decoder_step", reinterpret_cast<const void*>(&step_kernel), shared);
+#if defined(KVSPN_EMULATE)
+    const int threads = 64;
+#else
+    const int threads = kThreads;
+#endif
+    return {multiprocessors, shared, threads, major >= 9};
+}
+
+int shared_floats(const Device& device, int stages) {
+    const int64_t others = (sizeof(Shared) + 15) / 16 * 16 + (stages * sizeof(Stage) + 15) / 16 * 16;
+    return int((device.shared_bytes - others) / 4);
+}
+
+void launch_stage(const Device& device, const Model& m, const Stage& stage, const Pass& pass,
+                  cudaStream_t stream) {
+    auto run = [&](const char* name, auto kernel, int blocks) {
+        launch(name, device, kernel, false, blocks, stream, m, stage, stage.draft ? Pass{} : pass);
+    };
+    switch (stage.kind) {
+        case Kind::embed:
+            return run("embed", &stage_kernel<Kind::embed>, device.multiprocessors);
+        case Kind::linear:
+            return run("fused_linear", &stage_kernel<Kind::linear>, device.multiprocessors);
+        case Kind::attend:
+            return run("flat_kv_attention", &stage_kernel<Kind::attend>, device.multiprocessors);
+        case Kind::verify:
+            return run("lm_head_verify", &stage_kernel<Kind::verify>, device.multiprocessors);
+        case Kind::accept:
+            return run("accept_and_rollback", &stage_kernel<Kind::accept>, 1);
+    }
+}
+
+void launch_steps(const Device& device, const Model& m, const Stage* stages, int count, const Pass& pass,
+                  int steps, cudaStream_t stream) {
+    launch("decoder_step", device, &step_kernel, true, device.multiprocessors, stream, m, stages, count, pass,
+           steps);
+}
+
+void launch_to_float(const Device& device, const Table& from, int columns, int64_t row_stride,
+                     int64_t column_stride, float* out, int64_t out_stride, cudaStream_t stream) {
+    launch("encoder states", device, &to_float_kernel, false, device.multiprocessors, stream, from, columns,
+           row_stride, column_stride, out, out_stride);
+}
+
+}  // namespace kvspn::cuda

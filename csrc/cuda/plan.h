@@ -1,0 +1,82 @@
+// The decoder step as a list of stages, which host and device read alike.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/kernels.h"
+
+namespace kvspn::cuda {
+
+constexpr int kThreads =
+    256;                   // of a block on the device, one block a multiprocessor: up to 255 registers each
+constexpr int kTile = 16;  // rows that share one reading of the weights
+constexpr int kLoads = 8;  // 16-byte loads of keys, and of values, that a lane has under way
+constexpr int kMaxBatch = 256;      // rows of a batch
+constexpr int kMaxHeadBytes = 512;  // of one position's key: what a warp loads at once
+
+enum class Kind : int32_t { embed, linear, attend, verify, accept };
+
+struct Stage {
+    Kind kind{};
+    Dtype dtype{};       // of the weight; attend: of keys and values
+    bool draft = false;  // embed, verify: for the draft network
+
+    // linear, verify: y = [LayerNorm ->] x W^T * scale + bias [-> GELU] [+ y]. attend: x are queries.
+    const float *x = nullptr, *norm_weight = nullptr, *norm_bias = nullptr, *scale = nullptr, *bias = nullptr;
+    float* y = nullptr;
+    const char* weight = nullptr;  // [outputs, pitch bytes], rows filled up with zeros
+    int64_t x_stride = 0, y_stride = 0, pitch = 0;
+    int32_t inputs = 0, outputs = 0;
+    int32_t groups = 0, group_shift = 0;  // int4: scale is [outputs, groups], of 2^group_shift inputs each
+    bool gelu = false, accumulate = false;
+
+    // linear: outputs from `kept` on are keys, then values, and go to the cache of one layer. attend: the
+    // cache of `layers` layers, under one softmax.
+    char* kv = nullptr;
+    int32_t kept = 0, capacity = 0, layers = 1, query_heads = 0, lanes = 0;  // lanes of a position
+    bool causal = false, cross = false;
+};
+
+struct Table {
+    Dtype dtype;
+    const void* rows;
+    int32_t count;
+};
+
+// What may change from one step to the next without a new graph.
+struct Control {
+    const float* mask;
+    int32_t k, eos, max_length;
+};
+
+// Tables, the caller's batch, and the engine's own state.
+struct Model {
+    Table tokens, positions;
+    const int32_t* draft_ids;
+    int32_t width, heads, head_dim;
+
+    Dtype kv_dtype;
+    int32_t *lengths, *ids, *stats;
+    const int32_t* cross_lengths;
+    bool* finished;
+    int32_t batch, capacity, id_capacity;
+
+    const Control* control;
+    float* x;
+    int64_t x_stride;
+    uint64_t *best, *draft_best;  // [rows], [batch]: the largest logit and the smallest id that has it
+    int32_t* above;               // [rows]: tokens in front of the draft
+    float* partials;              // of attention: [batch, heads, splits, queries, 2 + D]
+    int32_t* arrived;             // [batch, heads]
+    uint32_t* barrier;
+    int32_t* progress;      // [batch, 1 + ids], in the host's memory: how many tokens a row has, and they
+    int32_t shared_floats;  // of activations, in a block
+};
+
+// Which tokens: the newest of every unfinished row and, with two queries, the draft; or, where `row` is one,
+// `queries` of its tokens from `position` on.
+struct Pass {
+    int32_t row = -1, position = 0, queries = 1;
+};
+
+}  // namespace kvspn::cuda

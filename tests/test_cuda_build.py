@@ -1,0 +1,70 @@
+"""What nvcc made of the CUDA kernels, as ``KVSPN_CUDA=1 python setup.py -q build_ext`` leaves it in build/native."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+OBJECT = Path(__file__).parents[1] / "build" / "native" / "cuda-kernels.o"
+REPORT = OBJECT.with_suffix(".o.report")
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120")
+TYPES, TILES = 5, 2  # of weights, of rows
+# 16-byte loads at least, past the L1 cache: four a turn of dot(), and keys and values of a split.
+LINEAR, VERIFY, ATTEND = 4 * TYPES * TILES, 4 * TYPES * (TILES + 1), 2 * 8 * 3
+WIDE = {"KindE1": LINEAR, "KindE2": ATTEND, "KindE3": VERIFY, "step_kernel": LINEAR + ATTEND + VERIFY}
+
+pytestmark = pytest.mark.skipif(
+    not REPORT.exists(), reason="not built: KVSPN_CUDA=1 python setup.py build_ext"
+)
+
+
+def tool(name: str) -> str:
+    """A binary of the CUDA toolkit, or of the wheels that hold it alone."""
+    found = shutil.which(name)
+    spec = importlib.util.find_spec("nvidia")
+    for folder in [] if found or spec is None else spec.submodule_search_locations or []:
+        for path in Path(folder).glob(f"*/bin/{name}"):
+            path.chmod(0o755)
+            found = str(path)
+    return found or pytest.skip(f"no {name} here")
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def functions(request):
+    """Name -> SASS, on one architecture."""
+    path = os.pathsep.join([str(Path(tool("nvdisasm")).parent), os.environ["PATH"]])
+    command = [tool("cuobjdump"), "-sass", "-arch", request.param, str(OBJECT)]
+    text = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}
+    ).stdout
+    parts = re.split(r"Function : (\S+)", text)[1:]
+    found = dict(zip(parts[::2], parts[1::2], strict=True))
+    if not found:
+        pytest.skip(f"not built for {request.param}")
+    return found
+
+
+def test_the_report_knows_no_spill():
+    text = REPORT.read_text()
+    found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    assert len(found) >= 7
+    assert set(found) == {("0", "0", "0")}
+    assert "error" not in text
+
+
+def test_no_kernel_uses_local_memory(functions):
+    for name, sass in functions.items():
+        assert not re.search(r"\b(LDL|STL)\b", sass), name
+
+
+@pytest.mark.parametrize("kernel", WIDE)
+def test_weights_and_kv_come_in_wide_loads(functions, kernel):
+    """What bypasses the L1 cache is what streams; all of it comes 16 bytes at a time."""
+    (sass,) = (sass for name, sass in functions.items() if kernel in name)
+    streaming = re.findall(r"\bLDG\.E\S*\.NA\S*", sass)
+    assert len(streaming) >= WIDE[kernel]
+    assert all(".128" in load for load in streaming), set(streaming)

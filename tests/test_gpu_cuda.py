@@ -1,0 +1,123 @@
+"""The CUDA engine on a GPU: what tests/test_cuda.py asks of the emulation, and what only a device can show."""
+
+import itertools
+import random
+import time
+
+import pytest
+import torch
+
+from kvspn.decoding import decode
+from kvspn.engines import backends, engine
+from kvspn.ops import K_INF, DecoderWeights
+from kvspn.random_decoder import random_decoder
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or backends()["cuda"] is not None, reason="no CUDA device, or not built"
+    ),
+]
+
+MODES = ("persistent", "graph", "kernels")
+WIDE = {
+    "heads": 4,
+    "head_dim": 64,
+    "layers": 4,
+    "blocks": 2,
+    "ffn": 1024,
+    "vocabulary": 3001,
+    "positions": 200,
+}
+
+
+def on_gpu(weights: DecoderWeights) -> DecoderWeights:
+    tensors = [tensor.cuda() for tensor in weights.flatten()]
+    return DecoderWeights.unflatten(
+        tensors, heads=weights.heads, num_layers=len(weights.layers), groups=weights.groups
+    )
+
+
+def run(backend: str, weights: DecoderWeights, rows: list[int], **options: object):
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(n, weights.embed_tokens.shape[1], generator=generator).cuda() for n in (150, 1, 64)]
+    prompts = [[1, 2, 3], [4], list(range(5, 70))]
+    e = engine(backend, weights, batch=len(rows), capacity=200, cross_capacity=150)
+    e.cache.kv.fill_(torch.nan)
+    e.cache.cross_kv.fill_(torch.nan)
+    made = decode(e, [states[r] for r in rows], [prompts[r] for r in rows], eos=0, max_length=200, **options)
+    return made.sequences, e
+
+
+@pytest.mark.parametrize("quantised", [None, "int8", "int4"])
+def test_tokens(monkeypatch, quantised, dtype):
+    """k = 1 is greedy, to the bit, in every mode and batch; in fp32 the tokens are the reference's as well."""
+    weights = on_gpu(random_decoder(dtype=dtype, quantised=quantised, **WIDE))
+    greedy, _ = run("cuda", weights, [0, 1, 2], draft=False)
+    for mode in MODES:
+        monkeypatch.setenv("KVSPN_CUDA_STEP", mode)
+        for rows in ([0, 1, 2], [2], [1, 0]):
+            assert run("cuda", weights, rows, k=1)[0] == [greedy[row] for row in rows]
+    if dtype == torch.float32:
+        assert greedy == run("reference", weights, [0, 1, 2], draft=False)[0]
+
+
+def test_a_graph_with_rollbacks_equals_single_kernels(monkeypatch):
+    """1,000 random accepts, rejects and rollbacks by hand, on one captured graph and in persistent kernels."""
+    draws = random.Random(0)
+    steps = [(draws.choice((1, 2, 5, K_INF)), draws.random() < 0.8, draws.randrange(4)) for _ in range(1000)]
+    weights = on_gpu(random_decoder(**WIDE))
+    runs = []
+    for mode in MODES:
+        monkeypatch.setenv("KVSPN_CUDA_STEP", mode)
+        e = engine("cuda", weights, batch=2, capacity=200, cross_capacity=5)
+        e.start(torch.ones(2, 5, 256, device="cuda"), [[1], [2, 3]], eos=-1, max_length=200)
+        run = []
+        for k, draft, back in steps:
+            e.step(k, draft)
+            run.append(e.tokens.clone())
+            e.lengths.copy_((e.lengths - back).clamp_(min=0))
+            e.lengths.copy_(torch.where(e.lengths > 190, 3, e.lengths))
+            e.finished.fill_(False)
+        runs.append(torch.stack(run))
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[1], runs[2])
+
+
+def test_lengths_at_and_past_every_block(dtype):
+    weights = on_gpu(random_decoder(dtype=dtype, **WIDE))
+    lengths = (1, 15, 16, 17, 31, 32, 33, 63, 64, 65)
+    for length, cross in zip(lengths, itertools.cycle((33, 32, 31, 1)), strict=False):
+        tokens = []
+        for name in ("reference", "cuda"):
+            e = engine(name, weights, batch=1, capacity=length + 3, cross_capacity=cross)
+            e.cache.kv.fill_(torch.nan)
+            generator = torch.Generator().manual_seed(length)
+            ids = torch.randint(29, (length + 1,), generator=generator).tolist()
+            states = torch.randn(1, cross, 256, generator=generator).cuda()
+            e.start(states, [ids], eos=-1, max_length=length + 3)
+            e.step(K_INF)
+            tokens.append(e.tokens.tolist())
+            kept = e.cache.kv[..., : length + 2, :]
+            assert not kept.isnan().any()
+        if dtype == torch.float32:
+            assert tokens[0] == tokens[1]
+
+
+def test_an_utterance_in_one_launch_streams(monkeypatch):
+    """The host reads tokens while the kernel runs, in order and each once."""
+    monkeypatch.setenv("KVSPN_CUDA_STEP", "persistent")
+    weights = on_gpu(random_decoder(**WIDE))
+    e = engine("cuda", weights, batch=1, capacity=200, cross_capacity=64)
+    e.start(torch.ones(1, 64, 256, device="cuda"), [[1]], eos=-1, max_length=200)
+    torch.cuda.synchronize()
+    e.run(1, steps=200)
+    seen = [0]
+    deadline = time.monotonic() + 10
+    while seen[-1] < 199 and time.monotonic() < deadline:
+        count = len(e.progress(0))
+        assert count >= seen[-1]
+        if count > seen[-1]:
+            seen.append(count)
+    assert len(seen) > 3  # not all at once, at the end
+    assert e.progress(0) == e.tokens[0, 1:200].tolist()
