@@ -26,8 +26,8 @@ def weights(shape, dtype, device, int8) -> DecoderWeights:
 @pytest.mark.parametrize("kind", ["greedy", "k=1", "k=inf"])
 @pytest.mark.parametrize("backend", [name for name, missing in backends().items() if missing is None])
 def test_step(timed, request, device, shape, dtype, backend, kind, batch):
-    if backend == "native" and device != "cpu":
-        pytest.skip("the native backend runs on the CPU")
+    if {"native": "cpu", "cuda": "cuda"}.get(backend, device) != device:
+        pytest.skip(f"the {backend} backend does not run on {device}")
     int8 = request.config.getoption("--int8")
     dtype = torch.bfloat16 if int8 else dtype
     w = weights(shape, dtype, device, int8)

@@ -1,4 +1,4 @@
-"""What nvcc made of the CUDA kernels, as ``KVSPN_CUDA=1 python setup.py -q build_ext`` leaves it in build/native."""
+"""What nvcc made of the CUDA kernels, as ``KVSPN_CUDA=1 python setup.py build_ext`` leaves it in build/native."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ LINEAR, VERIFY, ATTEND = 4 * TYPES * TILES, 4 * TYPES * (TILES + 1), 2 * 8 * 3
 WIDE = {"KindE1": LINEAR, "KindE2": ATTEND, "KindE3": VERIFY, "step_kernel": LINEAR + ATTEND + VERIFY}
 
 pytestmark = pytest.mark.skipif(
-    not REPORT.exists(), reason="not built: KVSPN_CUDA=1 python setup.py build_ext"
+    not OBJECT.exists(), reason="not built: KVSPN_CUDA=1 python setup.py build_ext"
 )
 
 

@@ -1,4 +1,4 @@
-"""The CUDA engine on a GPU: what tests/test_cuda.py asks of the emulation, and what only a device can show."""
+"""The CUDA engine on a GPU: what test_cuda.py asks of the emulation, and what only a device can show."""
 
 import itertools
 import random
@@ -51,7 +51,7 @@ def run(backend: str, weights: DecoderWeights, rows: list[int], **options: objec
 
 @pytest.mark.parametrize("quantised", [None, "int8", "int4"])
 def test_tokens(monkeypatch, quantised, dtype):
-    """k = 1 is greedy, to the bit, in every mode and batch; in fp32 the tokens are the reference's as well."""
+    """k = 1 is greedy, to the bit, in every mode and batch; in fp32 the tokens are the reference's."""
     weights = on_gpu(random_decoder(dtype=dtype, quantised=quantised, **WIDE))
     greedy, _ = run("cuda", weights, [0, 1, 2], draft=False)
     for mode in MODES:
@@ -63,7 +63,7 @@ def test_tokens(monkeypatch, quantised, dtype):
 
 
 def test_a_graph_with_rollbacks_equals_single_kernels(monkeypatch):
-    """1,000 random accepts, rejects and rollbacks by hand, on one captured graph and in persistent kernels."""
+    """1,000 random accepts, rejects and rollbacks by hand, in every mode."""
     draws = random.Random(0)
     steps = [(draws.choice((1, 2, 5, K_INF)), draws.random() < 0.8, draws.randrange(4)) for _ in range(1000)]
     weights = on_gpu(random_decoder(**WIDE))
