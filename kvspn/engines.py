@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import abc
+import importlib
+import os
 from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +16,7 @@ from torch.nn import functional as F
 from kvspn.cache import StepCache
 from kvspn.ops import K_INF, DecoderWeights
 from kvspn.ops._checks import FLOATS, Shapes, integer
-from kvspn.ops.decoder_step import base_pass, step_rows
+from kvspn.ops.decoder_step import REFERENCE, base_pass, step_rows
 from kvspn.ops.fused_linear import FP32, dequantise
 
 PREFILL_CHUNK = 16  # query tokens of one pass
@@ -202,6 +206,8 @@ class CachedEngine(Engine):
 class ReferenceEngine(CachedEngine):
     """The plain-PyTorch references of the ops, one row at a time, on any device."""
 
+    ops: Any = REFERENCE
+
     def _encode(self, row: int, states: Tensor) -> None:
         self.cache.write_cross(row, self._cross_kv(states))
 
@@ -229,6 +235,7 @@ class ReferenceEngine(CachedEngine):
                 self.lengths[here],
                 self.cache.cross_kv[:, :, here],
                 self.cache.cross_lengths[here],
+                ops=self.ops,
             )
             self.lengths[here] += ids.shape[1]
 
@@ -250,41 +257,54 @@ class ReferenceEngine(CachedEngine):
         )
 
 
-_MISSING = {"triton": "not part of this version"}
-
-
-def _engines() -> tuple[dict[str, type[Engine]], dict[str, str]]:
-    """The backends that are ready, and why others are missing."""
-    ready: dict[str, type[Engine]] = {"reference": ReferenceEngine}
-    missing = dict(_MISSING)
-    try:
-        from kvspn.native import NativeEngine
-
-        ready["native"] = NativeEngine
-    except ImportError as error:
-        missing["native"] = f"its extension is not built here ({error})"
-    try:
-        from kvspn.cuda import CudaEngine
-
-        if CudaEngine.device == "cpu" or torch.cuda.is_available():
-            ready["cuda"] = CudaEngine
-        else:
-            missing["cuda"] = "PyTorch sees no CUDA device here"
-    except ImportError as error:
-        missing["cuda"] = f"its extension is not built here ({error})"
-    return ready, missing
+_ENGINES = {  # imported when one is made
+    "reference": "kvspn.engines.ReferenceEngine",
+    "native": "kvspn.native.NativeEngine",
+    "cuda": "kvspn.cuda.CudaEngine",
+    "triton": "kvspn.triton_kernels.engine.TritonEngine",
+}
 
 
 def backends() -> dict[str, str | None]:
     """Every backend by name: None where it is ready, else why it is missing."""
-    ready, missing = _engines()
-    return {**dict.fromkeys(ready), **missing}
+    return {
+        "reference": None,
+        "native": _extension_missing("kvspn._native"),
+        "cuda": _cuda_missing(),
+        "triton": _triton_missing(),
+    }
+
+
+def _extension_missing(module: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return f"its extension is not built here ({error})"
+    return None
+
+
+def _cuda_missing() -> str | None:
+    missing = _extension_missing("kvspn._cuda")
+    if missing is None and importlib.import_module("kvspn.cuda").CudaEngine.device == "cuda":
+        return None if torch.cuda.is_available() else "PyTorch sees no CUDA device here"
+    return missing
+
+
+def _triton_missing() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if find_spec("kvspn.triton_kernels") is None:
+        return "kvspn.triton_kernels is not installed: install the package (pip install -e .)"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "no GPU; TRITON_INTERPRET=1 runs it in the interpreter"
+    return None
 
 
 def default_backend(device: torch.device) -> str:
     """The fastest ready backend for weights on a device."""
-    fastest = "cuda" if device.type == "cuda" else "native"
-    return fastest if backends()[fastest] is None else "reference"
+    found = backends()
+    order = ("cuda", "triton") if device.type == "cuda" else ("native",)
+    return next((name for name in order if found[name] is None), "reference")
 
 
 def engine(name: str, weights: DecoderWeights, *, batch: int, capacity: int, cross_capacity: int) -> Engine:
@@ -300,8 +320,11 @@ def engine(name: str, weights: DecoderWeights, *, batch: int, capacity: int, cro
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    ready, missing = _engines()
+    found = backends()
+    ready = [other for other, missing in found.items() if missing is None]
     if name not in ready:
-        reasons = "".join(f"; {other}: {reason}" for other, reason in missing.items())
+        reasons = "".join(f"; {other}: {missing}" for other, missing in found.items() if missing)
         raise ValueError(f"name must be one of {', '.join(ready)}, got {name!r}{reasons}")
-    return ready[name](weights, batch=batch, capacity=capacity, cross_capacity=cross_capacity)
+    module, _, kind = _ENGINES[name].rpartition(".")
+    made: type[Engine] = getattr(importlib.import_module(module), kind)
+    return made(weights, batch=batch, capacity=capacity, cross_capacity=cross_capacity)

@@ -5,20 +5,26 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_LIBRARY = torch.library.Library("kvspn", "DEF")
+_libraries: dict[str, torch.library.Library] = {}
+_contracts: dict[str, tuple[str, Callable[..., object], Callable[..., Any]]] = {}  # schema, check, fake
 
 
 def register(
-    schema: str, *, check: Callable[P, object], fake: Callable[P, R], reference: Callable[P, R]
+    schema: str,
+    *,
+    check: Callable[P, object],
+    fake: Callable[P, R],
+    reference: Callable[P, R],
+    namespace: str = "kvspn",
 ) -> Callable[P, R]:
-    """Define ``torch.ops.kvspn.<name>`` and return the public function that calls it.
+    """Define ``torch.ops.<namespace>.<name>`` and return the public function that calls it.
 
     The reference serves every device (CompositeExplicitAutograd) until a backend registers a kernel for one
     (CPU, CUDA). No op has a gradient: results never require one, so that backward() through an op is refused.
@@ -28,6 +34,9 @@ def register(
     It must look at types, shapes and devices only.
     """
     name = schema.partition("(")[0]
+    _contracts[name] = schema, check, fake
+    library = _libraries.get(namespace) or torch.library.Library(namespace, "DEF")
+    _libraries[namespace] = library
 
     def traced(*args: P.args, **kwargs: P.kwargs) -> R:
         check(*args, **kwargs)
@@ -38,11 +47,11 @@ def register(
         check(*args, **kwargs)
         return reference(*args, **kwargs)
 
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"kvspn::{name}", traced, lib=_LIBRARY)
-    overload = getattr(torch.ops.kvspn, name).default
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"{namespace}::{name}", traced, lib=library)
+    overload = getattr(getattr(torch.ops, namespace), name).default
 
     @functools.wraps(reference)
     def public(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -52,6 +61,12 @@ def register(
 
     public.__name__ = public.__qualname__ = name
     return public
+
+
+def implement(name: str, namespace: str, kernel: Callable[P, R]) -> Callable[P, R]:
+    """Another implementation of the op ``name``, under its contract: ``torch.ops.<namespace>.<name>``."""
+    schema, check, fake = _contracts[name]
+    return register(schema, check=check, fake=fake, reference=kernel, namespace=namespace)
 
 
 def load_native() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,15 @@ from kvspn.ops.fused_linear import reference as fused_linear
 from kvspn.ops.lm_head_verify import K_INF
 from kvspn.ops.lm_head_verify import reference as lm_head_verify
 from kvspn.ops.weights import DecoderWeights, Linear, Norm
+
+REFERENCE = SimpleNamespace(
+    append_kv=append_kv,
+    flat_kv_attention=flat_kv_attention,
+    fused_linear=fused_linear,
+    lm_head_verify=lm_head_verify,
+    accept_and_rollback=accept_and_rollback,
+)
+"""The ops that a step is composed of; a backend brings its own by these names."""
 
 
 def check(
@@ -127,33 +138,75 @@ def step_rows(
         if done:
             continue
         row = slice(b, b + 1)
-        cache, length = kv[:, :, row], lengths[row]
-        cross, cross_length = cross_kv[:, :, row], cross_lengths[row]
-        newest = tokens[row, int(length) : int(length) + 1]
-        draft = newest[:, :0]
-        if use_draft:
-            draft = propose(w, newest, cache, length, cross, cross_length, mask)
-        x = base_pass(w, torch.cat([newest, draft], dim=1), cache, length, cross, cross_length)
-        argmax, rank = lm_head_verify(x, w.head.weight, draft, mask, w.head.scale, *w.norm)
-        accept_and_rollback(
-            tokens[row], length, finished[row], stats[row], draft, argmax, rank, k, eos, max_length
+        step(
+            REFERENCE,
+            w,
+            kv[:, :, row],
+            lengths[row],
+            tokens[row],
+            finished[row],
+            stats[row],
+            cross_kv[:, :, row],
+            cross_lengths[row],
+            mask,
+            k,
+            eos,
+            max_length,
+            use_draft,
         )
 
 
+def step(
+    ops: Any,
+    w: DecoderWeights,
+    kv: Tensor,
+    lengths: Tensor,
+    tokens: Tensor,
+    finished: Tensor,
+    stats: Tensor,
+    cross_kv: Tensor,
+    cross_lengths: Tensor,
+    mask: Tensor | None,
+    k: int,
+    eos: int,
+    max_length: int,
+    use_draft: bool,
+) -> None:
+    """The step of all rows together, unchecked, composed from the ops of a backend; nothing is read back."""
+    newest = tokens.gather(1, lengths[:, None].long())
+    draft = newest[:, :0]
+    if use_draft:
+        draft = propose(w, newest, kv, lengths, cross_kv, cross_lengths, mask, ops)
+    ids = torch.cat([newest, draft], dim=1)
+    x = base_pass(w, ids, kv, lengths, cross_kv, cross_lengths, finished, ops)
+    argmax, rank = ops.lm_head_verify(x, w.head.weight, draft, mask, w.head.scale, *w.norm)
+    ops.accept_and_rollback(tokens, lengths, finished, stats, draft, argmax, rank, k, eos, max_length)
+
+
 def base_pass(
-    w: DecoderWeights, ids: Tensor, kv: Tensor, lengths: Tensor, cross_kv: Tensor, cross_lengths: Tensor
+    w: DecoderWeights,
+    ids: Tensor,
+    kv: Tensor,
+    lengths: Tensor,
+    cross_kv: Tensor,
+    cross_lengths: Tensor,
+    finished: Tensor | None = None,
+    ops: Any = REFERENCE,
 ) -> Tensor:
     """Run tokens int32 [B, Q] at positions lengths[b] ... through the base model's layers.
 
-    Appends their keys and values to ``kv``; returns [B, Q, d], before the final LayerNorm.
+    Appends their keys and values to ``kv``, but for rows that are finished; returns [B, Q, d], before the
+    final LayerNorm.
     """
     x = embed(w, ids, lengths)
     for i, layer in enumerate(w.layers):
-        q, k, v = split_heads(linear(x, layer.self_qkv, layer.self_norm), 3, w.heads)
-        append_kv(kv, k, v, lengths, i)
-        x = linear(flat_kv_attention(q, kv[i : i + 1], lengths, True), layer.self_out, residual=x)
-        x = attend(x, layer.cross_norm, layer.cross_q, layer.cross_out, cross_kv[i : i + 1], cross_lengths)
-        x = feed_forward(x, layer.ffn_norm, layer.fc1, layer.fc2)
+        q, k, v = split_heads(linear(ops, x, layer.self_qkv, layer.self_norm), 3, w.heads)
+        ops.append_kv(kv, k, v, lengths, i, finished)
+        heads = ops.flat_kv_attention(q, kv[i : i + 1], lengths, True)
+        x = linear(ops, heads, layer.self_out, residual=x)
+        cross = cross_kv[i : i + 1]
+        x = attend(ops, x, layer.cross_norm, layer.cross_q, layer.cross_out, cross, cross_lengths)
+        x = feed_forward(ops, x, layer.ffn_norm, layer.fc1, layer.fc2)
     return x
 
 
@@ -165,20 +218,21 @@ def propose(
     cross_kv: Tensor,
     cross_lengths: Tensor,
     mask: Tensor | None,
+    ops: Any = REFERENCE,
 ) -> Tensor:
     """The draft network's guess int32 [B, 1] of what follows the newest token int32 [B, 1]."""
     x = embed(w, newest, lengths)
     for i, block in enumerate(w.blocks):
         layers = w.group(i)
-        x = attend(x, block.kv_norm, block.kv_q, block.kv_out, kv[layers], lengths)
+        x = attend(ops, x, block.kv_norm, block.kv_q, block.kv_out, kv[layers], lengths)
         if block.cross_norm and block.cross_q and block.cross_out:
-            last = slice(layers.stop - 1, layers.stop)
-            x = attend(x, block.cross_norm, block.cross_q, block.cross_out, cross_kv[last], cross_lengths)
-        x = feed_forward(x, block.ffn_norm, block.fc1, block.fc2)
+            cross = cross_kv[layers.stop - 1 : layers.stop]
+            x = attend(ops, x, block.cross_norm, block.cross_q, block.cross_out, cross, cross_lengths)
+        x = feed_forward(ops, x, block.ffn_norm, block.fc1, block.fc2)
     if mask is not None and w.draft_ids is not None:
         mask = mask[w.draft_ids]
     head, norm = w.draft_output, w.draft_norm or (None, None)
-    choice, _ = lm_head_verify(x, head.weight, newest[:, :0], mask, head.scale, *norm)
+    choice, _ = ops.lm_head_verify(x, head.weight, newest[:, :0], mask, head.scale, *norm)
     return choice if w.draft_ids is None else w.draft_ids[choice]
 
 
@@ -189,25 +243,33 @@ def embed(w: DecoderWeights, ids: Tensor, lengths: Tensor) -> Tensor:
     return F.embedding(ids, w.embed_tokens) + F.embedding(positions, w.embed_positions)
 
 
-def attend(x: Tensor, norm: Norm, q: Linear, out: Linear, kv: Tensor, lengths: Tensor) -> Tensor:
+def attend(
+    ops: Any, x: Tensor, norm: Norm, q: Linear, out: Linear, kv: Tensor, lengths: Tensor
+) -> Tensor:
     """x [B, Q, d] plus its attention to all the keys of ``kv``."""
-    (query,) = split_heads(linear(x, q, norm), 1, q.weight.shape[0] // kv.shape[-1])
-    return linear(flat_kv_attention(query, kv, lengths, False), out, residual=x)
+    (query,) = split_heads(linear(ops, x, q, norm), 1, q.weight.shape[0] // kv.shape[-1])
+    return linear(ops, ops.flat_kv_attention(query, kv, lengths, False), out, residual=x)
 
 
-def feed_forward(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> Tensor:
+def feed_forward(ops: Any, x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> Tensor:
     """x [B, Q, d] plus its feed-forward."""
-    return linear(linear(x, fc1, norm, gelu=True), fc2, residual=x)
+    return linear(ops, linear(ops, x, fc1, norm, gelu=True), fc2, residual=x)
 
 
 def linear(
-    x: Tensor, w: Linear, norm: Norm | None = None, gelu: bool = False, residual: Tensor | None = None
+    ops: Any,
+    x: Tensor,
+    w: Linear,
+    norm: Norm | None = None,
+    gelu: bool = False,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """fused_linear on named weights."""
     norm_weight, norm_bias = norm or (None, None)
-    return fused_linear(
+    result: Tensor = ops.fused_linear(
         x, w.weight, w.bias, norm_weight, norm_bias, gelu=gelu, residual=residual, scale=w.scale
     )
+    return result
 
 
 def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:

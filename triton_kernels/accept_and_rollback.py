@@ -1,0 +1,64 @@
+"""accept_and_rollback: one program per row, its Q tokens side by side."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvspn.triton_kernels.launch import launch, register
+
+
+@triton.jit(do_not_specialize=["k", "eos", "max_length"])
+def accept_and_rollback_kernel(
+    tokens, lengths, finished, stats, draft, argmax, rank,
+    k, eos, max_length, queries, tokens_b, stats_b, draft_b, argmax_b, rank_b, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    if tl.load(finished + b) == 0:
+        length = tl.load(lengths + b)
+        count = length + 1  # of the row's tokens
+        i = tl.arange(0, BLOCK_Q)
+        drafted = i < queries - 1
+        rejected = tl.load(rank + b * rank_b + i, mask=drafted, other=0) >= k
+        accepted = tl.min(tl.where(drafted & rejected, i, queries - 1), axis=0)
+        guesses = tl.load(draft + b * draft_b + i, mask=drafted, other=0)
+        chosen = tl.load(argmax + b * argmax_b + accepted)
+        token = tl.where(i < accepted, guesses, chosen)
+        emitted = tl.minimum(accepted + 1, tl.maximum(max_length - count, 0))
+        ends = tl.min(tl.where((i < emitted) & (token == eos), i, BLOCK_Q), axis=0)
+        emitted = tl.minimum(emitted, ends + 1)
+        tl.store(tokens + b * tokens_b + count + i, token, mask=i < emitted)
+        tl.store(lengths + b, length + emitted)
+        tl.store(finished + b, (ends < BLOCK_Q) | (count + emitted >= max_length))
+        own = stats + b * stats_b
+        tl.store(own, tl.load(own) + 1)
+        tl.store(own + 1, tl.load(own + 1) + queries - 1)
+        tl.store(own + 2, tl.load(own + 2) + tl.minimum(accepted, emitted))
+
+
+def launch_accept_and_rollback(
+    tokens: Tensor,
+    lengths: Tensor,
+    finished: Tensor,
+    stats: Tensor,
+    draft: Tensor,
+    argmax: Tensor,
+    rank: Tensor,
+    k: int,
+    eos: int,
+    max_length: int,
+) -> None:
+    """As :func:`kvspn.ops.accept_and_rollback`, unchecked."""
+    batch, queries = argmax.shape
+    launch(
+        accept_and_rollback_kernel,
+        (batch,),
+        *(tokens, lengths, finished, stats, draft, argmax, rank, k, eos, max_length, queries),
+        *(each.stride(0) for each in (tokens, stats, draft, argmax, rank)),
+        BLOCK_Q=triton.next_power_of_2(queries),
+        num_warps=1,
+    )
+
+
+accept_and_rollback = register("accept_and_rollback", launch_accept_and_rollback)

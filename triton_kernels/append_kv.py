@@ -1,0 +1,51 @@
+"""append_kv: one program per new position and head."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvspn.triton_kernels.launch import launch, register
+
+
+@triton.jit
+def append_kv_kernel(
+    kv, k, v, lengths, finished,
+    queries, capacity, kv_part, kv_b, kv_h, kv_s, k_b, k_h, k_q, v_b, v_h, v_q,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0) // queries
+    i = tl.program_id(0) % queries
+    h = tl.program_id(1)
+    position = tl.load(lengths + b) + i
+    write = (position >= 0) & (position < capacity)
+    if finished is not None:
+        write = write & (tl.load(finished + b) == 0)
+    d = tl.arange(0, BLOCK_D)
+    inside = (d < D) & write
+    target = kv + b.to(tl.int64) * kv_b + h.to(tl.int64) * kv_h + position.to(tl.int64) * kv_s + d
+    key = tl.load(k + b.to(tl.int64) * k_b + h * k_h + i * k_q + d, mask=inside)
+    value = tl.load(v + b.to(tl.int64) * v_b + h * v_h + i * v_q + d, mask=inside)
+    tl.store(target, key, mask=inside)
+    tl.store(target + kv_part, value, mask=inside)
+
+
+def launch_append_kv(
+    kv: Tensor, k: Tensor, v: Tensor, lengths: Tensor, layer: int, finished: Tensor | None = None
+) -> None:
+    """As :func:`kvspn.ops.append_kv`, unchecked."""
+    batch, heads, queries, width = k.shape
+    cache = kv[layer]
+    launch(
+        append_kv_kernel,
+        (batch * queries, heads),
+        *(cache, k, v, lengths, finished, queries, kv.shape[4]),
+        *(*cache.stride()[:4], *k.stride()[:3], *v.stride()[:3]),
+        D=width,
+        BLOCK_D=triton.next_power_of_2(width),
+        num_warps=1,
+    )
+
+
+append_kv = register("append_kv", launch_append_kv)

@@ -1,0 +1,79 @@
+"""The Triton engine: the step of all rows, composed from the ops here and, on a GPU, one captured graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvspn.engines import ReferenceEngine
+from kvspn.ops import DecoderWeights
+from kvspn.ops.decoder_step import step
+from kvspn.triton_kernels.decoder_step import LAUNCHERS
+from kvspn.triton_kernels.launch import INTERPRETED
+
+
+class TritonEngine(ReferenceEngine):
+    """A step reads nothing back: lengths, finished rows and acceptance stay on the device.
+
+    On a GPU the first step of each kind is captured in a CUDA or HIP graph, and later ones replay it. A kind
+    is k, draft or not, and mask or not; a start with another eos or max_length forgets the graphs, since
+    those are constants in them. Capturing warms up with every row finished, which changes nothing.
+    """
+
+    ops = LAUNCHERS
+
+    def __init__(self, weights: DecoderWeights, *, batch: int, capacity: int, cross_capacity: int) -> None:
+        super().__init__(weights, batch=batch, capacity=capacity, cross_capacity=cross_capacity)
+        device = self._embed.device
+        if device.type != ("cpu" if INTERPRETED else "cuda"):
+            needed = "the CPU, where TRITON_INTERPRET=1 runs them" if INTERPRETED else "a GPU"
+            raise ValueError(f"weights must be on {needed}, got {device}")
+        self._graphs: dict[tuple[int, bool, bool], torch.cuda.CUDAGraph] = {}
+        self._constants = (self._eos, self._max_length)
+        with torch.inference_mode(False):
+            self._mask_buffer = torch.zeros(len(self._embed), device=device)
+
+    def _step(self, mask: Tensor | None, k: int, draft: bool) -> None:
+        if mask is not None:
+            self._mask_buffer.copy_(mask)
+            mask = self._mask_buffer
+        if INTERPRETED:
+            self._run(mask, k, draft)
+            return
+        if self._constants != (self._eos, self._max_length):
+            self._constants = (self._eos, self._max_length)
+            self._graphs.clear()
+        kind = (k, draft, mask is not None)
+        with torch.cuda.device(self._embed.device):
+            if kind not in self._graphs:
+                self._graphs[kind] = self._capture(mask, k, draft)
+            self._graphs[kind].replay()
+
+    def _run(self, mask: Tensor | None, k: int, draft: bool) -> None:
+        step(
+            self.ops,
+            self._weights,
+            self.cache.kv,
+            self.lengths,
+            self.tokens,
+            self.finished,
+            self.stats,
+            self.cache.cross_kv,
+            self.cache.cross_lengths,
+            mask,
+            k,
+            self._eos,
+            self._max_length,
+            draft,
+        )
+
+    def _capture(self, mask: Tensor | None, k: int, draft: bool) -> torch.cuda.CUDAGraph:
+        finished = self.finished.clone()
+        self.finished.fill_(True)
+        self._run(mask, k, draft)  # compiles what is not compiled yet
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run(mask, k, draft)
+        self.finished.copy_(finished)
+        return graph
