@@ -14,7 +14,7 @@ from torch import Tensor
 from kvspn.triton_kernels.configurations import ROWS, SPLIT, precision
 from kvspn.triton_kernels.launch import launch, register, result
 
-CHUNK = tl.constexpr(16)  # splits that the combination adds at a time
+CHUNK = tl.constexpr(64)  # splits that the combination adds at a time
 
 
 @triton.jit
@@ -60,51 +60,40 @@ def attention_split_kernel(
 
 
 @triton.jit
-def _seen(split, length, tail_lengths, b, i, capacity, tail_capacity, per_layer, flat_splits, splits,
-          CAUSAL: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
-    """Which splits hold keys that query i of row b sees."""
-    end = tl.minimum(length + i + 1 if CAUSAL else length, capacity)
-    seen = (split < flat_splits) & (split % per_layer * SPLIT < end)
-    if tail_lengths is not None:
-        tail_end = tl.minimum(tl.load(tail_lengths + b), tail_capacity)
-        seen = seen | ((split >= flat_splits) & (split < splits) & ((split - flat_splits) * SPLIT < tail_end))
-    return seen
-
-
-@triton.jit
 def attention_combine_kernel(
     sums, extremes, lengths, tail_lengths, out,
     heads, queries, repeat, capacity, tail_capacity, per_layer, flat_splits,
-    SPLITS: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr, CAUSAL: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """One output row: its splits in order, 16 at a time."""
+    """One output row: its splits in order, 64 at a time."""
     flat = tl.program_id(0).to(tl.int64)
     i = tl.program_id(0) % queries
     head = tl.program_id(0) // queries % (heads * repeat)
     b = tl.program_id(0) // queries // (heads * repeat)
-    length = tl.load(lengths + b)
     d = tl.arange(0, BLOCK_D)
-    largest = float("-inf")
-    for first in range(0, SPLITS, CHUNK):
-        split = first + tl.arange(0, CHUNK)
-        seen = _seen(split, length, tail_lengths, b, i, capacity, tail_capacity, per_layer, flat_splits,
-                     SPLITS, CAUSAL, SPLIT)  # fmt: skip
-        found = tl.load(extremes + (flat * SPLITS + split) * 2, mask=seen, other=float("-inf"))
-        largest = tl.maximum(largest, tl.max(found, axis=0))
-    total = 0.0
+    length = tl.load(lengths + b)
+    end = tl.minimum(length + i + 1 if CAUSAL else length, capacity)
+    largest, total = float("-inf"), 0.0
     summed = tl.zeros((BLOCK_D,), tl.float32)
     for first in range(0, SPLITS, CHUNK):
         split = first + tl.arange(0, CHUNK)
-        seen = _seen(split, length, tail_lengths, b, i, capacity, tail_capacity, per_layer, flat_splits,
-                     SPLITS, CAUSAL, SPLIT)  # fmt: skip
+        seen = (split < flat_splits) & (split % per_layer * SPLIT < end)
+        if tail_lengths is not None:
+            tail_end = tl.minimum(tl.load(tail_lengths + b), tail_capacity)
+            seen = seen | ((split >= flat_splits) & ((split - flat_splits) * SPLIT < tail_end))
+        seen = seen & (split < SPLITS)
         at = flat * SPLITS + split
-        found = tl.load(extremes + at * 2, mask=seen, other=0)
-        factor = tl.where(seen, tl.exp(tl.where(seen, found - largest, 0)), 0)
-        total += tl.sum(factor * tl.load(extremes + at * 2 + 1, mask=seen, other=0), axis=0)
+        found = tl.load(extremes + at * 2, mask=seen, other=float("-inf"))
+        highest = tl.maximum(largest, tl.max(found, axis=0))
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+        keep, factor = tl.exp(largest - base), tl.exp(found - base)
         part = tl.load(sums + at[:, None] * D + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0)
-        summed += tl.sum(factor[:, None] * part, axis=0)
+        total = total * keep + tl.sum(factor * tl.load(extremes + at * 2 + 1, mask=seen, other=0), axis=0)
+        summed = summed * keep + tl.sum(factor[:, None] * part, axis=0)
+        largest = highest
     target = out + ((b.to(tl.int64) * queries + i) * heads * repeat + head) * D + d
-    tl.store(target, tl.where(total > 0, summed / total, 0), mask=d < D)
+    tl.store(target, summed / tl.where(total > 0, total, 1.0), mask=d < D)
 
 
 def launch_flat_kv_attention(
