@@ -139,7 +139,8 @@ def _rules() -> str:
 
 
 setup(
-    packages=find_packages(include=["kvspn", "kvspn.*"]),
+    packages=[*find_packages(include=["kvspn", "kvspn.*"]), "kvspn.triton_kernels"],
+    package_dir={"kvspn.triton_kernels": "triton_kernels"},
     ext_modules=[Extension(name, sources=[]) for name in MODULES],
     cmdclass={"build_ext": NinjaBuild},
 )

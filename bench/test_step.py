@@ -26,7 +26,7 @@ def weights(shape, dtype, device, int8) -> DecoderWeights:
 @pytest.mark.parametrize("kind", ["greedy", "k=1", "k=inf"])
 @pytest.mark.parametrize("backend", [name for name, missing in backends().items() if missing is None])
 def test_step(timed, request, device, shape, dtype, backend, kind, batch):
-    if {"native": "cpu", "cuda": "cuda"}.get(backend, device) != device:
+    if device != {"native": "cpu", "cuda": "cuda", "triton": "cuda"}.get(backend, device):
         pytest.skip(f"the {backend} backend does not run on {device}")
     int8 = request.config.getoption("--int8")
     dtype = torch.bfloat16 if int8 else dtype

@@ -44,6 +44,13 @@ def _reference(name: str) -> Callable[..., Any]:
 BACKENDS = {"reference": SimpleNamespace(**{name: _reference(name) for name in OPS})}
 if importlib.util.find_spec("kvspn._torch_ops"):
     BACKENDS["native"] = SimpleNamespace(flat_kv_attention=kvspn.ops.flat_kv_attention)
+_TRITON = all(map(importlib.util.find_spec, ("triton", "kvspn.triton_kernels")))
+if _TRITON and not torch.cuda.is_available():
+    with pytest.MonkeyPatch.context() as patch:  # Triton looks at it when kernels are defined
+        patch.setenv("TRITON_INTERPRET", "1")
+        import kvspn.triton_kernels
+
+    BACKENDS["triton"] = SimpleNamespace(**{name: getattr(kvspn.triton_kernels, name) for name in OPS})
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

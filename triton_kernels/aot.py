@@ -111,8 +111,10 @@ def _specialise(each: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
         if isinstance(value, Tensor):
             signature[name] = _TYPES[value.dtype]
             attributes[i,] = [["tt.divisibility", 16]]
-        elif value is None or each.kernel.params[i].is_constexpr or (
-            isinstance(value, int) and value == 1 and name not in plain
+        elif (
+            value is None
+            or each.kernel.params[i].is_constexpr
+            or (isinstance(value, int) and value == 1 and name not in plain)
         ):
             constants[name] = value
         else:
@@ -135,9 +137,7 @@ def compile_launch(each: Launch, target: str) -> Compiled:
         if kind != "constexpr"
     )
     binary = made.asm["cubin" if gpu.backend == "cuda" else "hsaco"]
-    registers, spills = (
-        _cubin_usage(binary) if gpu.backend == "cuda" else _amdgcn_usage(made.asm["amdgcn"])
-    )
+    registers, spills = _cubin_usage(binary) if gpu.backend == "cuda" else _amdgcn_usage(made.asm["amdgcn"])
     threads = made.metadata.num_warps * gpu.warp_size
     symbol = made.metadata.name
     return Compiled(
@@ -184,8 +184,8 @@ def export(target: str, folder: Path, fmt: str) -> list[Compiled]:
     lines = [
         f"/* KVSPN's Triton kernels at the whisperM2M shape, {fmt}, for {target}.",
         " *",
-        " * Arguments of a launch, in order, then two null pointers (Triton's scratch buffers). Pointers are to",
-        " * device memory aligned to 16 bytes. The grid is that of one row and one draft. */",
+        " * Arguments of a launch, in order, then two null pointers (Triton's scratch buffers). Pointers are",
+        " * to device memory, aligned to 16 bytes. The grid is that of one row and one draft. */",
         "#pragma once",
         "#include <stdint.h>",
         "",
@@ -220,10 +220,8 @@ def main() -> None:
     print(f"{'target':11} {'kernel':34} {'registers':>9} {'spills':>6} {'shared':>6} {'threads':>7}")
     for target in options.target or TARGETS:
         for each in build(target, options.weights or ["fp16", "int8"]):
-            print(
-                f"{target:11} {each.name:34} {each.registers:9} {each.spills:6} {each.shared:6} {each.threads:7}",
-                flush=True,
-            )
+            figures = f"{each.registers:9} {each.spills:6} {each.shared:6} {each.threads:7}"
+            print(f"{target:11} {each.name:34} {figures}", flush=True)
             spilled |= each.spills > 0
     if spilled:
         sys.exit("some kernels spill registers")

@@ -38,7 +38,8 @@ def _masked(logits, mask, column, columns):
 def draft_logits_kernel(
     x, weight, own, draft, mask, scale, norm_weight, norm_bias,
     rows, queries, v, eps, x_stride, weight_stride, scale_stride, group, draft_b,
-    K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """own[row] = the logit of its draft: column i of the tile is the draft of row i."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -58,7 +59,8 @@ def draft_logits_kernel(
 def vocabulary_kernel(
     x, weight, best, choice, ahead, own, draft, mask, scale, norm_weight, norm_bias,
     rows, queries, v, eps, x_stride, weight_stride, scale_stride, group, draft_b,
-    K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile's largest logit, its smallest id, and how many of its tokens go ahead of the draft."""
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)

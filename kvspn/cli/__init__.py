@@ -15,6 +15,7 @@ from kvspn.cli.convert import convert
 from kvspn.cli.demo import demo
 from kvspn.cli.doctor import doctor
 from kvspn.cli.evaluate import evaluate
+from kvspn.cli.export_kernels import export_kernels
 from kvspn.cli.profile import profile
 from kvspn.cli.quantize import quantize
 from kvspn.cli.train import app as train
@@ -52,6 +53,7 @@ for command in (translate, demo, evaluate):
 app.add_typer(train, name="train", rich_help_panel="Make a model")
 app.command(rich_help_panel="Make a model")(convert)
 app.command(rich_help_panel="Make a model")(quantize)
+app.command("export-kernels", rich_help_panel="Make a model")(export_kernels)
 app.command(rich_help_panel="This machine")(doctor)
 app.command(rich_help_panel="This machine")(bench)
 app.command(rich_help_panel="This machine")(profile)

@@ -243,9 +243,7 @@ def embed(w: DecoderWeights, ids: Tensor, lengths: Tensor) -> Tensor:
     return F.embedding(ids, w.embed_tokens) + F.embedding(positions, w.embed_positions)
 
 
-def attend(
-    ops: Any, x: Tensor, norm: Norm, q: Linear, out: Linear, kv: Tensor, lengths: Tensor
-) -> Tensor:
+def attend(ops: Any, x: Tensor, norm: Norm, q: Linear, out: Linear, kv: Tensor, lengths: Tensor) -> Tensor:
     """x [B, Q, d] plus its attention to all the keys of ``kv``."""
     (query,) = split_heads(linear(ops, x, q, norm), 1, q.weight.shape[0] // kv.shape[-1])
     return linear(ops, ops.flat_kv_attention(query, kv, lengths, False), out, residual=x)
