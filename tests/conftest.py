@@ -46,8 +46,11 @@ if importlib.util.find_spec("kvspn._torch_ops"):
     BACKENDS["native"] = SimpleNamespace(flat_kv_attention=kvspn.ops.flat_kv_attention)
 _TRITON = all(map(importlib.util.find_spec, ("triton", "kvspn.triton_kernels")))
 if _TRITON and not torch.cuda.is_available():
-    with pytest.MonkeyPatch.context() as patch:  # Triton looks at it when kernels are defined
+    # Triton looks at it when kernels are defined, and when the first launch imports gluon.
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
+        import triton.experimental.gluon.language
+
         import kvspn.triton_kernels
 
     BACKENDS["triton"] = SimpleNamespace(**{name: getattr(kvspn.triton_kernels, name) for name in OPS})

@@ -17,7 +17,7 @@ from kvspn.triton_kernels.launch import launch, register, result
 CHUNK = tl.constexpr(64)  # splits that the combination adds at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries"])
 def attention_split_kernel(
     q, kv, lengths, sums, extremes,
     scale, heads, queries, repeat, capacity, per_layer, first_split, splits,
@@ -59,7 +59,7 @@ def attention_split_kernel(
         tl.store(extremes + at * 2 + 1, tl.sum(weights, axis=1), mask=row < repeat * queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries"])
 def attention_combine_kernel(
     sums, extremes, lengths, tail_lengths, out,
     heads, queries, repeat, capacity, tail_capacity, per_layer, flat_splits,

@@ -11,7 +11,7 @@ from kvspn.triton_kernels.launch import launch, register, result
 from kvspn.triton_kernels.projection import project
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def fused_linear_kernel(
     x, weight, out, bias, norm_weight, norm_bias, residual, scale,
     rows, n, eps, x_stride, weight_stride, residual_stride, scale_stride, group,

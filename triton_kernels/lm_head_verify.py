@@ -34,7 +34,7 @@ def _masked(logits, mask, column, columns):
     return tl.where((column < columns)[None, :], logits, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "queries"])
 def draft_logits_kernel(
     x, weight, own, draft, mask, scale, norm_weight, norm_bias,
     rows, queries, v, eps, x_stride, weight_stride, scale_stride, group, draft_b,
@@ -55,7 +55,7 @@ def draft_logits_kernel(
     tl.store(own + row, tl.sum(tl.where(diagonal, logits, 0), axis=1), mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "queries"])
 def vocabulary_kernel(
     x, weight, best, choice, ahead, own, draft, mask, scale, norm_weight, norm_bias,
     rows, queries, v, eps, x_stride, weight_stride, scale_stride, group, draft_b,
