@@ -23,10 +23,10 @@ def export_kernels(
     The header lists each kernel's file, symbol, arguments, grid, threads and shared memory.
     """
     try:
-        from kvspn.triton_kernels import aot
+        from kvspn.triton_kernels import aot, launch
     except ImportError as error:
         raise ValueError(f"the Triton kernels are not here ({error})") from error
-    if aot.INTERPRETED:
+    if launch.INTERPRETED:
         raise ValueError("TRITON_INTERPRET must not be set: the interpreter compiles nothing")
     aot.parse_target(target)
     made = aot.export(target, folder, weights)
