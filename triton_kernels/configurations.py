@@ -6,7 +6,7 @@ the rows of a call nor on what was tuned.
 
 BLOCK_N: outputs of one program. BLOCK_K: inputs of one round of its loop. precision: of the products of
 fp32 activations and 16-bit or integer weights; tf32x3 is fp32's accuracy on NVIDIA's tensor cores. fp32
-weights always take IEEE products.
+weights always take IEEE products. elementwise: see `projection.dot`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ _TABLE: dict[str, dict[str, Any]] = {
     "sm_100": {"BLOCK_N": 32, "BLOCK_K": 64, "precision": "tf32x3", "num_warps": 4, "num_stages": 4},
     "sm_120": {"BLOCK_N": 32, "BLOCK_K": 64, "precision": "tf32x3", "num_warps": 4, "num_stages": 3},
     "gfx942": {"BLOCK_N": 32, "BLOCK_K": 64, "precision": "ieee", "num_warps": 4, "num_stages": 2},
-    "interpreter": {"BLOCK_N": 256, "BLOCK_K": 256, "precision": "ieee", "num_warps": 4, "num_stages": 1},
+    "interpreter": {
+        "BLOCK_N": 256,
+        "BLOCK_K": 256,
+        "precision": "elementwise",
+        "num_warps": 4,
+        "num_stages": 1,
+    },
 }
 
 target: ContextVar[str | None] = ContextVar("target", default=None)
@@ -50,7 +56,8 @@ def matrix(device: torch.device, weight: torch.dtype) -> dict[str, Any]:
     """The keywords of a kernel that multiplies by a matrix of this dtype."""
     found = dict(_TABLE[target.get() or _architecture(device)])
     precision = found.pop("precision")
-    return found | {"PRECISION": "ieee" if weight == torch.float32 else precision}
+    exact = weight == torch.float32 and precision == "tf32x3"
+    return found | {"PRECISION": "ieee" if exact else precision}
 
 
 def precision(device: torch.device, dtype: torch.dtype) -> str:

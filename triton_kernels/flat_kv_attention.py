@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvspn.triton_kernels.configurations import ROWS, SPLIT, precision
 from kvspn.triton_kernels.launch import launch, register, result
+from kvspn.triton_kernels.projection import dot
 
 CHUNK = tl.constexpr(64)  # splits that the combination adds at a time
 
@@ -46,11 +47,11 @@ def attention_split_kernel(
         keys = tl.load(cache + at, mask=written, other=0).to(tl.float32)
         values = tl.load(cache + kv_part + at, mask=written, other=0).to(tl.float32)
 
-        scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale
+        scores = dot(query, keys, PRECISION) * scale
         scores = tl.where(position[None, :] < end[:, None], scores, float("-inf"))
         largest = tl.max(scores, axis=1)
         weights = tl.exp(scores - tl.where(end > start, largest, 0)[:, None])
-        out = tl.dot(weights, values, input_precision=PRECISION)
+        out = dot(weights, tl.trans(values), PRECISION)
 
         flat = tl.program_id(1).to(tl.int64) * repeat * queries + row
         at = flat * splits + first_split + tl.program_id(0)

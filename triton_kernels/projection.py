@@ -38,8 +38,17 @@ def project(
             if norm_bias is not None:
                 tile += tl.load(norm_bias + at, mask=at < K, other=0).to(tl.float32)[None, :]
         matrix = _load(weight, weight_stride, scale, scale_stride, group, column, columns, at, K)
-        sums = tl.dot(tile, tl.trans(matrix), sums, input_precision=PRECISION)
+        sums += dot(tile, matrix, PRECISION)
     return sums
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """a @ b.T; elementwise in the interpreter, since NumPy's BLAS treats the rows of a tile unalike."""
+    if PRECISION == "elementwise":
+        return tl.sum(a[:, None, :] * b[None, :, :], axis=2)
+    else:
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
 
 
 @triton.jit
