@@ -1,4 +1,4 @@
-"""What nvcc made of the CUDA kernels, as ``KVSPN_CUDA=1 python setup.py build_ext`` leaves it in build/native."""
+"""What nvcc made of the CUDA kernels: ``KVSPN_CUDA=1 python setup.py build_ext`` leaves it in build."""
 
 import importlib.util
 import os

@@ -38,7 +38,7 @@ class TritonEngine(ReferenceEngine):
             self._mask_buffer.copy_(mask)
             mask = self._mask_buffer
         if INTERPRETED:
-            self._run(mask, k, draft)
+            self._launch(mask, k, draft)
             return
         if self._constants != (self._eos, self._max_length):
             self._constants = (self._eos, self._max_length)
@@ -49,7 +49,7 @@ class TritonEngine(ReferenceEngine):
                 self._graphs[kind] = self._capture(mask, k, draft)
             self._graphs[kind].replay()
 
-    def _run(self, mask: Tensor | None, k: int, draft: bool) -> None:
+    def _launch(self, mask: Tensor | None, k: int, draft: bool) -> None:
         step(
             self.ops,
             self._weights,
@@ -70,10 +70,10 @@ class TritonEngine(ReferenceEngine):
     def _capture(self, mask: Tensor | None, k: int, draft: bool) -> torch.cuda.CUDAGraph:
         finished = self.finished.clone()
         self.finished.fill_(True)
-        self._run(mask, k, draft)  # compiles what is not compiled yet
+        self._launch(mask, k, draft)  # compiles what is not compiled yet
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._run(mask, k, draft)
+            self._launch(mask, k, draft)
         self.finished.copy_(finished)
         return graph

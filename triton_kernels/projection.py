@@ -46,9 +46,10 @@ def project(
 def dot(a, b, PRECISION: tl.constexpr):
     """a @ b.T; elementwise in the interpreter, since NumPy's BLAS treats the rows of a tile unalike."""
     if PRECISION == "elementwise":
-        return tl.sum(a[:, None, :] * b[None, :, :], axis=2)
+        product = tl.sum(a[:, None, :] * b[None, :, :], axis=2)
     else:
-        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
+        product = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    return product
 
 
 @triton.jit

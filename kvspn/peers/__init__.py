@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from kvspn.engines import ReferenceEngine
 from kvspn.ops import DecoderWeights
-from kvspn.ops.decoder_step import base_pass, linear
+from kvspn.ops.decoder_step import REFERENCE, base_pass, linear
 
 PEERS = ("transformers", "ctranslate2", "openvino", "onnxruntime")
 
@@ -75,7 +75,7 @@ class Problem:
         cache, w = self._engine.cache, self.weights
         ids = torch.tensor([self.newest], dtype=torch.int32)
         x = base_pass(w, ids, cache.kv, cache.lengths, cache.cross_kv, cache.cross_lengths)
-        return linear(x, w.head, w.norm)[0]
+        return linear(REFERENCE, x, w.head, w.norm)[0]
 
     def embedded(self, rows: int) -> Tensor:
         """The newest tokens as the first layer takes them [rows, d]."""
