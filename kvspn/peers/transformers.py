@@ -65,7 +65,7 @@ def eager(problem: Problem, fmt: str) -> Callable[[int], Runner]:
     """By query rows: the module as it is, with a DynamicCache."""
     model, states = _build(problem, fmt)
     own = DynamicCache()
-    cache = _filled(problem, own, states.dtype)
+    cache = _filled(problem, own, DynamicCache(), states.dtype)
     length = len(problem.prompt)
 
     def runner(rows: int) -> Runner:
@@ -85,12 +85,14 @@ def eager(problem: Problem, fmt: str) -> Callable[[int], Runner]:
 def static(problem: Problem, fmt: str) -> Callable[[int], Runner]:
     """By query rows: compiled with mode="reduce-overhead", a CUDA graph on a GPU, with a StaticCache.
 
-    Rows that the next run overwrites: keep a copy.
+    The next run overwrites the logits.
     """
     model, states = _build(problem, fmt)
     length = len(problem.prompt)
-    own = StaticCache(config=model.decoder.config, max_cache_len=length + max(ROWS))
-    cache = _filled(problem, own, states.dtype)
+    config = model.decoder.config
+    own = StaticCache(config=config, max_cache_len=length + max(ROWS))
+    cross = StaticCache(config=config, max_cache_len=len(problem.states))  # its addresses stay: no copies
+    cache = _filled(problem, own, cross, states.dtype)
     compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def runner(rows: int) -> Runner:
@@ -123,9 +125,8 @@ def _build(problem: Problem, fmt: str) -> tuple[_Model, Tensor]:
     return model, problem.states[None].to(dtype)
 
 
-def _filled(problem: Problem, own: Cache, dtype: torch.dtype) -> EncoderDecoderCache:
-    """The problem's keys and values, those of self-attention in ``own``."""
-    cross = DynamicCache()
+def _filled(problem: Problem, own: Cache, cross: Cache, dtype: torch.dtype) -> EncoderDecoderCache:
+    """The problem's keys and values in two empty caches."""
     layers = range(len(problem.kv))
     for i in layers:
         own.update(*problem.kv[i, :, None].to(dtype), i)
