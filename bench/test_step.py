@@ -28,6 +28,11 @@ BACKENDS = [
     if missing is None
     for way in (_CUDA_STEPS if name == "cuda" else ("",))
 ]
+BATCHES = [
+    (backend, batch)
+    for backend in BACKENDS
+    for batch in ((1, 4, 32) if backend in ("cuda persistent", "triton") else (1, 4))
+]
 
 
 @functools.lru_cache(maxsize=1)
@@ -82,15 +87,12 @@ def test_peer(timed, request, device, shape, dtype, peer, rows):
     assert task.correct(logits, fmt)
 
 
-@pytest.mark.parametrize("batch", [1, 4, 32])
 @pytest.mark.parametrize("kind", ["greedy", "two rows", "k=1", "k=inf"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "batch"), BATCHES)
 def test_step(timed, request, monkeypatch, device, shape, dtype, backend, kind, batch):
     name, _, way = backend.partition(" ")
     if device != _DEVICES.get(name, device):
         pytest.skip(f"the {name} backend does not run on {device}")
-    if batch > 4 and (name == "reference" or device == "cpu"):
-        pytest.skip("takes too long")
     if way:
         monkeypatch.setenv("KVSPN_CUDA_STEP", way)
     int8 = request.config.getoption("--int8")
