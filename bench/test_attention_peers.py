@@ -1,8 +1,8 @@
 """Attention over a group of layers' caches as one sequence of keys: kvspn beside other ways.
 
-One query (and two) over n = 4 layers, rows of different lengths, the same cache for every way. Each is checked
-against the formula in float64: its error is at most twice that of the formula in the same dtype, and eight
-roundings. What a way needs to know of the lengths (masks, page tables, plans) it makes once, untimed.
+One query (and two) over n = 4 layers, rows of different lengths, the same cache for every way. Each is
+checked against the formula in float64: its error is at most twice that of the formula in the same dtype, and
+eight roundings. What a way needs to know of the lengths (masks, page tables, plans) it makes once, untimed.
 """
 
 from __future__ import annotations
