@@ -51,7 +51,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2]
     else:
-        reason = f"failed: {report.longreprtext.splitlines()[-1]}"
+        errors = [line[1:].strip() for line in report.longreprtext.splitlines() if line.startswith("E ")]
+        reason = f"failed: {errors[0] if errors else report.when}"
     _left_out.append({"name": report.nodeid.rpartition("::")[2], "reason": reason})
 
 
