@@ -95,7 +95,7 @@ def performance() -> str:
         formats=",".join(formats),
         machine=_machine(bench["machine"]),
         kv_length=rows[0]["kv_length"],
-        steps=_table(
+        steps=table(
             ("", "weights", "what", "ms", "min", "GB/s", "of peak", "correct"),
             (
                 (
@@ -111,7 +111,7 @@ def performance() -> str:
                 for row in rows
             ),
         ),
-        peers=_table(
+        peers=table(
             (
                 "kvspn",
                 "what",
@@ -135,7 +135,7 @@ def performance() -> str:
         limit=_limit(summary),
         miniature=_miniature(miniature["rows"]),
         profile=f"{profile['shape']}, {profile['weights']}, {_machine(profile['machine'] | profile)}",
-        long=_table(
+        long=table(
             ("T", "step, ms", "KVSPN step, ms", "breaks even at", "KV, MB"),
             (
                 (
@@ -148,14 +148,14 @@ def performance() -> str:
                 for point in profile["points"]
             ),
         ),
-        attention=_table(
+        attention=table(
             ("T", *profile["points"][0]["attention"]),
             (
                 (f"{point['length']:,}", *(f"{value:.3f}" for value in point["attention"].values()))
                 for point in profile["points"]
             ),
         ),
-        checks=_table(
+        checks=table(
             ("T", "k", "acceptance", "predicted", "measured"),
             (
                 (
@@ -188,7 +188,7 @@ def _limit(summary: dict[str, Any]) -> str:
 
 
 def _miniature(rows: Iterable[dict[str, Any]]) -> str:
-    return _table(
+    return table(
         ("set", "k", "BLEU", "BLEU, transcription", "acceptance", "tokens per step", "identical to greedy"),
         (
             (
@@ -213,7 +213,7 @@ def _machine(machine: dict[str, Any]) -> str:
     )
 
 
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

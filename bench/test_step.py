@@ -1,4 +1,8 @@
-"""The decoder step on every backend that is here: plain greedy, and with KVSPN at k = 1 and k = infinity."""
+"""The decoder step on every backend that is here, and transformers' beside it.
+
+Plain greedy, with KVSPN at k = 1 and k = infinity, and two rows: a step whose draft network costs next to
+nothing, so that verification remains.
+"""
 
 from __future__ import annotations
 
@@ -7,46 +11,110 @@ import functools
 import pytest
 import torch
 
+from bench.conftest import foreign
+from kvspn import benchmark
 from kvspn.benchmark import step_bytes
 from kvspn.engines import backends, engine
 from kvspn.ops import K_INF, DecoderWeights
+from kvspn.peers import Problem, Skipped, load
 from kvspn.quantisation import FORMATS, quantise
 
 _FORMATS = {dtype: name for name, dtype in FORMATS.items()}
+_DEVICES = {"native": "cpu", "cuda": "cuda", "triton": "cuda"}
+_CUDA_STEPS = ("persistent", "graph", "kernels")
+BACKENDS = [
+    f"{name} {way}".strip()
+    for name, missing in backends().items()
+    if missing is None
+    for way in (_CUDA_STEPS if name == "cuda" else ("",))
+]
+BATCHES = [
+    (backend, batch)
+    for backend in BACKENDS
+    for batch in ((1, 4, 32) if backend in ("cuda persistent", "triton") else (1, 4))
+]
 
 
 @functools.lru_cache(maxsize=1)
-def weights(shape, dtype, device, int8) -> DecoderWeights:
-    made = quantise(shape.weights(), "int8" if int8 else _FORMATS[dtype])
-    tensors = [tensor.to(device) for tensor in made.flatten()]
-    return DecoderWeights.unflatten(tensors, heads=shape.heads, num_layers=shape.layers)
+def made(shape, fmt) -> DecoderWeights:
+    return quantise(shape.weights(), fmt)
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("kind", ["greedy", "k=1", "k=inf"])
-@pytest.mark.parametrize("backend", [name for name, missing in backends().items() if missing is None])
-def test_step(timed, request, device, shape, dtype, backend, kind, batch):
-    if device != {"native": "cpu", "cuda": "cuda", "triton": "cuda"}.get(backend, device):
-        pytest.skip(f"the {backend} backend does not run on {device}")
+@functools.lru_cache(maxsize=2)
+def weights(shape, fmt, device, faint_draft: bool) -> DecoderWeights:
+    found = made(shape, fmt)
+    if faint_draft:
+        found = benchmark._faint_draft(found)
+    tensors = [tensor.to(device) for tensor in found.flatten()]
+    return DecoderWeights.unflatten(
+        tensors,
+        heads=shape.heads,
+        num_layers=shape.layers,
+        groups=found.groups,
+        last_layer_only=found.last_layer_only,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def problem(shape, device) -> Problem:
+    tensors = [tensor.to(device) for tensor in shape.weights().flatten()]
+    w = DecoderWeights.unflatten(tensors, heads=shape.heads, num_layers=shape.layers)
+    return Problem(w, shape.length, shape.encoder_positions)
+
+
+def heading(kind: str, batch: int) -> str:
+    return f"step, {kind}, batch {batch}"
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("peer", ["transformers eager", "transformers static"])
+def test_peer(timed, request, device, shape, dtype, peer, rows):
+    if request.config.getoption("--int8"):
+        pytest.skip("transformers takes floats")
+    if device == "cpu" and peer == "transformers static":
+        pytest.skip("compiled for a GPU's graphs; on a CPU it takes minutes to compile and is no faster")
+    try:
+        module = load("transformers")
+    except Skipped as reason:
+        pytest.skip(str(reason))
+    task, fmt = problem(shape, device), _FORMATS[dtype]
+    size = step_bytes(task.weights, shape, 1, False) * dtype.itemsize // 4
+    with foreign(device):
+        run, reset = getattr(module, peer.partition(" ")[2])(task, fmt)(rows)
+        timed(run, size, reset, heading("greedy" if rows == 1 else "two rows", 1))
+        reset()
+        logits = run()
+    assert task.correct(logits, fmt)
+
+
+@pytest.mark.parametrize("kind", ["greedy", "two rows", "k=1", "k=inf"])
+@pytest.mark.parametrize(("backend", "batch"), BATCHES)
+def test_step(timed, request, monkeypatch, device, shape, dtype, backend, kind, batch):
+    name, _, way = backend.partition(" ")
+    if device != _DEVICES.get(name, device):
+        pytest.skip(f"the {name} backend does not run on {device}")
+    if way:
+        monkeypatch.setenv("KVSPN_CUDA_STEP", way)
     int8 = request.config.getoption("--int8")
     dtype = torch.bfloat16 if int8 else dtype
-    w = weights(shape, dtype, device, int8)
+    w = weights(shape, "int8" if int8 else _FORMATS[dtype], device, kind == "two rows")
     capacity = shape.length + 8
-    runner = engine(backend, w, batch=batch, capacity=capacity, cross_capacity=shape.encoder_positions)
+    runner = engine(name, w, batch=batch, capacity=capacity, cross_capacity=shape.encoder_positions)
     states = torch.randn(batch, shape.encoder_positions, shape.width, dtype=dtype, device=device)
     prompt = torch.randint(shape.vocabulary, (batch, shape.length + 1)).tolist()
     runner.start(states, prompt, eos=-1, max_length=capacity)
-    k = K_INF if kind == "k=inf" else 1
+    k, draft = K_INF if kind == "k=inf" else 1, kind != "greedy"
+    size = step_bytes(w, shape, batch, kind in ("k=1", "k=inf"))
 
     def back() -> None:
         runner.lengths.fill_(shape.length)
 
-    timed(lambda: runner.step(k, kind != "greedy"), step_bytes(w, shape, batch, kind != "greedy"), back)
+    timed(lambda: runner.step(k, draft), size, back, heading(kind, batch))
 
     made = (runner.lengths - shape.length).tolist()
     sequences = runner.tokens.tolist()
     assert made == [2] * batch if kind == "k=inf" else all(1 <= count <= 2 for count in made)
-    if kind == "k=1":  # exactly what plain greedy steps make
+    if k == 1 and draft:  # exactly what plain greedy steps make
         back()
         for _ in range(max(made)):
             runner.step(draft=False)

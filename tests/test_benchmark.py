@@ -140,6 +140,20 @@ def test_a_peer_takes_the_same_step(problem: Problem, name: str, fmt: str, set_t
         assert problem.correct(logits, fmt)
 
 
+def test_transformers_with_a_static_cache_takes_the_same_step(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is traced in one graph; a GPU's bench compiles it."""
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, mode, **options: compile(model, backend="eager", **options)
+    )
+    runner = peers.load("transformers").static(problem, "fp32")
+    for rows in (1, 2, 1):
+        _, logits = peers.timed(*runner(rows))
+        assert problem.correct(logits, "fp32")
+
+
 def test_speedups_are_over_the_fastest_correct_peer_of_the_same_width() -> None:
     ours = Row("step", "tiny", "native", "int8", 1, 1, 6, 2.0, 1.0, 3.0, 1, 1.0, 1.0, 1, 0, True)
     rows = [

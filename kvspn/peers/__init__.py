@@ -27,7 +27,7 @@ from kvspn.ops.decoder_step import REFERENCE, base_pass, linear
 PEERS = ("transformers", "ctranslate2", "openvino", "onnxruntime")
 
 # The relative error of logits (Frobenius) that a weight format explains; other rows' logits are off by 1.4.
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.25, "int4": 0.6}
+TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1, "int8": 0.25, "int4": 0.6}
 
 T = TypeVar("T")
 Step = Callable[[int], tuple[float, Tensor]]  # query rows -> milliseconds, logits [rows, V]
@@ -48,6 +48,8 @@ def load(name: str) -> ModuleType:
 class Problem:
     """The step that every peer takes: ``length`` positions in the cache, and the tokens that follow.
 
+    Everything is on the device of the weights.
+
     Attributes:
         weights: the decoder, fp32.
         states: the encoder's output [E, d].
@@ -61,7 +63,9 @@ class Problem:
         vocabulary, width = weights.embed_tokens.shape
         generator = torch.Generator().manual_seed(0)
         self.weights = weights
-        self.states = F.layer_norm(torch.randn(positions, width, generator=generator), (width,))
+        self.device = weights.embed_tokens.device
+        states = torch.randn(positions, width, generator=generator)
+        self.states = F.layer_norm(states, (width,)).to(self.device)
         tokens = torch.randint(vocabulary, (length + 2,), generator=generator).tolist()
         self.prompt, self.newest = tokens[:length], tokens[length:]
         self._engine = ReferenceEngine(weights, batch=1, capacity=length + 2, cross_capacity=positions)
@@ -73,7 +77,7 @@ class Problem:
     @torch.no_grad()
     def _reference(self) -> Tensor:
         cache, w = self._engine.cache, self.weights
-        ids = torch.tensor([self.newest], dtype=torch.int32)
+        ids = torch.tensor([self.newest], dtype=torch.int32, device=self.device)
         x = base_pass(w, ids, cache.kv, cache.lengths, cache.cross_kv, cache.cross_lengths)
         return linear(REFERENCE, x, w.head, w.norm)[0]
 
@@ -90,9 +94,11 @@ class Problem:
         return bool(error <= TOLERANCE[fmt]) and (same or fmt != "fp32")
 
 
-def timed(call: Callable[[], T]) -> tuple[float, T]:
-    """Milliseconds of a call, after one that wakes threads and caches, and its result."""
+def timed(call: Callable[[], T], reset: Callable[[], object] = lambda: None) -> tuple[float, T]:
+    """Milliseconds of a call, after one that wakes threads and caches, and its result; each after a reset."""
+    reset()
     call()
+    reset()
     begin = time.perf_counter()
     result = call()
     return (time.perf_counter() - begin) * 1e3, result

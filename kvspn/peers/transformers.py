@@ -1,12 +1,13 @@
-"""Hugging Face transformers, eager: Whisper's own decoder module with its dynamic cache."""
+"""Hugging Face transformers: Whisper's own decoder module, eager and, for GPUs, compiled."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache, WhisperConfig
+from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
 from kvspn.ops import DecoderWeights
@@ -26,6 +27,7 @@ class _Model(nn.Module):
             vocab_size=vocabulary,
             d_model=width,
             decoder_layers=len(weights.layers),
+            encoder_layers=len(weights.layers),  # what StaticCache takes for the decoder's
             decoder_attention_heads=weights.heads,
             decoder_ffn_dim=len(weights.layers[0].fc1.weight),
             max_source_positions=positions,
@@ -39,38 +41,99 @@ class _Model(nn.Module):
         self.decoder = WhisperDecoder(config)
         self.head = nn.Linear(width, vocabulary, bias=False)
 
+    def forward(self, ids: Tensor, states: Tensor, cache: EncoderDecoderCache) -> Tensor:
+        """[1, Q], [1, E, d] -> logits [1, Q, V]."""
+        out = self.decoder(ids, encoder_hidden_states=states, past_key_values=cache, use_cache=True)
+        logits: Tensor = self.head(out.last_hidden_state)
+        return logits
+
+
+class Runner(NamedTuple):
+    """run() -> logits [rows, V]; reset() goes before each, and takes back what the last one added."""
+
+    run: Callable[[], Tensor]
+    reset: Callable[[], object]
+
+
+def prepare(problem: Problem, fmt: str) -> Step:
+    runner = eager(problem, fmt)
+    return lambda rows: timed(*runner(rows))
+
 
 @torch.inference_mode()
-def prepare(problem: Problem, fmt: str) -> Step:
+def eager(problem: Problem, fmt: str) -> Callable[[int], Runner]:
+    """By query rows: the module as it is, with a DynamicCache."""
+    model, states = _build(problem, fmt)
+    own = DynamicCache()
+    cache = _filled(problem, own, DynamicCache(), states.dtype)
+    length = len(problem.prompt)
+
+    def runner(rows: int) -> Runner:
+        ids = torch.tensor([problem.newest[:rows]], device=problem.device)
+
+        @torch.inference_mode()
+        def run() -> Tensor:
+            logits: Tensor = model(ids, states, cache)[0]
+            return logits
+
+        return Runner(run, lambda: own.crop(length - own.get_seq_length()))
+
+    return runner
+
+
+@torch.no_grad()
+def static(problem: Problem, fmt: str) -> Callable[[int], Runner]:
+    """By query rows: compiled with mode="reduce-overhead", a CUDA graph on a GPU, with a StaticCache.
+
+    The next run overwrites the logits.
+    """
+    model, states = _build(problem, fmt)
+    length = len(problem.prompt)
+    config = model.decoder.config
+    own = StaticCache(config=config, max_cache_len=length + max(ROWS))
+    cross = StaticCache(config=config, max_cache_len=len(problem.states))  # its addresses stay: no copies
+    cache = _filled(problem, own, cross, states.dtype)
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+    def runner(rows: int) -> Runner:
+        ids = torch.tensor([problem.newest[:rows]], device=problem.device)
+
+        @torch.no_grad()
+        def run() -> Tensor:
+            logits: Tensor = compiled(ids, states, cache)[0]
+            return logits
+
+        def reset() -> None:
+            for layer in own.layers:
+                layer.cumulative_length.fill_(length)
+
+        return Runner(run, reset)
+
+    return runner
+
+
+def _build(problem: Problem, fmt: str) -> tuple[_Model, Tensor]:
+    """The module in a weight format, and the encoder's states [1, E, d] as it takes them."""
     w = problem.weights
     with torch.device("meta"):
         model = _Model(w, len(problem.states)).eval()
     model.load_state_dict(dict(_state(w)), assign=True)
-    dtype = torch.bfloat16 if fmt == "bf16" else torch.float32
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(fmt, torch.float32)
     model.to(dtype)
     if fmt == "int8":
         model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
-    own, cross = DynamicCache(), DynamicCache()
-    for i in range(len(w.layers)):
+    return model, problem.states[None].to(dtype)
+
+
+def _filled(problem: Problem, own: Cache, cross: Cache, dtype: torch.dtype) -> EncoderDecoderCache:
+    """The problem's keys and values in two empty caches."""
+    layers = range(len(problem.kv))
+    for i in layers:
         own.update(*problem.kv[i, :, None].to(dtype), i)
         cross.update(*problem.cross_kv[i, :, None].to(dtype), i)
     cache = EncoderDecoderCache(own, cross)
-    cache.is_updated = dict.fromkeys(range(len(w.layers)), True)
-    states = problem.states[None].to(dtype)
-
-    @torch.inference_mode()
-    def step(rows: int) -> tuple[float, Tensor]:
-        ids = torch.tensor([problem.newest[:rows]])
-
-        def run() -> Tensor:
-            out = model.decoder(ids, encoder_hidden_states=states, past_key_values=cache, use_cache=True)
-            logits: Tensor = model.head(out.last_hidden_state)[0]
-            own.crop(-rows)
-            return logits
-
-        return timed(run)
-
-    return step
+    cache.is_updated = dict.fromkeys(layers, True)
+    return cache
 
 
 def _state(w: DecoderWeights) -> Iterator[tuple[str, Tensor]]:
@@ -102,5 +165,5 @@ def _state(w: DecoderWeights) -> Iterator[tuple[str, Tensor]]:
 
 
 def _split(linear: Linear, width: int) -> Iterator[Linear]:
-    biases = torch.zeros(len(linear.weight)) if linear.bias is None else linear.bias
+    biases = linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
     return map(Linear, linear.weight.split(width), biases.split(width))
