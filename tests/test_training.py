@@ -22,7 +22,7 @@ pytest.importorskip("peft")
 from kvspn.models import WhisperM2MForConditionalGeneration
 from kvspn.training.corpus import LANGUAGES, Phrasebook, Template, split
 from kvspn.training.data import IGNORE, pad, prompt_tokens
-from kvspn.training.losses import accuracy, corrupt, cross_entropy, ctc, distillation
+from kvspn.training.losses import accuracy, cross_entropy, ctc, distillation
 from kvspn.training.mini import train_mini
 from kvspn.training.prepare import draw_clips
 from kvspn.training.recipe import Recipe, Stage
@@ -142,20 +142,6 @@ def test_losses_against_their_definitions():
     expected = -student.log_softmax(-1)[kept].gather(1, labels[kept][:, None]).mean()
     torch.testing.assert_close(cross_entropy(student, labels), expected)
     assert accuracy(F.one_hot(labels.clamp(0), 5), labels) == 1
-
-
-def test_corruption_leaves_prompts_and_labels_their_places():
-    inputs = torch.arange(40).view(4, 10)
-    labels = torch.full((4, 10), IGNORE)
-    labels[:, 2:8] = 1
-    assert torch.equal(corrupt(inputs, labels, 0.0), inputs)
-    found = corrupt(inputs, labels, 1.0)
-    assert torch.equal(found % 10, inputs % 10)  # each token from its own column
-    assert torch.equal(found[:, :3], inputs[:, :3])  # up to the token from which the first label follows
-    assert torch.equal(found[:, 9], inputs[:, 9])
-    assert not torch.equal(found[:, 3:9], inputs[:, 3:9])
-    share = (corrupt(torch.arange(4000).view(400, 10), labels.repeat(100, 1), 0.3) // 10).diff(dim=1) != 0
-    assert 0.2 < share[:, 2:8].float().mean() < 0.6  # a change at a corrupted token and after it
 
 
 def test_ctc_against_enumeration():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -41,16 +40,6 @@ def ctc(logits: Tensor, lengths: Tensor, characters: Tensor) -> Tensor:
     kept = characters != IGNORE
     log_probs = F.log_softmax(logits.float(), dim=-1).transpose(0, 1)
     return F.ctc_loss(log_probs, characters[kept], lengths, kept.sum(1), blank=0, zero_infinity=True)
-
-
-def corrupt(inputs: Tensor, labels: Tensor, share: float) -> Tensor:
-    """Decoder inputs [B, T] with a share of their tokens, the prompt's apart, from another row of the batch.
-
-    A decoder that cannot trust what it has said so far has to listen (word dropout, arXiv 1511.06349).
-    """
-    spoken = F.pad(labels[:, :-1] != IGNORE, (1, 0))
-    chosen = spoken & (torch.rand(inputs.shape, device=inputs.device) < share)
-    return torch.where(chosen, inputs[torch.randperm(len(inputs), device=inputs.device)], inputs)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -35,7 +35,6 @@ class Recipe:
     dropout: float = 0.0
     lora_rank: int = 32
     distillation: float = 1.0
-    corruption: float = 0.3  # of the decoder's inputs
     targets: int = 3  # of each clip
     encoder: Stage = field(default_factory=lambda: Stage(4200, 32, 1.5e-3))
     parent: Stage = field(default_factory=lambda: Stage(1200, 64, 1.5e-3))

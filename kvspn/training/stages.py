@@ -23,7 +23,7 @@ from kvspn.models.conversion import convert_whisper, spread_layers
 from kvspn.models.modeling import Decoder, SpeechEncoder, WhisperM2MForConditionalGeneration
 from kvspn.training.corpus import LANGUAGES
 from kvspn.training.data import IGNORE, Collator, alphabet
-from kvspn.training.losses import accuracy, corrupt, cross_entropy, ctc, distillation
+from kvspn.training.losses import accuracy, cross_entropy, ctc, distillation
 from kvspn.training.prepare import Corpus
 from kvspn.training.recipe import Recipe, Stage
 from kvspn.training.states import StateStore
@@ -130,8 +130,6 @@ def _translation_losses(recipe: Recipe) -> Losses:
 
     def losses(model: WhisperM2MForConditionalGeneration, batch: Batch) -> dict[str, Tensor]:
         inputs, labels = batch["decoder_input_ids"], batch["labels"]
-        if model.training:
-            inputs = corrupt(inputs, labels, recipe.corruption)
 
         def decode(states: Tensor, mask: Tensor | None) -> Tensor:
             return model(encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=inputs).logits
