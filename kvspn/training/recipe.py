@@ -39,7 +39,7 @@ class Recipe:
     encoder: Stage = field(default_factory=lambda: Stage(4200, 32, 1.5e-3))
     parent: Stage = field(default_factory=lambda: Stage(1200, 64, 1.5e-3))
     base: Stage = field(default_factory=lambda: Stage(3000, 32, 1.5e-3))
-    adapt: Stage = field(default_factory=lambda: Stage(160, 16, 3e-4))
+    adapt: Stage = field(default_factory=lambda: Stage(160, 16, 5e-5))
     draft: Stage = field(default_factory=lambda: Stage(700, 32, 1.5e-3))
 
     @property
