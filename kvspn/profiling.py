@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvspn.benchmark import SHAPES, read_gb_per_s
+from kvspn.benchmark import SHAPES
 from kvspn.engines import CachedEngine, engine
 from kvspn.ops import K_INF, flat_kv_attention
 from kvspn.quantisation import quantise
 from kvspn.random_decoder import random_decoder
+from kvspn.timing import read_gb_per_s
 
 LENGTHS = tuple(64 << i for i in range(9))  # 64 .. 16,384
 STRIDE = 4  # of the sparse variant

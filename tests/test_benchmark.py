@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvspn import allocations, benchmark, peers
+from kvspn import allocations, benchmark, peers, timing
 from kvspn.benchmark import Row, Shape, speedups
 from kvspn.engines import default_backend
 from kvspn.peers import PEERS, Problem, Skipped
@@ -24,7 +24,7 @@ BACKEND = default_backend(torch.device("cpu"))
 def shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "SHAPES", {"tiny": TINY})
     monkeypatch.setattr(benchmark, "UNPRUNED", {"tiny": ("whisper-tiny", replace(TINY, layers=4))})
-    monkeypatch.setattr(benchmark, "_buffer", lambda: torch.ones(1 << 18))
+    monkeypatch.setattr(timing, "_buffer", lambda device: torch.ones(1 << 18))
 
 
 @pytest.fixture(scope="module")

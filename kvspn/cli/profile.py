@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from kvspn.cli.common import whole_numbers, write_json
 
 
 def profile(
@@ -46,7 +47,7 @@ def profile(
     from kvspn.benchmark import SHAPES
     from kvspn.machine import cpu, versions
 
-    chosen = profiling.LENGTHS if lengths is None else _parse(lengths)
+    chosen = profiling.LENGTHS if lengths is None else whole_numbers("--lengths", lengths, 1 << 20)
     if shape not in SHAPES:
         raise typer.BadParameter(f"--shape must be of {', '.join(SHAPES)}; got {shape!r}")
     for file in (output, page):
@@ -67,19 +68,11 @@ def profile(
         "checks": [asdict(check) for check in found["checks"]],
     }
     if output is not None:
-        output.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+        write_json(output, document)
     if page is not None:
         page.write_text(report.profile_page(document), "utf-8")
     if not all(point.correct for point in found["points"]):
         raise typer.Exit(1)
-
-
-def _parse(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    for part in parts:
-        if not part.isdecimal() or not 1 <= int(part) <= 1 << 20:
-            raise typer.BadParameter(f"--lengths must be whole numbers from 1 to 1048576; got {part!r}")
-    return sorted({int(part) for part in parts})
 
 
 def _steps(points: list[Any]) -> Table:
