@@ -154,7 +154,8 @@ class _Bench:
         self._progress, self._skipped = progress, skipped
         self._rows: list[Row] = []
         self._costs: dict[str, dict[str, float]] = {"two_row_cost": {}, "draft_overhead": {}}
-        self._tokens_per_step = _tokens_per_step()
+        figures = miniature()
+        self._tokens_per_step: float | None = figures["tokens_per_step"] if figures else None
 
     def own_cases(
         self, name: str, shape: Shape, made: DecoderWeights, backend: str, fmt: str, batch: int
@@ -298,11 +299,6 @@ def device_of(backend: str) -> str:
 
 def start(backend: str, weights: DecoderWeights, shape: Shape, batch: int = 1) -> Engine:
     """An engine of some rows before its next step, ``shape.length`` positions in each one's cache."""
-    states, prompts = [], []
-    for row in range(batch):
-        generator = torch.Generator().manual_seed(row)
-        states.append(torch.randn(shape.encoder_positions, shape.width, generator=generator))
-        prompts.append(torch.randint(shape.vocabulary, (shape.length + 1,), generator=generator).tolist())
     device = device_of(backend)
     weights = DecoderWeights.unflatten(
         [tensor.to(device) for tensor in weights.flatten()],
@@ -311,10 +307,25 @@ def start(backend: str, weights: DecoderWeights, shape: Shape, batch: int = 1) -
         groups=weights.groups,
         last_layer_only=weights.last_layer_only,
     )
-    capacity = shape.length + _ROOM
-    made = engine(backend, weights, batch=batch, capacity=capacity, cross_capacity=shape.encoder_positions)
-    made.start([each.to(device) for each in states], prompts, eos=-1, max_length=capacity)
-    return made
+    return begin(engine(backend, weights, batch=batch, **capacities(shape)), shape)
+
+
+def capacities(shape: Shape) -> dict[str, int]:
+    """Of an engine that :func:`begin` takes."""
+    return {"capacity": shape.length + _ROOM, "cross_capacity": shape.encoder_positions}
+
+
+def begin(engine: Engine, shape: Shape) -> Engine:
+    """The engine before its next step, ``shape.length`` positions in the cache of each of its rows."""
+    batch, capacity = engine.tokens.shape
+    states, prompts = [], []
+    for row in range(batch):
+        generator = torch.Generator().manual_seed(row)
+        states.append(torch.randn(shape.encoder_positions, shape.width, generator=generator))
+        prompts.append(torch.randint(shape.vocabulary, (shape.length + 1,), generator=generator).tolist())
+    device = engine.tokens.device
+    engine.start([each.to(device) for each in states], prompts, eos=-1, max_length=capacity)
+    return engine
 
 
 def _own_cases(
@@ -442,13 +453,12 @@ def _peer_cases(
         )
 
 
-def _tokens_per_step() -> float | None:
-    """What the shipped miniature reaches on unseen sentences at k = 1; None where its record is not here."""
+def miniature() -> dict[str, Any] | None:
+    """The shipped miniature's figures on unseen sentences at k = 1; None where their record is not here."""
     if not _RECORD.exists():
         return None
-    rows = json.loads(_RECORD.read_text("utf-8"))["rows"]
-    found: float = next(row["tokens_per_step"] for row in rows if (row["set"], row["k"]) == ("unseen", 1))
-    return found
+    rows: list[dict[str, Any]] = json.loads(_RECORD.read_text("utf-8"))["rows"]
+    return next(row for row in rows if (row["set"], row["k"]) == ("unseen", 1))
 
 
 def _width(fmt: str) -> str:

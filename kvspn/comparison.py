@@ -97,7 +97,7 @@ def _change(
     case: tuple[Any, ...], before: dict[str, Any], after: dict[str, Any], confidence: float
 ) -> Change:
     time = ratio(before["ms"], after["ms"], confidence)
-    over_read = ratio(*(_over_read(row) for row in (before, after)), confidence)
+    over_read = ratio(_over_read(before), _over_read(after), confidence)
     if not after["correct"]:
         verdict = "wrong"
     elif max(time.high, over_read.high) < 1:

@@ -122,18 +122,18 @@ def _linear(sizes: Sizes, n: int, k: int, norm: bool, gelu: bool, residual: bool
     x = sizes.randn(sizes.batch, QUERIES, k)
     weight, _, scale = sizes.matrix(n, k)
     bias = sizes.randn(n)
-    norms = (1 + sizes.randn(k, scale=0.1), sizes.randn(k, scale=0.1)) if norm else (None, None)
+    gain, shift = (1 + sizes.randn(k, scale=0.1), sizes.randn(k, scale=0.1)) if norm else (None, None)
     added = sizes.randn(sizes.batch, QUERIES, n) if residual else None
 
     def formula(dtype: torch.dtype) -> Tensor:
         y = x.to(dtype)
-        if norm:
-            y = F.layer_norm(y, (k,), *(part.to(dtype) for part in norms if part is not None))
+        if gain is not None and shift is not None:
+            y = F.layer_norm(y, (k,), gain.to(dtype), shift.to(dtype))
         y = F.linear(y, dequantise(weight, scale).to(dtype), bias.to(dtype))
         y = F.gelu(y) if gelu else y
         return y if added is None else y + added.to(dtype)
 
-    tensors = (weight, scale, bias, *norms, x, added)
+    tensors = (weight, scale, bias, gain, shift, x, added)
     read = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     rows = sizes.batch * QUERIES
     return Call(
@@ -141,7 +141,7 @@ def _linear(sizes: Sizes, n: int, k: int, norm: bool, gelu: bool, residual: bool
         sizes.shape.length,
         read + rows * n * x.element_size(),
         2 * rows * n * k,
-        lambda op: op(x, weight, bias, *norms, gelu=gelu, residual=added, scale=scale),
+        lambda op: op(x, weight, bias, gain, shift, gelu=gelu, residual=added, scale=scale),
         lambda out: _as_exact(out, formula, sizes.dtype if scale is None else torch.float32),
     )
 

@@ -297,6 +297,11 @@ def profile_page(document: dict[str, Any]) -> str:
         cost,
         "<h2>One group's attention, one query</h2>",
         plots["attention"],
+        "<p>What each variant does to the acceptance of drafts, on the miniature at k = 1:</p>",
+        _table(
+            list(document["acceptance"]),
+            [["not measured" if each is None else f"{each:.1%}" for each in document["acceptance"].values()]],
+        ),
         "<h2>Speed-up</h2><p>(1 + acceptance) / (1 + overhead), from the measured steps.</p>",
         plots["speedup"],
         "<p>Checked by real steps; the weights being random, so is the acceptance at k = 1.</p>",

@@ -213,7 +213,7 @@ def bench(
 
 def _console() -> Console:
     """As wide as its tables where it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return Console(width=None if sys.stdout.isatty() else 150)
 
 
 def _ready() -> list[str]:
@@ -311,16 +311,25 @@ def _open(name: str) -> dict[str, Any]:
 
 def _changes(changes: list[Change]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for heading in ("case", "backend"):
-        table.add_column(heading)
-    for heading in ("before, ms", "after, ms", "after / before", "over a bare read", ""):
+    table.add_column("what")
+    table.add_column("backend")
+    for heading in (
+        "batch",
+        "rows",
+        "T",
+        "before, ms",
+        "after, ms",
+        "after / before",
+        "over a bare read",
+        "",
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     for change in changes:
         case = change.case
         table.add_row(
-            f"{case['shape']} {case['what']}, {case['rows']} row{'s' * (case['rows'] > 1)}, "
-            f"batch {case['batch']}, T = {case['kv_length']}",
+            f"{case['shape']} {case['what']}",
             f"{case['backend']} {case['weights']}",
+            *(str(case[name]) for name in ("batch", "rows", "kv_length")),
             f"{change.before:.4g}",
             f"{change.after:.4g}",
             *(
