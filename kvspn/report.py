@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 from collections.abc import Iterable, Sequence
+from statistics import median
 from typing import Any
 
 from kvspn.profiling import speedup
@@ -112,6 +113,8 @@ def _roofline(axes: Axes, title: str, rows: list[dict[str, Any]], machine: dict[
     for name, group in _grouped(rows, ("backend", "weights")).items():
         x = [row["flops"] / row["bytes"] for row in group]
         axes.plot(x, [row["gflop_per_s"] for row in group], "o", markersize=4, label=name)
+    reads = [row["flops"] / median(row["read_ms"]) / 1e6 for row in rows]
+    axes.plot(intensities, reads, "_", color="0.4", label="a bare read of as many bytes")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("FLOP per byte")

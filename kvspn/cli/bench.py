@@ -278,7 +278,7 @@ def _compare(before: str, after: str, output: Path | None) -> None:
     from kvspn.comparison import compare
 
     documents = [_open(name) for name in (before, after)]
-    changes = compare(*documents)
+    changes = compare(documents[0], documents[1])
     console = _console()
     cpus, versions = ([document["machine"][key] for document in documents] for key in ("cpu", "versions"))
     for what, (one, other) in (("processor", cpus), ("versions", versions)):
