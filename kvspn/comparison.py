@@ -87,7 +87,7 @@ def compare(before: dict[str, Any], after: dict[str, Any], confidence: float = 0
 
 def _timed(document: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
     """The rows that were timed themselves, by what they are."""
-    rows = [row for row in document["rows"] + document.get("ops", []) if row["what"] not in DERIVED]
+    rows = [row for row in document.get("rows", []) + document.get("ops", []) if row["what"] not in DERIVED]
     if not all("ms" in row for row in rows):
         raise ValueError("a record must hold the times of its rounds; this one is of an older kvspn bench")
     return {tuple(row[name] for name in _SAME_CASE): row for row in rows}

@@ -306,7 +306,7 @@ def run(
     device: str = "cpu",
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Times implementations of ops in turn: {"machine", "rows"} as of kvspn.benchmark.run.
+    """Times implementations of ops in turn: {"machine", "ops"} of docs/benchmark.md, with a list of Row.
 
     Args:
         implementations: beside the package's own; by name, each an object whose attributes are ops with the
@@ -342,7 +342,7 @@ def run(
             cases = list(_cases(shape, sizes, calls, spaces, cold))
             frame.time(cases)
             rows += [case.row() for case in cases]
-    return {"machine": frame.machine(), "rows": rows}
+    return {"machine": frame.machine(), "ops": rows}
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def bench_plots(document: dict[str, Any]) -> dict[str, str]:
         figure, axes = _figure(5)
         _roofline(axes, title, rows, document["machine"])
         plots[f"roofline: {title}"] = _svg(figure)
-    steps = [row for row in document["rows"] if row["what"] in ("step", "kvspn_step")]
+    steps = [row for row in document.get("rows", ()) if row["what"] in ("step", "kvspn_step")]
     for title, rows in _grouped(steps, ("shape", "batch", "kv_length")).items():
         plots[f"milliseconds: {title}"] = _milliseconds(rows)
     for along, fixed in (("batch", "kv_length"), ("kv_length", "batch")):
@@ -153,7 +153,6 @@ def _along(field: str, rows: list[dict[str, Any]]) -> str:
 def bench_page(document: dict[str, Any]) -> str:
     """The page of `kvspn bench`, from its JSON document."""
     machine = document["machine"]
-    ops = document.get("ops", [])
     plots = "".join(f"<h3>{_text(name)}</h3>{plot}" for name, plot in bench_plots(document).items())
     devices = _table(
         ("device", "", "bare read, GB/s", "torch's matrix product, GFLOP/s"),
@@ -172,11 +171,10 @@ def bench_page(document: dict[str, Any]) -> str:
         f"{machine['cpu']['threads']} threads; {_text(machine['date'])}.</p>",
         devices,
         plots,
-        "<h2>Steps</h2>" * bool(document["rows"]),
-        _rows_table(document["rows"]) if document["rows"] else "",
-        "<h2>Ops</h2>" * bool(ops),
-        _rows_table(ops) if ops else "",
     ]
+    for heading, rows in (("Steps", document.get("rows")), ("Ops", document.get("ops"))):
+        if rows:
+            parts += [f"<h2>{heading}</h2>", _rows_table(rows)]
     return _page("kvspn bench", *parts)
 
 

@@ -185,7 +185,7 @@ def bench(
                     cold=cold,
                     device=device,
                     progress=status.update,
-                )["rows"]
+                )["ops"]
             document["ops"] = [asdict(row) for row in timed]
             rows = rows + timed
     console = _console()
