@@ -24,5 +24,6 @@ _FLOATS = {dtype: name for name, dtype in FORMATS.items()}
 def test_op(timed, device, shape, dtype, call, weights):
     torch.manual_seed(0)
     made = CALLS[call](Sizes(shape, weights or _FLOATS[dtype], batch=1, device=device))
-    op = getattr(kvspn.ops, call.partition("/")[0])
-    assert made.correct(timed(lambda: made.run(op), made.bytes, made.reset))
+    name = call.partition("/")[0]
+    op = getattr(kvspn.ops, name)
+    assert made.correct(timed(lambda: made.run(op), made.bytes, made.reset, name))

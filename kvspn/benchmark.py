@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from kvspn import allocations, launches, quantisation
+from kvspn import allocations, quantisation
 from kvspn.engines import Engine, engine
 from kvspn.ops import DecoderWeights
 from kvspn.ops.weights import Linear
 from kvspn.peers import PEERS, Problem, Skipped, load
 from kvspn.random_decoder import random_decoder
-from kvspn.timing import Case, Rounds, Row, clock
+from kvspn.timing import Case, Rounds, Row, clock, counts
 
 POSITIONS = 448  # of every shape's decoder
 
@@ -368,7 +368,7 @@ def _own_cases(
 
     def case(what: str, rows: int, size: int, flops: int, engine: Engine, draft: bool) -> Case:
         back(engine)
-        counted = launches.count(lambda: engine.step(1, draft), device)
+        counted = counts(lambda: engine.step(1, draft), device)
         return Case(
             what=what,
             shape=name,
@@ -380,8 +380,8 @@ def _own_cases(
             bytes=size,
             flops=flops,
             correct=correct,
-            launches=counted[0],
-            host_synchronisations=counted[1],
+            launches=counted["launches"],
+            host_synchronisations=counted["host_synchronisations"],
             allocations=allocated[(what, rows) != ("step", 1)],
             device=device,
             cache="cold" if cold else "warm",

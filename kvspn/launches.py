@@ -1,37 +1,56 @@
-"""Launches of a call on a GPU, and how often the host waits for it, as torch.profiler sees the runtime."""
+"""What a call launches on a CUDA device, and how often the host waits for it, as torch.profiler sees it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import re
+from collections.abc import Callable, Sequence
 
+import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-_RANGE = "kvspn: counted"
+_CALL = "kvspn: the call that is counted"
+_LAUNCH = re.compile(r"cu(da)?(Graph)?Launch|cu(da)?Mem(cpy|set)")
+_WAIT = re.compile(r"cu(da)?\w*Synchronize")
 
 
-def count(call: Callable[[], object], device: str) -> tuple[int, int | None]:
-    """Launches and host synchronisations of a call; on a CPU it is one, and nothing is waited for.
+def count(call: Callable[[], object], reset: Callable[[], object] = lambda: None) -> dict[str, int | None]:
+    """Of one call, None where the profiler sees nothing.
 
-    A launch is a kernel, a graph or a copy that the host enqueues.
+    launches: of kernels, graphs and copies by the host. kernels: what the device then runs.
+    host_synchronisations: how often the host waits for the device.
     """
-    if device != "cuda":
-        return 1, None
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    with profile(activities=activities) as profiled, record_function(_RANGE):
-        call()
-    return tally(profiled.events())
+    reset()
+    torch.cuda.synchronize()
+    try:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+            with record_function(_CALL):
+                call()
+            torch.cuda.synchronize()
+    except RuntimeError:  # no leave to trace this device
+        return tally([])
+    events = profiled.events()
+    spans = [event.time_range for event in events if event.name == _CALL]
+    return tally(
+        [
+            (event.name, event.device_type.name == "CUDA")
+            for event in events
+            if event.name != _CALL
+            and (
+                event.device_type.name == "CUDA"
+                or any(span.start <= event.time_range.start <= span.end for span in spans)
+            )
+        ]
+    )
 
 
-def tally(events: Iterable[Any]) -> tuple[int, int]:
-    """Of a profile's events, those inside the counted range: (launches, synchronisations)."""
-    events = list(events)
-    span = next(event.time_range for event in events if event.name == _RANGE)
-    # cudaLaunchKernel, cuLaunchKernelEx, cudaGraphLaunch, cudaMemcpyAsync, cudaMemsetAsync, ...
-    names = [
-        event.name
-        for event in events
-        if event.name.startswith("cu") and span.start <= event.time_range.start <= span.end
-    ]
-    launches = sum(any(word in name for word in ("Launch", "Memcpy", "Memset")) for name in names)
-    return launches, sum("Synchronize" in name for name in names)
+def tally(events: Sequence[tuple[str, bool]]) -> dict[str, int | None]:
+    """Of pairs (name, whether it ran on the device); None where the profiler saw nothing."""
+    kernels = sum(there for _, there in events)
+    host = [name for name, there in events if not there]
+    launched = sum(_LAUNCH.match(name) is not None for name in host)
+    waited = sum(_WAIT.match(name) is not None for name in host)
+    return {
+        "launches": launched or None,
+        "kernels": kernels or None,
+        "host_synchronisations": waited if launched or kernels else None,
+    }

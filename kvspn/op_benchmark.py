@@ -18,13 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kvspn.ops
-from kvspn import launches
 from kvspn.benchmark import SHAPES, Shape
 from kvspn.engines import backends
 from kvspn.ops import Linear
 from kvspn.ops.fused_linear import dequantise
 from kvspn.quantisation import FORMATS, quantise_linear
-from kvspn.timing import Case, Rounds, clock
+from kvspn.timing import Case, Rounds, clock, counts
 
 QUERIES = 2  # the newest token and its draft
 
@@ -361,7 +360,7 @@ def _cases(
 
             call.reset()
             correct = call.correct(once())
-            counted = launches.count(once, sizes.device)
+            counted = counts(once, sizes.device)
             yield Case(
                 what=what,
                 shape=shape,
@@ -373,8 +372,8 @@ def _cases(
                 bytes=call.bytes,
                 flops=call.flops,
                 correct=correct,
-                launches=counted[0],
-                host_synchronisations=counted[1],
+                launches=counted["launches"],
+                host_synchronisations=counted["host_synchronisations"],
                 device=sizes.device,
                 cache="cold" if cold else "warm",
                 time=clock(once, call.reset, sizes.device, cold),

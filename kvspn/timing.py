@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from kvspn import machine
+from kvspn import launches, machine
 from kvspn.quantisation import FORMATS
 
 _READ = 1 << 29  # bytes of the buffer read, far more than any cache
@@ -204,6 +204,11 @@ def clock(
         return seconds * 1e3
 
     return milliseconds
+
+
+def counts(call: Callable[[], object], device: str) -> dict[str, int | None]:
+    """``launches`` and ``host_synchronisations`` of a call; on a CPU it is one, and nothing is waited for."""
+    return launches.count(call) if device == "cuda" else {"launches": 1, "host_synchronisations": None}
 
 
 def synchronise(device: str) -> None:
