@@ -92,7 +92,7 @@ def run(
         backends: of kvspn.
         formats: of kvspn.quantisation.formats; a peer has the base model's, once.
         rounds: timings of each case.
-        peers: of PEERS. They decode one row at the shape's own length.
+        peers: of PEERS. They decode one row, at the first of the lengths.
         progress: told what is going on.
         skipped: told what is left out, and why.
         batches: rows decoded together.
@@ -121,7 +121,8 @@ def run(
         base = SHAPES[name]
         progress(f"{name}: random weights")
         made = base.weights()
-        problem = Problem(made, base.length, base.encoder_positions) if modules else None
+        first, *_ = lengths or (base.length,)
+        problem = Problem(made, first, base.encoder_positions) if modules else None
         for batch, length in product(batches, lengths or (base.length,)):
             shape = replace(base, length=length)
             for width, ours in widths.items():
@@ -130,13 +131,15 @@ def run(
                     for backend in backends:
                         progress(f"{name}: {backend}, {fmt}, batch {batch}, T = {length}")
                         cases += bench.own_cases(name, shape, made, backend, fmt, batch)
-                if (batch, length) == (1, base.length):
+                if (batch, length) == (1, first):
                     cases += bench.peer_cases(modules, problem, name, shape, width)
                 bench.time(cases)
         del made, problem, cases
     for name in shapes:  # last, since they need the most memory
         if name in UNPRUNED and "transformers" in modules and "fp32" in widths:
+            first, *_ = lengths or (SHAPES[name].length,)
             name, shape = UNPRUNED[name]
+            shape = replace(shape, length=first)
             progress(f"{name}: random weights")
             problem = Problem(shape.weights(), shape.length, shape.encoder_positions)
             transformers = {"transformers": modules["transformers"]}

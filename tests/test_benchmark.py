@@ -101,7 +101,15 @@ def test_two_rows_cost_no_more_than_the_whole_step_reads() -> None:
 def test_peers_beside_it(shapes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     right = stub(lambda problem, rows: problem.logits[:rows])
     monkeypatch.setattr(benchmark, "load", lambda name: right)
-    found = benchmark.run(["tiny"], [BACKEND], ["fp32"], rounds=1, peers=["transformers", "openvino"])
+    found = benchmark.run(
+        ["tiny"],
+        [BACKEND],
+        ["fp32"],
+        rounds=1,
+        peers=["transformers", "openvino"],
+        batches=[1, 2],
+        lengths=[9, 6],
+    )
     theirs = [row for row in found["rows"] if row.backend in PEERS]
     assert [(row.shape, row.backend, row.rows) for row in theirs] == [
         *(("tiny", peer, rows) for peer in ("transformers", "openvino") for rows in (1, 2)),
@@ -111,7 +119,9 @@ def test_peers_beside_it(shapes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(row.correct and row.ms_median == 1 and row.allocations is None for row in theirs)
     own = next(row for row in found["rows"] if (row.backend, row.what) == (BACKEND, "step"))
     assert theirs[0].bytes == own.bytes
-    ratios = found["summary"]["speedup"][f"tiny/{BACKEND}/fp32"]
+    assert {(row.batch, row.kv_length) for row in theirs} == {(1, 9)}  # where they are compared with ours
+    assert set(found["summary"]["speedup"]) == {f"tiny/{BACKEND}/fp32/T 9"}
+    ratios = found["summary"]["speedup"][f"tiny/{BACKEND}/fp32/T 9"]
     assert set(ratios) == {"step_1", "step_2", "token"}
     assert all("over_whisper_medium_fp32" in ratio for ratio in ratios.values())
 
