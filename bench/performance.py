@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,10 @@ _LIMIT = """\
 A step cannot be faster than one read of its weights and caches. At one row, what is above that is spent in
 the {regions} barriers of a step and in the ramps behind them, where a thread has little to read ahead. A
 second row shares the read and costs {two_rows} more. KVSPN's own share is its weights, its output embedding
-and a second read of one layer's cross-attention cache for each block; with the draft network in int4 it falls
-from {overhead_same} to {overhead_int4} of a step ({format}, whole vocabulary)."""
+and a second read of one layer's cross-attention cache for each block{int4}."""
+_INT4 = """\
+; with the draft network in int4 it falls
+from {same} to {int4} of a step ({format}, whole vocabulary)"""
 
 _RATIOS = {
     "over_fastest_peer": "times as fast",
@@ -82,13 +85,30 @@ _RATIOS = {
 }
 
 
+RECORDS = {  # and what makes each
+    "step-cpu": "kvspn bench --peers --weights fp32,bf16,int8,int8/int4,int4 --json",
+    "profile-cpu": "kvspn profile --json",
+    "miniature": "kvspn evaluate --k 1,2,3,inf --json",
+}
+
+
+def _record(name: str) -> dict[str, Any]:
+    file = RESULTS / f"{name}.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"no record {file.name} in {RESULTS}: {RECORDS[name]} {file.name} makes it")
+    record: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    return record
+
+
 def performance() -> str:
-    """The page."""
-    bench, profile, miniature = (
-        json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
-        for name in ("step-cpu", "profile-cpu", "miniature")
-    )
-    rows = [row for row in bench["rows"] if row["shape"] != "miniature"]
+    """The page.
+
+    Raises:
+        FileNotFoundError: a record is missing. KeyError: one is of an older version.
+    """
+    bench, profile, miniature = map(_record, RECORDS)
+    rows = [row for row in bench["rows"] if row["shape"] != "miniature" and row["batch"] == 1]
+    rows = [row for row in rows if row["kv_length"] == rows[0]["kv_length"]]
     summary = bench["summary"]
     formats = list(dict.fromkeys(row["weights"] for row in rows if row["backend"] == "native"))
     return _PAGE.format(
@@ -176,14 +196,16 @@ def _limit(summary: dict[str, Any]) -> str:
         name: value for name, value in summary["two_row_cost"].items() if not name.startswith("miniature")
     }
     overhead = summary["draft_overhead"]
-    name = next(key for key in overhead if key.endswith("/int4") and key.count("/") == 3)
-    base = name.rpartition("/")[0]
+    name = next((key for key in overhead if key.endswith("/int4") and key.count("/") == 3), None)
+    int4 = ""
+    if name is not None and (base := name.rpartition("/")[0]) in overhead:
+        int4 = _INT4.format(
+            same=f"{overhead[base]:.0%}", int4=f"{overhead[name]:.0%}", format=base.rpartition("/")[2]
+        )
     return _LIMIT.format(
         regions=12 * 9,
         two_rows=" to ".join(f"{value - 1:.0%}" for value in (min(costs.values()), max(costs.values()))),
-        overhead_same=f"{overhead[base]:.0%}",
-        overhead_int4=f"{overhead[name]:.0%}",
-        format=base.rpartition("/")[2],
+        int4=int4,
     )
 
 
@@ -222,11 +244,22 @@ def plots() -> dict[str, str]:
     """The svg of each plot."""
     from kvspn.report import profile_plots
 
-    return profile_plots(json.loads((RESULTS / "profile-cpu.json").read_text("utf-8")))
+    return profile_plots(_record("profile-cpu"))
+
+
+def main() -> None:
+    """Writes the page and its plots, or nothing."""
+    try:
+        page, drawn = performance(), plots()
+    except FileNotFoundError as error:
+        sys.exit(str(error))
+    except KeyError as error:
+        sys.exit(f"a record under {RESULTS} is of an older version: it has no {error}; make it again")
+    (DOCS / "plots").mkdir(parents=True, exist_ok=True)
+    (DOCS / "performance.md").write_text(page, "utf-8")
+    for plot, text in drawn.items():
+        (DOCS / "plots" / f"{plot}.svg").write_text(text, "utf-8")
 
 
 if __name__ == "__main__":
-    (DOCS / "performance.md").write_text(performance(), "utf-8")
-    (DOCS / "plots").mkdir(exist_ok=True)
-    for plot, text in plots().items():
-        (DOCS / "plots" / f"{plot}.svg").write_text(text, "utf-8")
+    main()

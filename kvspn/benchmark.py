@@ -7,12 +7,10 @@ read of as many bytes: what else the machine does falls on all of them alike.
 from __future__ import annotations
 
 import json
-import mmap
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -20,12 +18,15 @@ from typing import Any
 
 import torch
 
-from kvspn import allocations, machine, quantisation
+from kvspn import allocations, quantisation
 from kvspn.engines import Engine, engine
 from kvspn.ops import DecoderWeights
 from kvspn.ops.weights import Linear
 from kvspn.peers import PEERS, Problem, Skipped, load
 from kvspn.random_decoder import random_decoder
+from kvspn.timing import Case, Rounds, Row, clock, counts
+
+POSITIONS = 448  # of every shape's decoder
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Shape:
             head_dim=self.head_dim,
             ffn=self.ffn,
             vocabulary=self.vocabulary,
-            positions=448,
+            positions=POSITIONS,
         )
 
 
@@ -66,78 +67,9 @@ UNPRUNED = {"whisperM2M": ("whisper-medium", replace(SHAPES["whisperM2M"], layer
 
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
 _RECORD = Path(__file__).parents[1] / "bench/results/miniature.json"
-_READ = 1 << 29  # bytes of the buffer read, far more than any cache
-
-
-@dataclass(frozen=True)
-class Row:
-    """One case: times in milliseconds; `bytes` that it must at least read, and what follows from it.
-
-    what: "step", a greedy step of one query row, or of two: a KVSPN step whose draft costs next to nothing;
-        "kvspn_step", draft, verification and all; "draft", what is left of it without the two-row step of
-        the same round; "token", a KVSPN step over the tokens that it yields.
-    shape, backend, weights: the backend is one of kvspn's, or a peer.
-    rows: query rows that the base model takes.
-    percent_of_measured_peak: the time of a bare read of as many bytes, over that of the step.
-    launches: calls of the engine; None for a peer that is many.
-    allocations: of memory, by one such call; None where they cannot be counted.
-    correct: in fp32 the reference backend's token; in every format the same tokens from KVSPN at k = 1 as
-        from plain steps. A peer's: the reference's logits, within what its weight format explains.
-    """
-
-    what: str
-    shape: str
-    backend: str
-    weights: str
-    batch: int
-    rows: int
-    kv_length: int
-    ms_median: float
-    ms_min: float
-    ms_max: float
-    bytes: int
-    gb_per_s: float
-    percent_of_measured_peak: float
-    launches: int | None
-    allocations: int | None
-    correct: bool
-
-
-@dataclass(eq=False)
-class _Case:
-    """What becomes a Row; ``time`` takes one step and returns its milliseconds, None if others' tell them."""
-
-    what: str
-    backend: str
-    weights: str
-    rows: int
-    bytes: int
-    correct: bool
-    launches: int | None
-    allocations: int | None
-    time: Callable[[], float] | None = None
-    times: list[float] = field(default_factory=list)
-
-    def row(self, name: str, shape: Shape, read_ms: float) -> Row:
-        middle = median(self.times)
-        return Row(
-            what=self.what,
-            shape=name,
-            backend=self.backend,
-            weights=self.weights,
-            batch=1,
-            rows=self.rows,
-            kv_length=shape.length,
-            ms_median=round(middle, 4),
-            ms_min=round(min(self.times), 4),
-            ms_max=round(max(self.times), 4),
-            bytes=self.bytes,
-            gb_per_s=round(self.bytes / middle / 1e6, 1),
-            percent_of_measured_peak=round(100 * read_ms / middle, 1),
-            launches=self.launches,
-            allocations=self.allocations,
-            correct=self.correct,
-        )
+_ROOM = 8  # tokens that an engine can still take
+MAX_LENGTH = POSITIONS - _ROOM
+DERIVED = ("draft", "token")  # rows whose times follow from others'
 
 
 def run(
@@ -148,6 +80,10 @@ def run(
     peers: Sequence[str] = (),
     progress: Callable[[str], None] = lambda text: None,
     skipped: Callable[[str], None] = lambda text: None,
+    *,
+    batches: Sequence[int] = (1,),
+    lengths: Sequence[int] = (),
+    cold: bool = False,
 ) -> dict[str, Any]:
     """Times the cases: {"machine", "rows", "summary"} of docs/benchmark.md, with a list of Row.
 
@@ -156,14 +92,22 @@ def run(
         backends: of kvspn.
         formats: of kvspn.quantisation.formats; a peer has the base model's, once.
         rounds: timings of each case.
-        peers: of PEERS.
+        peers: of PEERS. They decode one row, at the first of the lengths.
         progress: told what is going on.
         skipped: told what is left out, and why.
+        batches: rows decoded together.
+        lengths: T, positions in the self-attention cache, 1 to MAX_LENGTH; by default the shape's own.
+        cold: with the caches emptied before each timing; peers cannot have that.
 
     Raises:
-        ValueError: another format.
+        ValueError: another format; a length out of range; peers and cold.
     """
-    bench = _Bench(rounds, progress, skipped)
+    if cold and peers:
+        raise ValueError("cold must be False with peers, whose steps are timed warm; got True")
+    for length in lengths:
+        if not 1 <= length <= MAX_LENGTH:
+            raise ValueError(f"lengths must be from 1 to {MAX_LENGTH}, got {length}")
+    bench = _Bench(rounds, cold, progress, skipped)
     modules = {}
     for peer in peers:
         try:
@@ -174,102 +118,109 @@ def run(
     for fmt in formats:
         widths.setdefault(_width(fmt), []).append(fmt)
     for name in shapes:
-        shape = SHAPES[name]
+        base = SHAPES[name]
         progress(f"{name}: random weights")
-        made = shape.weights()
-        problem = Problem(made, shape.length, shape.encoder_positions) if modules else None
-        for width, ours in widths.items():
-            cases: list[_Case] = []
-            for fmt in ours:
-                for backend in backends:
-                    progress(f"{name}: {backend}, {fmt}")
-                    cases += _own_cases(shape, made, backend, fmt, bench.tokens_per_step)
-            cases += bench.peer_cases(modules, problem, shape, width)
-            bench.time(name, shape, cases)
+        made = base.weights()
+        first, *_ = lengths or (base.length,)
+        problem = Problem(made, first, base.encoder_positions) if modules else None
+        for batch, length in product(batches, lengths or (base.length,)):
+            shape = replace(base, length=length)
+            for width, ours in widths.items():
+                cases: list[Case] = []
+                for fmt in ours:
+                    for backend in backends:
+                        progress(f"{name}: {backend}, {fmt}, batch {batch}, T = {length}")
+                        cases += bench.own_cases(name, shape, made, backend, fmt, batch)
+                if (batch, length) == (1, first):
+                    cases += bench.peer_cases(modules, problem, name, shape, width)
+                bench.time(cases)
         del made, problem, cases
     for name in shapes:  # last, since they need the most memory
         if name in UNPRUNED and "transformers" in modules and "fp32" in widths:
+            first, *_ = lengths or (SHAPES[name].length,)
             name, shape = UNPRUNED[name]
+            shape = replace(shape, length=first)
             progress(f"{name}: random weights")
             problem = Problem(shape.weights(), shape.length, shape.encoder_positions)
             transformers = {"transformers": modules["transformers"]}
-            bench.time(name, shape, bench.peer_cases(transformers, problem, shape, "fp32"))
+            bench.time(list(bench.peer_cases(transformers, problem, name, shape, "fp32")))
     return bench.document()
 
 
 class _Bench:
     """The rows so far, and what they are measured with."""
 
-    def __init__(self, rounds: int, progress: Callable[[str], None], skipped: Callable[[str], None]) -> None:
-        self._rounds, self._progress, self._skipped = rounds, progress, skipped
-        self._reads: list[float] = []
+    def __init__(
+        self, rounds: int, cold: bool, progress: Callable[[str], None], skipped: Callable[[str], None]
+    ) -> None:
+        self._rounds, self._cold = Rounds(rounds, cold), cold
+        self._progress, self._skipped = progress, skipped
         self._rows: list[Row] = []
         self._costs: dict[str, dict[str, float]] = {"two_row_cost": {}, "draft_overhead": {}}
-        self.tokens_per_step = _tokens_per_step()
+        figures = miniature()
+        self._tokens_per_step: float | None = figures["tokens_per_step"] if figures else None
+
+    def own_cases(
+        self, name: str, shape: Shape, made: DecoderWeights, backend: str, fmt: str, batch: int
+    ) -> Iterator[Case]:
+        return _own_cases(name, shape, made, backend, fmt, batch, self._cold, self._tokens_per_step)
 
     def peer_cases(
-        self, modules: dict[str, ModuleType], problem: Problem | None, shape: Shape, fmt: str
-    ) -> Iterator[_Case]:
+        self, modules: dict[str, ModuleType], problem: Problem | None, name: str, shape: Shape, fmt: str
+    ) -> Iterator[Case]:
         for peer, module in modules.items():
             if problem is None or fmt not in module.FORMATS:
                 continue
             self._progress(f"{peer}, {fmt}")
             try:
-                yield from _peer_cases(peer, module, problem, shape, fmt)
+                yield from _peer_cases(peer, module, problem, name, shape, fmt)
             except Skipped as reason:
                 self._skipped(str(reason))
 
-    def time(self, name: str, shape: Shape, cases: Iterable[_Case]) -> None:
+    def time(self, cases: list[Case]) -> None:
         """All of them in turn, round after round."""
-        cases = list(cases)
-        self._progress(f"{name}: timing")
-        reads: dict[int, list[float]] = {size: [] for size in (_READ, *(case.bytes for case in cases))}
-        for _ in range(self._rounds):
-            for size, times in reads.items():
-                times.append(read_milliseconds(size))
-            for case in cases:
-                if case.time:
-                    time.sleep(0.02)  # the threads of the one before may still spin
-                    case.times.append(case.time())
-        self._reads += reads[_READ]
-        self._derive(name, cases)
-        self._rows += [case.row(name, shape, median(reads[case.bytes])) for case in cases]
+        if cases:
+            self._progress(f"{cases[0].shape}: timing")
+            self._rounds.time(cases)
+            self._derive(cases)
+            self._rows += [case.row() for case in cases]
 
-    def _derive(self, name: str, cases: list[_Case]) -> None:
+    def _derive(self, cases: list[Case]) -> None:
         """The times of cases that follow from others', and the ratios, round by round."""
         of = {(case.backend, case.weights, case.what, case.rows): case.times for case in cases}
         for case in cases:
-            if case.what not in ("draft", "token"):
+            if case.what not in DERIVED:
                 continue
             one, two, whole = (
                 of[case.backend, case.weights, what, rows]
                 for what, rows in (("step", 1), ("step", 2), ("kvspn_step", 2))
             )
             if case.what == "token":
-                assert self.tokens_per_step
-                case.times = [ms / self.tokens_per_step for ms in whole]
+                assert self._tokens_per_step
+                case.times = [ms / self._tokens_per_step for ms in whole]
             else:
                 case.times = [a - b for a, b in zip(whole, two, strict=True)]
-                key = f"{name}/{case.backend}/{case.weights}"
-                self._costs["two_row_cost"][key] = _ratio(two, one)
-                self._costs["draft_overhead"][key] = round(_ratio(whole, one) - 1, 3)
+                self._costs["two_row_cost"][_key(case)] = _ratio(two, one)
+                self._costs["draft_overhead"][_key(case)] = round(_ratio(whole, one) - 1, 3)
 
     def document(self) -> dict[str, Any]:
         return {
-            "machine": {
-                "read_gb_per_s": round(_READ / median(self._reads) / 1e6, 1),
-                "cpu": machine.cpu(),
-                "memory_gib": machine.memory_gib(),
-                "versions": machine.versions(),
-                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            },
+            "machine": self._rounds.machine(),
             "rows": self._rows,
             "summary": {
                 **self._costs,
-                "tokens_per_step": self.tokens_per_step,
+                "tokens_per_step": self._tokens_per_step,
                 "speedup": speedups(self._rows),
             },
         }
+
+
+def _key(case: Case | Row) -> str:
+    """Under which the summary has it: shape/backend/weights, and batch and length where they are others."""
+    key = f"{case.shape}/{case.backend}/{case.weights}"
+    batch = f"/batch {case.batch}" if case.batch != 1 else ""
+    own = case.shape not in SHAPES or case.kv_length == SHAPES[case.shape].length
+    return key + batch + ("" if own else f"/T {case.kv_length}")
 
 
 def speedups(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
@@ -283,7 +234,13 @@ def speedups(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
             continue
         token = ours.what == "token"
         count = 1 if token else ours.rows
-        peers = [row for row in rows if row.backend in PEERS and row.correct and row.rows == count]
+        peers = [
+            row
+            for row in rows
+            if row.backend in PEERS
+            and row.correct
+            and (row.rows, row.batch, row.kv_length) == (count, ours.batch, ours.kv_length)
+        ]
         compared: dict[str, Any] = {}
         same = [row for row in peers if (row.shape, row.weights) == (ours.shape, _width(ours.weights))]
         if same:
@@ -297,19 +254,37 @@ def speedups(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
                 compared[f"over_{which}_fp32"] = round(row.ms_median / ours.ms_median, 3)
         if compared:
             what = "token" if token else f"step_{ours.rows}"
-            found.setdefault(f"{ours.shape}/{ours.backend}/{ours.weights}", {})[what] = compared
+            found.setdefault(_key(ours), {})[what] = compared
     return found
 
 
 def step_bytes(weights: DecoderWeights, shape: Shape, batch: int, draft: bool) -> int:
     """Weights once, each row's keys and values once; with a draft, its weights and its group reads too."""
+    kv = _cached(shape, draft) * weights.embed_tokens.element_size()
+    return batch * kv + sum(tensor.nbytes for tensor in _read(weights, draft))
+
+
+def step_flops(weights: DecoderWeights, shape: Shape, batch: int, rows: int, draft: bool) -> int:
+    """Two for each value of a matrix and of a cache, for every query row, and once for a draft.
+
+    Args:
+        weights: in a float format.
+    """
+    base, whole = (
+        sum(tensor.numel() for tensor in _read(weights, drafted) if tensor.ndim == 2)
+        + _cached(shape, drafted)
+        for drafted in (False, True)
+    )
+    return 2 * batch * (rows * base + draft * (whole - base))
+
+
+def _read(weights: DecoderWeights, draft: bool) -> list[torch.Tensor]:
+    """The weights that a step reads."""
     parts: list[Any] = [layer._replace(cross_kv=Linear(weights.embed_tokens[:0])) for layer in weights.layers]
     parts += [(weights.norm, weights.head)]
     if draft:
         parts += [*weights.blocks, (weights.draft_norm, weights.draft_output)]
-    kv = _cached(shape, draft) * weights.embed_tokens.element_size()
-    tensors = [tensor for part in parts for piece in part if piece for tensor in piece if tensor is not None]
-    return batch * kv + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return [tensor for part in parts for piece in part if piece for tensor in piece if tensor is not None]
 
 
 def _cached(shape: Shape, draft: bool) -> int:
@@ -320,28 +295,65 @@ def _cached(shape: Shape, draft: bool) -> int:
     return 2 * positions * shape.width
 
 
-def start(backend: str, weights: DecoderWeights, shape: Shape) -> Engine:
-    """An engine of one row before its next step, ``shape.length`` positions in the cache."""
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(shape.encoder_positions, shape.width, generator=generator)
-    prompt = torch.randint(shape.vocabulary, (shape.length + 1,), generator=generator).tolist()
-    capacity = shape.length + 8
-    made = engine(backend, weights, batch=1, capacity=capacity, cross_capacity=shape.encoder_positions)
-    made.start([states], [prompt], eos=-1, max_length=capacity)
-    return made
+def device_of(backend: str) -> str:
+    """Where a backend's step is timed: "cuda", or "cpu", where emulators and interpreters run too."""
+    return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+
+
+def start(backend: str, weights: DecoderWeights, shape: Shape, batch: int = 1) -> Engine:
+    """An engine of some rows before its next step, ``shape.length`` positions in each one's cache."""
+    device = device_of(backend)
+    weights = DecoderWeights.unflatten(
+        [tensor.to(device) for tensor in weights.flatten()],
+        heads=weights.heads,
+        num_layers=len(weights.layers),
+        groups=weights.groups,
+        last_layer_only=weights.last_layer_only,
+    )
+    return begin(engine(backend, weights, batch=batch, **capacities(shape)), shape)
+
+
+def capacities(shape: Shape) -> dict[str, int]:
+    """Of an engine that :func:`begin` takes."""
+    return {"capacity": shape.length + _ROOM, "cross_capacity": shape.encoder_positions}
+
+
+def begin(engine: Engine, shape: Shape) -> Engine:
+    """The engine before its next step, ``shape.length`` positions in the cache of each of its rows."""
+    batch, capacity = engine.tokens.shape
+    states, prompts = [], []
+    for row in range(batch):
+        generator = torch.Generator().manual_seed(row)
+        states.append(torch.randn(shape.encoder_positions, shape.width, generator=generator))
+        prompts.append(torch.randint(shape.vocabulary, (shape.length + 1,), generator=generator).tolist())
+    device = engine.tokens.device
+    engine.start([each.to(device) for each in states], prompts, eos=-1, max_length=capacity)
+    return engine
 
 
 def _own_cases(
-    shape: Shape, made: DecoderWeights, backend: str, fmt: str, tokens_per_step: float | None
-) -> Iterator[_Case]:
+    name: str,
+    shape: Shape,
+    made: DecoderWeights,
+    backend: str,
+    fmt: str,
+    batch: int,
+    cold: bool,
+    tokens_per_step: float | None,
+) -> Iterator[Case]:
     weights = quantisation.quantise(made, fmt)
-    whole, two_row = start(backend, weights, shape), start(backend, _faint_draft(weights), shape)
+    whole, two_row = (start(backend, each, shape, batch) for each in (weights, _faint_draft(weights)))
+    device = device_of(backend)
 
-    def tokens(engine: Engine, draft: bool) -> list[int]:
+    def back(engine: Engine) -> None:
         engine.lengths.fill_(shape.length)
+        engine.finished.fill_(False)
+
+    def tokens(engine: Engine, draft: bool) -> list[list[int]]:
+        back(engine)
         for _ in range(3):
             engine.step(1, draft)
-        found: list[int] = engine.tokens[0, : shape.length + 4].tolist()
+        found: list[list[int]] = engine.tokens[:, : shape.length + 4].tolist()
         return found
 
     plain = tokens(whole, draft=False)
@@ -349,33 +361,50 @@ def _own_cases(
     if fmt == "fp32" and backend != "reference":
         reference = start("reference", weights, shape)
         reference.step(1, draft=False)
-        correct &= reference.tokens[0, shape.length + 1].item() == plain[shape.length + 1]
+        correct &= reference.tokens[0, shape.length + 1].item() == plain[0][shape.length + 1]
 
-    def timed(engine: Engine, draft: bool) -> Callable[[], float]:
-        def milliseconds() -> float:
-            for _ in range(2):  # the first wakes threads and caches
-                engine.lengths.fill_(shape.length)
-                engine.finished.fill_(False)
-                begin = time.perf_counter()
-                engine.step(1, draft)
-                seconds = time.perf_counter() - begin
-            return seconds * 1e3
+    allocated = _allocations(shape.layers, shape.groups, backend, fmt)
+    bare, drafting = (step_bytes(weights, shape, batch, draft) for draft in (False, True))
+    one, two, all_of_it = (
+        step_flops(made, shape, batch, rows, draft) for rows, draft in ((1, False), (2, False), (2, True))
+    )
 
-        return milliseconds
+    def case(what: str, rows: int, size: int, flops: int, engine: Engine, draft: bool) -> Case:
+        back(engine)
+        counted = counts(lambda: engine.step(1, draft), device)
+        return Case(
+            what=what,
+            shape=name,
+            backend=backend,
+            weights=fmt,
+            batch=batch,
+            rows=rows,
+            kv_length=shape.length,
+            bytes=size,
+            flops=flops,
+            correct=correct,
+            launches=counted["launches"],
+            host_synchronisations=counted["host_synchronisations"],
+            allocations=allocated[(what, rows) != ("step", 1)],
+            device=device,
+            cache="cold" if cold else "warm",
+            time=None
+            if what in DERIVED
+            else clock(lambda: engine.step(1, draft), lambda: back(engine), device, cold),
+        )
 
-    plain_allocations, kvspn_allocations = allocations.count(shape.layers, shape.groups, backend, fmt)
-    bare, drafting = (step_bytes(weights, shape, 1, draft) for draft in (False, True))
-
-    def case(what: str, rows: int, size: int, time: Callable[[], float] | None = None) -> _Case:
-        counted = plain_allocations if (what, rows) == ("step", 1) else kvspn_allocations
-        return _Case(what, backend, fmt, rows, size, correct, 1, counted, time)
-
-    yield case("step", 1, bare, timed(whole, False))
-    yield case("step", 2, bare, timed(two_row, True))
-    yield case("kvspn_step", 2, drafting, timed(whole, True))
-    yield case("draft", 1, drafting - bare)
+    yield case("step", 1, bare, one, whole, False)
+    yield case("step", 2, bare, two, two_row, True)
+    yield case("kvspn_step", 2, drafting, all_of_it, whole, True)
+    yield case("draft", 1, drafting - bare, all_of_it - two, whole, True)
     if tokens_per_step:
-        yield case("token", 2, round(drafting / tokens_per_step))
+        size, flops = (round(each / tokens_per_step) for each in (drafting, all_of_it))
+        yield case("token", 2, size, flops, whole, True)
+
+
+@cache
+def _allocations(layers: int, groups: int, backend: str, fmt: str) -> tuple[int | None, int | None]:
+    return allocations.count(layers, groups, backend, fmt)
 
 
 def _faint_draft(weights: DecoderWeights) -> DecoderWeights:
@@ -398,28 +427,41 @@ def _faint_draft(weights: DecoderWeights) -> DecoderWeights:
     )
 
 
-def _peer_cases(peer: str, module: ModuleType, problem: Problem, shape: Shape, fmt: str) -> Iterator[_Case]:
+def _peer_cases(
+    peer: str, module: ModuleType, problem: Problem, name: str, shape: Shape, fmt: str
+) -> Iterator[Case]:
     step = module.prepare(problem, fmt)
     fp32 = step_bytes(problem.weights, replace(shape, length=0, encoder_positions=0), 1, False)
     size = round(fp32 / 4 * WEIGHT_BYTES[fmt]) + _cached(shape, False) * module.FORMATS[fmt]
     for rows in module.ROWS:
         _, logits = step(rows)
-        correct = problem.correct(logits, fmt)
 
         def milliseconds(rows: int = rows) -> float:
             taken: float = step(rows)[0]
             return taken
 
-        yield _Case("step", peer, fmt, rows, size, correct, module.LAUNCHES, None, milliseconds)
+        yield Case(
+            what="step",
+            shape=name,
+            backend=peer,
+            weights=fmt,
+            batch=1,
+            rows=rows,
+            kv_length=shape.length,
+            bytes=size,
+            flops=step_flops(problem.weights, shape, 1, rows, False),
+            correct=problem.correct(logits, fmt),
+            launches=module.LAUNCHES,
+            time=milliseconds,
+        )
 
 
-def _tokens_per_step() -> float | None:
-    """What the shipped miniature reaches on unseen sentences at k = 1; None where its record is not here."""
+def miniature() -> dict[str, Any] | None:
+    """The shipped miniature's figures on unseen sentences at k = 1; None where their record is not here."""
     if not _RECORD.exists():
         return None
-    rows = json.loads(_RECORD.read_text("utf-8"))["rows"]
-    found: float = next(row["tokens_per_step"] for row in rows if (row["set"], row["k"]) == ("unseen", 1))
-    return found
+    rows: list[dict[str, Any]] = json.loads(_RECORD.read_text("utf-8"))["rows"]
+    return next(row for row in rows if (row["set"], row["k"]) == ("unseen", 1))
 
 
 def _width(fmt: str) -> str:
@@ -429,30 +471,3 @@ def _width(fmt: str) -> str:
 
 def _ratio(over: list[float], under: list[float]) -> float:
     return round(median(a / b for a, b in zip(over, under, strict=True)), 3)
-
-
-@cache
-def _buffer() -> torch.Tensor:
-    """In huge pages where the system grants them."""
-    memory = mmap.mmap(-1, _READ)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.float32).fill_(1)
-
-
-def read_milliseconds(size: int) -> float:
-    """A bare read of ``size`` bytes by torch's sum, from the cache if they fit there.
-
-    More than the buffer holds, half a gigabyte, count in proportion.
-    """
-    values = _buffer()[: size // 4]
-    for _ in range(2):
-        begin = time.perf_counter()
-        values.sum()
-        seconds = time.perf_counter() - begin
-    return seconds * 1e3 * size / values.nbytes
-
-
-def read_gb_per_s() -> float:
-    """Reading bandwidth now, from memory."""
-    return _READ / read_milliseconds(_READ) / 1e6

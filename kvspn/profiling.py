@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvspn.benchmark import SHAPES, read_gb_per_s
+from kvspn.benchmark import SHAPES, miniature
 from kvspn.engines import CachedEngine, engine
 from kvspn.ops import K_INF, flat_kv_attention
 from kvspn.quantisation import quantise
 from kvspn.random_decoder import random_decoder
+from kvspn.timing import read_gb_per_s
 
 LENGTHS = tuple(64 << i for i in range(9))  # 64 .. 16,384
 STRIDE = 4  # of the sparse variant
@@ -61,6 +62,13 @@ class Check:
     measured: float
 
 
+def acceptance() -> dict[str, float | None]:
+    """Of drafts at k = 1 on the miniature, by variant; None where that variant's is not measured."""
+    figures = miniature()
+    measured = figures["acceptance"] if figures else None
+    return {name: measured if name in _SAME_KEYS else None for name in VARIANTS}
+
+
 def speedup(overhead: float, acceptance: float) -> float:
     """Of one-token drafting over plain decoding: 1 + acceptance tokens for 1 + overhead of the time."""
     return (1 + acceptance) / (1 + overhead)
@@ -98,6 +106,8 @@ def strided(q: Tensor, kv: Tensor, length: Tensor) -> Tensor:
     return flat_kv_attention(q, kv[..., ::STRIDE, :], (length + STRIDE - 1) // STRIDE, False)
 
 
+_SAME_KEYS = ("flattened", "concatenated", "merged")  # three ways to one result
+
 VARIANTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "flattened": flattened,
     "concatenated": concatenated,
@@ -116,7 +126,9 @@ def measure(
     rounds: int = 7,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Returns {"shape", "weights", "backend", "read_gb_per_s", "points": [Point], "checks": [Check]}.
+    """Returns {"shape", "weights", "backend", "read_gb_per_s", "points", "checks", "acceptance"}.
+
+    That is lists of Point and Check, and :func:`acceptance`.
 
     Args:
         lengths: T, positions in the self-attention cache, each at least 1.
@@ -163,6 +175,7 @@ def measure(
         "read_gb_per_s": round(median(bandwidth), 1),
         "points": points,
         "checks": checks,
+        "acceptance": acceptance(),
     }
 
 

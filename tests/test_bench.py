@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from bench.device import count
 from bench.summary import page, summary
+from kvspn.launches import tally
 
 MACHINE = {
     "device": "A device",
@@ -26,11 +26,13 @@ def test_launches_are_the_hosts_and_kernels_the_devices() -> None:
     host = ["aten::mm", "cudaLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch", "cudaMemcpyAsync"]
     host += ["cudaDeviceSynchronize", "cudaMalloc", "cudaLaunchCooperativeKernel", "cudaMemsetAsync"]
     device = ["gemm", "Memcpy HtoD"]
-    assert count([*((name, False) for name in host), *((name, True) for name in device)]) == {
+    assert tally([*((name, False) for name in host), *((name, True) for name in device)]) == {
         "launches": 6,
         "kernels": 2,
+        "host_synchronisations": 1,
     }
-    assert count([("cudaDeviceSynchronize", False)]) == {"launches": None, "kernels": None}
+    unseen = {"launches": None, "kernels": None, "host_synchronisations": None}
+    assert tally([("cudaDeviceSynchronize", False)]) == unseen
 
 
 def record(group: str, seconds: float, extra: dict[str, Any], **params: Any) -> dict[str, Any]:

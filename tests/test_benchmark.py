@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rows import STEP
 
-from kvspn import allocations, benchmark, peers
-from kvspn.benchmark import Row, Shape, speedups
+from kvspn import allocations, benchmark, peers, timing
+from kvspn.benchmark import Shape, speedups
 from kvspn.engines import default_backend
 from kvspn.peers import PEERS, Problem, Skipped
 
@@ -24,7 +25,7 @@ BACKEND = default_backend(torch.device("cpu"))
 def shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "SHAPES", {"tiny": TINY})
     monkeypatch.setattr(benchmark, "UNPRUNED", {"tiny": ("whisper-tiny", replace(TINY, layers=4))})
-    monkeypatch.setattr(benchmark, "_buffer", lambda: torch.ones(1 << 18))
+    monkeypatch.setattr(timing, "_buffer", lambda device: torch.ones(1 << 18))
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,29 @@ def test_every_field_is_filled(shapes: None) -> None:
     assert summary["speedup"] == {}
 
 
+def test_batches_and_lengths(shapes: None) -> None:
+    found = benchmark.run(["tiny"], [BACKEND], ["fp32"], rounds=2, batches=[1, 3], lengths=[6, 9], cold=True)
+    rows = [row for row in found["rows"] if row.what == "kvspn_step"]
+    assert [(row.batch, row.kv_length) for row in rows] == [(1, 6), (1, 9), (3, 6), (3, 9)]
+    assert all(row.correct and row.cache == "cold" and len(row.ms) == len(row.read_ms) == 2 for row in rows)
+    name = f"tiny/{BACKEND}/fp32"
+    keys = {name, f"{name}/T 9", f"{name}/batch 3", f"{name}/batch 3/T 9"}
+    assert set(found["summary"]["two_row_cost"]) == keys
+    one, longer, three, _ = rows
+    assert three.flops == 3 * one.flops
+    # The base model's two rows and the draft's one over three more positions: K and V, two layers, two heads.
+    assert longer.flops - one.flops == (2 + 1) * 2 * 2 * 2 * 3 * 128
+    assert longer.bytes - one.bytes == (1 + 1) * 2 * 2 * 3 * 128 * 4
+    assert three.bytes < 3 * one.bytes  # weights are read once
+
+
+def test_bad_input(shapes: None) -> None:
+    with pytest.raises(ValueError, match="lengths must be from 1 to 440, got 441"):
+        benchmark.run(["tiny"], [BACKEND], ["fp32"], lengths=[441])
+    with pytest.raises(ValueError, match="cold must be False with peers"):
+        benchmark.run(["tiny"], [BACKEND], ["fp32"], peers=["openvino"], cold=True)
+
+
 def test_two_rows_cost_no_more_than_the_whole_step_reads() -> None:
     weights = TINY.weights()
     faint = benchmark._faint_draft(weights)
@@ -77,7 +101,15 @@ def test_two_rows_cost_no_more_than_the_whole_step_reads() -> None:
 def test_peers_beside_it(shapes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     right = stub(lambda problem, rows: problem.logits[:rows])
     monkeypatch.setattr(benchmark, "load", lambda name: right)
-    found = benchmark.run(["tiny"], [BACKEND], ["fp32"], rounds=1, peers=["transformers", "openvino"])
+    found = benchmark.run(
+        ["tiny"],
+        [BACKEND],
+        ["fp32"],
+        rounds=1,
+        peers=["transformers", "openvino"],
+        batches=[1, 2],
+        lengths=[9, 6],
+    )
     theirs = [row for row in found["rows"] if row.backend in PEERS]
     assert [(row.shape, row.backend, row.rows) for row in theirs] == [
         *(("tiny", peer, rows) for peer in ("transformers", "openvino") for rows in (1, 2)),
@@ -87,7 +119,9 @@ def test_peers_beside_it(shapes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(row.correct and row.ms_median == 1 and row.allocations is None for row in theirs)
     own = next(row for row in found["rows"] if (row.backend, row.what) == (BACKEND, "step"))
     assert theirs[0].bytes == own.bytes
-    ratios = found["summary"]["speedup"][f"tiny/{BACKEND}/fp32"]
+    assert {(row.batch, row.kv_length) for row in theirs} == {(1, 9)}  # where they are compared with ours
+    assert set(found["summary"]["speedup"]) == {f"tiny/{BACKEND}/fp32/T 9"}
+    ratios = found["summary"]["speedup"][f"tiny/{BACKEND}/fp32/T 9"]
     assert set(ratios) == {"step_1", "step_2", "token"}
     assert all("over_whisper_medium_fp32" in ratio for ratio in ratios.values())
 
@@ -155,7 +189,7 @@ def test_transformers_with_a_static_cache_takes_the_same_step(
 
 
 def test_speedups_are_over_the_fastest_correct_peer_of_the_same_width() -> None:
-    ours = Row("step", "tiny", "native", "int8", 1, 1, 6, 2.0, 1.0, 3.0, 1, 1.0, 1.0, 1, 0, True)
+    ours = replace(STEP, weights="int8", kv_length=6)
     rows = [
         ours,
         replace(ours, weights="int8/int4", what="token", rows=2, ms_median=4.0),
@@ -164,6 +198,8 @@ def test_speedups_are_over_the_fastest_correct_peer_of_the_same_width() -> None:
         replace(ours, backend="ctranslate2", ms_median=1.0, correct=False),
         replace(ours, backend="openvino", weights="int4", ms_median=1.0),
         replace(ours, backend="openvino", rows=2, ms_median=1.0),
+        replace(ours, backend="openvino", batch=2, ms_median=1.0),
+        replace(ours, batch=2, ms_median=1.0),
         replace(ours, backend="transformers", weights="fp32", ms_median=20.0),
     ]
     compared = {"fastest_peer": "openvino", "over_fastest_peer": 2.5, "over_transformers_fp32": 10.0}
@@ -171,6 +207,9 @@ def test_speedups_are_over_the_fastest_correct_peer_of_the_same_width() -> None:
     assert speedups(rows) == {
         "tiny/native/int8": {"step_1": compared},
         "tiny/native/int8/int4": {"token": token},
+        "tiny/native/int8/batch 2": {
+            "step_1": {"fastest_peer": "openvino", "over_fastest_peer": 1.0},
+        },
     }
 
 

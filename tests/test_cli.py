@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import pty
@@ -140,11 +141,54 @@ def test_bench(tmp_path: Path) -> None:
     ]
     assert all(row["correct"] and row["ms_min"] <= row["ms_median"] <= row["ms_max"] for row in rows)
     assert rows[0]["bytes"] > 2 * rows[5]["bytes"]
-    assert set(document["machine"]) == {"read_gb_per_s", "cpu", "memory_gib", "versions", "date"}
+    assert set(document["machine"]) == {"read_gb_per_s", "cpu", "memory_gib", "versions", "date", "devices"}
     assert all(line in result.stdout for line in ("step, 2 rows", "A bare read of memory"))
     assert_one_line(kvspn_("bench", "--shape", "large"), "must be of whisperM2M, miniature; got 'large'")
     assert_one_line(kvspn_("bench", "--weights", "int3"), "or two as base/draft, got 'int3'")
     assert_one_line(kvspn_("bench", "--json", tmp_path / "no" / "x.json"), "no such folder to write to")
+
+
+def test_bench_keeps_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv", "png", "html")}
+    options = [part for kind, file in files.items() for part in (f"--{kind}", file)]
+    small = ("bench", "--shape", "miniature", "--weights", "fp32", "--rounds", 10, "--ops", "--save", "a")
+    result = kvspn_(*small, *options)
+    assert result.exit_code == 0, result.output
+    assert "flat_kv_attention/self" in result.stdout
+    document = json.loads(files["json"].read_text())
+    assert json.loads((tmp_path / ".kvspn-bench/a.json").read_text()) == document
+    with files["csv"].open(newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    rows = document["rows"] + document["ops"]
+    assert [(line["what"], float(line["ms_median"])) for line in lines] == [
+        (row["what"], row["ms_median"]) for row in rows
+    ]
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+    assert files["html"].read_text().count("<svg") == 3
+
+    for row in rows:  # another machine's, in which one step takes twice as long
+        factor = 2 if (row["what"], row["rows"]) == ("step", 1) else 1
+        row["ms"] = [factor * ms for ms in row["ms"]]
+    document["machine"]["cpu"]["model"] = "another"
+    (tmp_path / "b.json").write_text(json.dumps(document))
+    result = kvspn_("bench", "--compare", "a", "b.json", "--json", "changes.json")
+    assert result.exit_code == 0, result.output
+    assert "differ in processor: model" in result.stdout
+    changes = json.loads((tmp_path / "changes.json").read_text())
+    assert len(changes) == len(rows) - 2  # draft and token follow from others
+    assert all(change["time"]["low"] <= change["time"]["estimate"] for change in changes)
+    assert f"{sum(change['verdict'] == 'same' for change in changes)} same" in result.stdout
+    twice = next(change for change in changes if change["case"]["what"] == "step")
+    assert twice["time"]["estimate"] == pytest.approx(2, rel=0.2)
+
+    assert_one_line(kvspn_("bench", "--compare", "a", "c"), "c is neither a file nor saved in .kvspn-bench")
+    (tmp_path / "c.json").write_text("[]")
+    assert_one_line(kvspn_("bench", "--compare", "a", "c.json"), "c.json is no record of kvspn bench")
+    assert_one_line(kvspn_("bench", "--save", "../a"), "--save must be a name of letters")
+    assert_one_line(kvspn_("bench", "--batch", "0"), "--batch must be whole numbers from 1 to 256; got '0'")
+    assert_one_line(kvspn_("bench", "--lengths", "441"), "--lengths must be whole numbers from 1 to 440")
 
 
 def test_translate_json(tmp_path: Path, clip: Path) -> None:

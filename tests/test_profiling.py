@@ -1,12 +1,10 @@
 """`kvspn profile`: figures that are complete and correct, and a page that a browser shows."""
 
 import json
-import re
-import shutil
-import subprocess
 
 import pytest
 import torch
+from pages import Page, assert_shown
 from typer.testing import CliRunner
 
 from kvspn import profiling
@@ -36,9 +34,10 @@ def test_variants_are_told_from_wrong_ones(name, monkeypatch):
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profile")
     options = ["--shape", "miniature", "--lengths", "3,70", "--rounds", "1"]
-    files = ["--json", str(folder / "p.json"), "--html", str(folder / "p.html")]
+    files = {"json": "p.json", "html": "p.html", "trace": "t.json"}
+    options += [part for option, name in files.items() for part in (f"--{option}", str(folder / name))]
     pytest.importorskip("matplotlib")
-    result = CliRunner().invoke(app, ["profile", *options, *files])
+    result = CliRunner().invoke(app, ["profile", *options])
     assert result.exit_code == 0, result.output
     return folder, result.stdout
 
@@ -62,24 +61,47 @@ def test_figures(written):
 
 
 def test_page(written):
-    """Four plots, nothing from elsewhere; in a browser, where one is, without an error."""
-    page = (written[0] / "p.html").read_text()
-    assert page.count("<svg") == 4
-    assert "<script" not in page
-    assert not re.search(r"(src|href)=\"http", page.replace("xlink:href", ""))
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        return
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    profile = f"--user-data-dir={written[0] / 'browser'}"
-    shown = subprocess.run(
-        [browser, *flags, profile, "--dump-dom", (written[0] / "p.html").as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=60,
+    """The record's figures, four plots, nothing from elsewhere."""
+    document = json.loads((written[0] / "p.json").read_text())
+    page = Page(written[0] / "p.html")
+    assert page.plots == 4
+    cost, acceptance, checks = page.tables
+    for cells, point in zip(cost[1:], document["points"], strict=True):
+        assert cells[:3] == [str(point["length"]), f"{point['step']:.2f}", f"{point['kvspn_step']:.2f}"]
+        assert cells[5:] == [f"{ms:.3f}" for ms in point["attention"].values()]
+    assert dict(zip(*acceptance, strict=True))["last layer"] == "not measured"
+    assert len(checks) == 1 + len(document["checks"])
+
+
+def test_page_in_a_browser(written):
+    assert_shown(written[0] / "p.html", 4, ["flattened", "not measured"])
+
+
+def test_acceptance_is_that_of_the_record(monkeypatch):
+    monkeypatch.setattr(profiling, "miniature", lambda: {"acceptance": 0.4})
+    known = {"flattened": 0.4, "concatenated": 0.4, "merged": 0.4, "last layer": None, "strided": None}
+    assert profiling.acceptance() == known
+    monkeypatch.setattr(profiling, "miniature", lambda: None)
+    assert set(profiling.acceptance().values()) == {None}
+
+
+def test_trace(written):
+    """Ranges of both backends' steps, and the reference's ops inside its own."""
+    events = json.loads((written[0] / "t.json").read_text())["traceEvents"]
+    ranges = [event for event in events if event.get("cat") == "user_annotation"]
+    steps = {event["name"]: event for event in ranges if event["name"].endswith("step")}
+    kinds = [f"{name}: {kind} step" for name in ("native", "reference") for kind in ("plain", "KVSPN")]
+    assert list(steps) == kinds
+    ops = [event for event in ranges if event["name"] not in steps]
+    plain, drafted = (
+        [op["name"] for op in ops if step["ts"] <= op["ts"] <= step["ts"] + step["dur"]]
+        for step in (steps[kind] for kind in kinds[2:])
     )
-    assert shown.stdout.count("<svg") == 4
-    assert "flattened" in shown.stdout
+    # The miniature: four layers of three attentions' worth of ops, and two draft blocks.
+    assert plain.count("append_kv") == drafted.count("append_kv") == 4
+    assert (plain.count("flat_kv_attention"), drafted.count("flat_kv_attention")) == (8, 12)
+    assert (plain.count("lm_head_verify"), drafted.count("lm_head_verify")) == (1, 2)
+    assert len(plain) + len(drafted) == len(ops)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +112,7 @@ def test_page(written):
         (["--shape", "huge"], "whisperM2M, miniature"),
         (["--weights", "int3"], "weights must be one of"),
         (["--json", "/nowhere/p.json"], "no such folder"),
+        (["--trace", "/nowhere/t.json"], "no such folder"),
     ],
 )
 def test_bad_options(arguments, message):

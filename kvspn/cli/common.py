@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -24,6 +25,22 @@ def parse_k(text: str) -> int | str:
     if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
         raise typer.BadParameter(f"must be a whole number from 1, or inf; got {text!r}")
     return int(text)
+
+
+def whole_numbers(option: str, text: str, highest: int) -> list[int]:
+    """ "4,1" -> [1, 4]; BadParameter for anything but whole numbers from 1 to the highest."""
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not part.isdecimal() or not 1 <= int(part) <= highest:
+            raise typer.BadParameter(f"{option} must be whole numbers from 1 to {highest}; got {part!r}")
+    return sorted({int(part) for part in parts})
+
+
+def write_json(file: Path, document: object) -> None:
+    """Indented, a list of numbers on one line."""
+    text = json.dumps(document, indent=2)
+    text = re.sub(r"\[[-+.\de,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text)
+    file.write_text(text + "\n", "utf-8")
 
 
 Backend = Annotated[

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from kvspn.cli.common import whole_numbers, write_json
 
 
 def profile(
@@ -34,6 +35,15 @@ def profile(
         Path | None,
         typer.Option("--html", metavar="FILE", help="Write a page with plots here.", show_default=False),
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace",
+            metavar="FILE",
+            help="Write a trace of single steps here, for Perfetto or chrome://tracing.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Measure the decoder step and the draft's attention at growing lengths, on the native backend.
 
@@ -46,19 +56,26 @@ def profile(
     from kvspn.benchmark import SHAPES
     from kvspn.machine import cpu, versions
 
-    chosen = profiling.LENGTHS if lengths is None else _parse(lengths)
+    chosen = profiling.LENGTHS if lengths is None else whole_numbers("--lengths", lengths, 1 << 20)
     if shape not in SHAPES:
         raise typer.BadParameter(f"--shape must be of {', '.join(SHAPES)}; got {shape!r}")
-    for file in (output, page):
+    for file in (output, page, trace):
         if file is not None and not file.absolute().parent.is_dir():
             raise ValueError(f"{file}: no such folder to write to")
     if page is not None:
         from kvspn import report  # before the work: it may miss matplotlib
     with Console(stderr=True).status("") as status:
         found = profiling.measure(chosen, shape=shape, weights=weights, rounds=rounds, progress=status.update)
+        if trace is not None:
+            from kvspn.trace import write_trace
+
+            status.update("tracing single steps")
+            write_trace(trace, shape=shape, weights=weights)
     Console().print(_steps(found["points"]))
     Console().print("\nOne group's attention, one query, ms:")
     Console().print(_attention(found["points"]))
+    known = (f"{name} {_share(value)}" for name, value in found["acceptance"].items())
+    Console().print(f"Drafts accepted on the miniature: {', '.join(known)}", highlight=False)
     Console().print("\nReal steps, speed-up over plain ones:")
     Console().print(_checks(found["checks"]))
     document: dict[str, Any] = found | {
@@ -67,19 +84,11 @@ def profile(
         "checks": [asdict(check) for check in found["checks"]],
     }
     if output is not None:
-        output.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+        write_json(output, document)
     if page is not None:
         page.write_text(report.profile_page(document), "utf-8")
     if not all(point.correct for point in found["points"]):
         raise typer.Exit(1)
-
-
-def _parse(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    for part in parts:
-        if not part.isdecimal() or not 1 <= int(part) <= 1 << 20:
-            raise typer.BadParameter(f"--lengths must be whole numbers from 1 to 1048576; got {part!r}")
-    return sorted({int(part) for part in parts})
 
 
 def _steps(points: list[Any]) -> Table:
@@ -110,6 +119,10 @@ def _attention(points: list[Any]) -> Table:
             for point in points
         ),
     )
+
+
+def _share(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.0%}"
 
 
 def _checks(checks: list[Any]) -> Table:
