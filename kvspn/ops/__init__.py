@@ -2,7 +2,8 @@
 
 A backend joins by registering its kernel for ``torch.ops.kvspn.<op>`` under its dispatch key (CPU, CUDA).
 The reference serves the rest; it takes every row and query on its own and so reads lengths on the host.
-Native kernels serve flat_kv_attention on the CPU; matrices want packing first, which an engine does.
+Native kernels serve all ops but decoder_step on CUDA devices, where csrc/cuda is built, and
+flat_kv_attention on the CPU, whose matrices want packing first, which an engine does.
 """
 
 from kvspn.ops._library import load_native

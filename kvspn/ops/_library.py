@@ -70,7 +70,10 @@ def implement(name: str, namespace: str, kernel: Callable[P, R]) -> Callable[P, 
 
 
 def load_native() -> None:
-    """Registers csrc/bindings/torch_ops.cpp, kernels for tensors on the CPU, where it is built."""
-    found = importlib.util.find_spec("kvspn._torch_ops")
-    if found is not None and found.origin is not None:
-        torch.ops.load_library(found.origin)
+    """Registers the native kernels that are built: csrc/bindings/torch_ops.cpp for tensors on the CPU, and
+    torch_ops_cuda.cpp for those on a CUDA device, if torch knows such devices."""
+    modules = ["_torch_ops", "_torch_ops_cuda"] if torch.backends.cuda.is_built() else ["_torch_ops"]
+    for module in modules:
+        found = importlib.util.find_spec(f"kvspn.{module}")
+        if found is not None and found.origin is not None:
+            torch.ops.load_library(found.origin)
