@@ -25,9 +25,12 @@ void check_given(const char* name, const kvspn_tensor& tensor, std::initializer_
         require(tensor.shape[i] < (int64_t(1) << 30), name,
                 " must have less than 2^30 elements in dimension ", i, ", got ", tensor.shape[i]);
 }
+
+bool given(const kvspn_tensor& tensor) { return tensor.data || tensor.ndim; }
+
 void check_optional(const char* name, const kvspn_tensor& tensor, std::initializer_list<Dtype> dtypes,
                     std::initializer_list<int64_t> shape) {
-    if (tensor.data) check_given(name, tensor, dtypes, shape);
+    if (given(tensor)) check_given(name, tensor, dtypes, shape);
 }
 
 void check_weight(const kvspn_tensor& weight, const kvspn_tensor& scale, int64_t inputs) {
@@ -37,7 +40,7 @@ void check_weight(const kvspn_tensor& weight, const kvspn_tensor& scale, int64_t
                 {-1, int4 ? inputs / 2 : inputs});
     const int64_t outputs = weight.shape[0];
     if (!is_integer(Dtype(weight.dtype)))
-        return require(!scale.data, "scale must be given with an int8 or int4 weight alone, got one");
+        return require(!given(scale), "scale must be given with an int8 or int4 weight alone, got one");
     if (!int4) return check_given("scale", scale, {Dtype::fp32}, {outputs});
     check_given("scale", scale, {Dtype::fp32}, {outputs, -1});
     const int64_t groups = scale.shape[1];
@@ -48,7 +51,7 @@ void check_weight(const kvspn_tensor& weight, const kvspn_tensor& scale, int64_t
 }
 
 void check_norm(const kvspn_tensor& weight, const kvspn_tensor& bias, float eps, int64_t inputs) {
-    require(weight.data || !bias.data, "norm_bias must be given with norm_weight alone, got one");
+    require(given(weight) || !given(bias), "norm_bias must be given with norm_weight alone, got one");
     check_optional("norm_weight", weight, kFloats, {inputs});
     check_optional("norm_bias", bias, kFloats, {inputs});
     require(eps > 0, "eps must be positive, got ", eps);

@@ -120,17 +120,18 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const __grid_consta
     const kvspn_linear_params& p = op.p;
     const int rows = int(p.x.shape[0]);
     with_tile(op.weights.dtype, op.aligned, rows, [&](auto type, auto tile, auto aligned) {
+        constexpr int R = decltype(tile)::value;
         auto start = [](int, int, int) {};
         auto output = [&](int n, int r, float value) {
-            if (lane() % (32 / tile)) return;
+            if (lane() % (32 / R)) return;
             if (p.bias.data) value += float_at(p.bias, n);
             if (p.gelu) value = 0.5f * value * (1.f + erff(value * 0.70710678f));
             if (p.residual.data) value += float_at(p.residual, r * p.residual.strides[0] + n);
             put(p.out, r * p.out.strides[0] + n, value);
         };
-        project<decltype(type), tile, aligned>(op.weights, OpRows<LinearOp>{op}, rows,
-                                               reinterpret_cast<float*>(shared_memory()), op.shared_floats,
-                                               start, output);
+        project<decltype(type), R, decltype(aligned)::value>(op.weights, OpRows<LinearOp>{op}, rows,
+                                                             reinterpret_cast<float*>(shared_memory()),
+                                                             op.shared_floats, start, output);
     });
 }
 
@@ -142,9 +143,9 @@ __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_consta
     const OpJudge judge{op, queries};
     Tally& tally = *reinterpret_cast<Tally*>(shared_memory());
     with_tile(op.weights.dtype, op.aligned, rows, [&](auto type, auto tile, auto aligned) {
-        verify<decltype(type), tile, aligned>(op.weights, OpRows<VerifyOp>{op}, judge, rows, tally,
-                                              reinterpret_cast<float*>(shared_memory() + kTallyBytes),
-                                              op.shared_floats);
+        verify<decltype(type), decltype(tile)::value, decltype(aligned)::value>(
+            op.weights, OpRows<VerifyOp>{op}, judge, rows, tally,
+            reinterpret_cast<float*>(shared_memory() + kTallyBytes), op.shared_floats);
     });
     // The last block to arrive writes the results.
     if (thread_index() == 0) {

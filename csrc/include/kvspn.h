@@ -186,8 +186,8 @@ typedef struct kvspn_attention_params {
 KVSPN_API kvspn_status kvspn_flat_kv_attention(const kvspn_attention_params* params);
 
 /* [LayerNorm ->] x W^T + bias [-> GELU] [-> + residual]. x, bias and the norm: FP32, BF16 or FP16. The weight
- * also INT8 with a scale [N], or INT4, [N, K / 2], with a scale [N, groups]. An optional tensor without data
- * is not there. */
+ * also INT8 with a scale [N], or INT4, [N, K / 2], with a scale [N, groups]. An optional tensor that is all
+ * zeros is not there. */
 typedef struct kvspn_linear_params {
     uint32_t struct_size;
     kvspn_tensor x;                      /* [R, K] */
