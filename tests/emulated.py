@@ -13,6 +13,7 @@ import torch
 
 import kvspn
 from kvspn.ops._library import implement
+from kvspn.ops.decoder_step import composed
 
 PATH = Path(__file__).parents[1] / "build" / "emulated" / "_cuda.so"
 OPS_PATH = PATH.with_name("_torch_ops_cuda.so")
@@ -46,6 +47,7 @@ def ops() -> SimpleNamespace:
 
     public = SimpleNamespace(**{name: implement(name, "kvspn_emulated", none) for name in OPS})
     torch.ops.load_library(str(OPS_PATH))
+    public.decoder_step = implement("decoder_step", "kvspn_emulated", composed(torch.ops.kvspn_emulated))
     return public
 
 
