@@ -30,11 +30,12 @@ __device__ __forceinline__ void attend(const Attention& a, const Place& place) {
         const bool of_tail = index < tails;
         const int layer = of_tail ? 0 : (index - tails) % a.layers, end = of_tail ? tail : limit;
         const int first = (of_tail ? index : (index - tails) / a.layers) * split + spot;
-        const KeyValues& kv = of_tail ? a.tail : a.cache;
-        const KV* keys =
-            static_cast<const KV*>(kv.keys) + layer * kv.layer + place.row(slot) * kv.row + head * kv.head;
+        const auto pick = [&](auto KeyValues::* field) { return of_tail ? a.tail.*field : a.cache.*field; };
+        const KV* keys = static_cast<const KV*>(pick(&KeyValues::keys)) + layer * a.cache.layer +
+                         place.row(slot) * pick(&KeyValues::row) + head * pick(&KeyValues::head);
+        const int64_t position = pick(&KeyValues::position), to_values = pick(&KeyValues::part);
         const auto load = [&](int t, int64_t values) {
-            const KV* from = keys + values + t * kv.position;
+            const KV* from = keys + values + t * position;
             if (!used || t >= end) return uint4{0, 0, 0, 0};
             return kAligned ? load_kv(from + part * E)
                             : load_elements<KV>(reinterpret_cast<const char*>(from), 16 * part,
@@ -44,7 +45,7 @@ __device__ __forceinline__ void attend(const Attention& a, const Place& place) {
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) k[i] = load(first + i * at_once, 0);
 #pragma unroll
-        for (int i = 0; i < kLoads; ++i) v[i] = load(first + i * at_once, kv.part);
+        for (int i = 0; i < kLoads; ++i) v[i] = load(first + i * at_once, to_values);
         float* partials = a.partials + (int64_t(slot) * a.heads + head) * most * queries * pitch;
         for (int i = 0; i < queries; ++i) {
             const int query = i / a.sharing, query_head = head * a.sharing + i % a.sharing;
