@@ -1,4 +1,4 @@
-"""Builds csrc with ninja: the modules kvspn._native, kvspn._torch_ops, which torch loads, and kvspn._cuda.
+"""Builds csrc with ninja: the modules kvspn._native and kvspn._cuda, and the ops of each that torch loads.
 
 csrc/CMakeLists.txt builds the library without Python from the same files, with the same flags: keep them so.
 Metadata lives in pyproject.toml. KVSPN_SANITIZE=address,undefined (or thread) builds with sanitizers.
@@ -45,8 +45,8 @@ def cuda() -> tuple[bool, str]:
     return True, f"with nvcc, for sm_{', sm_'.join(CUDA_ARCHS)}"
 
 
-MODULES = [] if EMULATE else ["kvspn._native", "kvspn._torch_ops"] if TORCH else ["kvspn._native"]
-MODULES += ["kvspn._cuda"] if cuda()[0] else []
+MODULES = [] if EMULATE else ["kvspn._native"] + ["kvspn._torch_ops"] * TORCH
+MODULES += (["kvspn._cuda"] + ["kvspn._torch_ops_cuda"] * TORCH) * cuda()[0]
 
 
 class NinjaBuild(build_ext):
@@ -99,7 +99,7 @@ def _rules() -> str:
         "rule link",
         f"  command = $cxx -shared{checks} -pthread $in $extra -o $out",
         "rule nvlink",
-        "  command = nvcc -shared -cudart=static -Xcompiler=-pthread $in -o $out",
+        "  command = nvcc -shared -cudart=static -Xcompiler=-pthread $in $extra -o $out",
     ]
 
     def build(output: str, rule: str, inputs: object, extra: str = "") -> str:
@@ -121,19 +121,25 @@ def _rules() -> str:
         # TORCH_TARGET_VERSION: the oldest torch whose stable ABI it must run with.
         stable = f"-std=c++20 -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem {installed / 'include'}"
         ops = build("torch_ops.o", "compile", bindings / "torch_ops.cpp", stable)
-        linked = f"-L{installed / 'lib'} -ltorch_cpu -ltorch"
+        # libtorch leads to libtorch_cuda, where torch has one.
+        linked = f"-L{installed / 'lib'} -ltorch_cpu -Xlinker --no-as-needed -ltorch"
         build("_torch_ops.so", "link", " ".join([ops, *objects]), linked)
 
     defines = f"-DKVSPN_CUDA -DKVSPN_MODULE=_cuda {'-DKVSPN_EMULATE -Wno-unknown-pragmas' * EMULATE}"
-    objects = [name for name in objects if name in ("core-batch.o", "core-tensor.o", "core-weights.o")]
-    objects.append(build("cuda-module.o", "compile", bindings / "module.cpp", f"{python} {defines}"))
+    shared = ("core-batch.o", "core-op_checks.o", "core-tensor.o", "core-weights.o")
+    objects = [name for name in objects if name in shared]
     sources = sorted([CSRC / "core" / "c_api.cpp", *CSRC.glob("cuda/*.cpp"), *CSRC.glob("cuda/*.cu")])
     for source in sources:
         if EMULATE:
             objects.append(build(f"cuda-{source.stem}.o", "compile", source, f"{defines} -x c++"))
         elif source.stem != "emulation":
             objects.append(build(f"cuda-{source.stem}.o", "nvcc", source, defines))
-    build("_cuda.so", "link" if EMULATE else "nvlink", " ".join(objects))
+    link = "link" if EMULATE else "nvlink"
+    module = build("cuda-module.o", "compile", bindings / "module.cpp", f"{python} {defines}")
+    build("_cuda.so", link, " ".join([module, *objects]))
+    if TORCH:
+        ops = build("cuda-torch_ops.o", "compile", bindings / "torch_ops_cuda.cpp", f"{stable} {defines}")
+        build("_torch_ops_cuda.so", link, " ".join([ops, *objects]), linked)
     wanted = " ".join(f"{extension.rpartition('.')[2]}.so" for extension in MODULES)
     return "\n".join([*lines, f"default {wanted}", ""])
 

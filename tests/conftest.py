@@ -54,6 +54,8 @@ if _TRITON and not torch.cuda.is_available():
         import kvspn.triton_kernels
 
     BACKENDS["triton"] = SimpleNamespace(**{name: getattr(kvspn.triton_kernels, name) for name in OPS})
+if emulated.OPS_PATH.exists() and not torch.cuda.is_available():
+    BACKENDS["cuda"] = emulated.ops()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

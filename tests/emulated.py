@@ -7,10 +7,25 @@ import sys
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import SimpleNamespace
+
+import torch
 
 import kvspn
+from kvspn.ops._library import implement
+from kvspn.ops.decoder_step import composed
 
 PATH = Path(__file__).parents[1] / "build" / "emulated" / "_cuda.so"
+OPS_PATH = PATH.with_name("_torch_ops_cuda.so")
+# Those that csrc/cuda has as single kernels.
+OPS = (
+    "flat_kv_attention",
+    "fused_linear",
+    "lm_head_verify",
+    "append_kv",
+    "accept_and_rollback",
+    "compact_kv",
+)
 # What a test may set: the order of threads, the size of the device, the launch that fails (-1: none).
 SETTINGS = ("seed", "multiprocessors", "shared_bytes", "failing_launch")
 
@@ -24,6 +39,18 @@ def load() -> None:
         sys.modules["kvspn._cuda"] = kvspn._cuda = module
 
 
-def setting(name: str) -> ctypes.c_int32:
-    """One of SETTINGS, to read and change by its ``value``."""
-    return ctypes.c_int32.in_dll(ctypes.CDLL(str(PATH)), f"kvspn_emulation_{name}")
+def ops() -> SimpleNamespace:
+    """The kernels of single ops, under their contracts; each is ``torch.ops.kvspn_emulated.<op>`` too."""
+
+    def none(*args: object, **kwargs: object) -> None:
+        raise NotImplementedError("not for tensors on this device")
+
+    public = SimpleNamespace(**{name: implement(name, "kvspn_emulated", none) for name in OPS})
+    torch.ops.load_library(str(OPS_PATH))
+    public.decoder_step = implement("decoder_step", "kvspn_emulated", composed(torch.ops.kvspn_emulated))
+    return public
+
+
+def setting(name: str, path: Path = PATH) -> ctypes.c_int32:
+    """One of SETTINGS of a module, to read and change by its ``value``."""
+    return ctypes.c_int32.in_dll(ctypes.CDLL(str(path)), f"kvspn_emulation_{name}")

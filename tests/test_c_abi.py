@@ -392,6 +392,7 @@ class AttentionParams(ctypes.Structure):
         ("causal", c_int32),
         ("part", c_int32),
         ("parts", c_int32),
+        ("stream", c_void_p),
     )
 
 
@@ -399,7 +400,7 @@ def attention(q, kv, lengths, out, part=0, parts=1) -> AttentionParams:
     tensors = [
         Tensor.of(name, array) for name, array in (("q", q), ("kv", kv), ("lengths", lengths), ("out", out))
     ]
-    return AttentionParams(ctypes.sizeof(AttentionParams), *tensors, None, None, 0.5, 0, part, parts)
+    return AttentionParams(ctypes.sizeof(AttentionParams), *tensors, None, None, 0.5, 0, part, parts, None)
 
 
 def test_attention_in_parts_and_fuzzed(lib):

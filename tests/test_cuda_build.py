@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
-OBJECT = Path(__file__).parents[1] / "build" / "native" / "cuda-kernels.o"
-REPORT = OBJECT.with_suffix(".o.report")
+FOLDER = Path(__file__).parents[1] / "build" / "native"
+OBJECTS = [FOLDER / "cuda-kernels.o", FOLDER / "cuda-op_kernels.o"]
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120")
 TYPES, TILES = 5, 2  # of weights, of rows
 # 16-byte loads at least, past the L1 cache: four a turn of dot(), and keys and values of a split.
 LINEAR, VERIFY, ATTEND = 4 * TYPES * TILES, 4 * TYPES * (TILES + 1), 2 * 8 * 3
 WIDE = {"KindE1": LINEAR, "KindE2": ATTEND, "KindE3": VERIFY, "step_kernel": LINEAR + ATTEND + VERIFY}
+WIDE |= {"linear_kernel": LINEAR, "attention_kernel": ATTEND, "verify_kernel": VERIFY}
 
 pytestmark = pytest.mark.skipif(
-    not OBJECT.exists(), reason="not built: KVSPN_CUDA=1 python setup.py build_ext"
+    not all(path.exists() for path in OBJECTS), reason="not built: KVSPN_CUDA=1 python setup.py build_ext"
 )
 
 
@@ -37,10 +38,13 @@ def tool(name: str) -> str:
 def functions(request):
     """Name -> SASS, on one architecture."""
     path = os.pathsep.join([str(Path(tool("nvdisasm")).parent), os.environ["PATH"]])
-    command = [tool("cuobjdump"), "-sass", "-arch", request.param, str(OBJECT)]
-    text = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}
-    ).stdout
+    command = [tool("cuobjdump"), "-sass", "-arch", request.param]
+    text = "".join(
+        subprocess.run(
+            [*command, str(file)], capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}
+        ).stdout
+        for file in OBJECTS
+    )
     parts = re.split(r"Function : (\S+)", text)[1:]
     found = dict(zip(parts[::2], parts[1::2], strict=True))
     if not found:
@@ -48,8 +52,9 @@ def functions(request):
     return found
 
 
-def test_the_report_knows_no_spill():
-    text = REPORT.read_text()
+@pytest.mark.parametrize("path", OBJECTS, ids=lambda path: path.stem)
+def test_the_report_knows_no_spill(path):
+    text = path.with_suffix(".o.report").read_text()
     found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
     assert len(found) >= 7
     assert set(found) == {("0", "0", "0")}

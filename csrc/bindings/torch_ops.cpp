@@ -2,47 +2,18 @@
 // versions.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cmath>
 #include <mutex>
 #include <optional>
 #include <string>
 
-#include "kvspn.h"
+#include "bindings/torch_tensor.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
+using kvspn::view;
 using torch::stable::Tensor;
-
-kvspn_tensor view(const char* name, const Tensor& tensor) {
-    kvspn_tensor out{name, tensor.data_ptr(), -1, int32_t(tensor.dim()), {}, {}};
-    STD_TORCH_CHECK(tensor.dim() <= KVSPN_MAX_DIMS, name, " must have at most 6 dimensions, got ",
-                    tensor.dim());
-    switch (tensor.scalar_type()) {
-        case ScalarType::Float:
-            out.dtype = KVSPN_FP32;
-            break;
-        case ScalarType::BFloat16:
-            out.dtype = KVSPN_BF16;
-            break;
-        case ScalarType::Half:
-            out.dtype = KVSPN_FP16;
-            break;
-        case ScalarType::Int:
-            out.dtype = KVSPN_INT32;
-            break;
-        default:
-            break;
-    }
-    for (int i = 0; i < out.ndim; ++i) {
-        out.shape[i] = tensor.size(i);
-        out.strides[i] = tensor.stride(i);
-    }
-    return out;
-}
 
 // The kernels read whole rows of D elements.
 Tensor rows(const Tensor& tensor) {

@@ -1,11 +1,11 @@
 #include <new>
 
 #include "core/error.h"
+#include "core/ops.h"
 #if defined(KVSPN_CUDA)  // one ABI, a library for each kind of device
 #include "cuda/engine.h"
 #else
 #include "core/engine.h"
-#include "core/ops.h"
 #endif
 
 struct kvspn_engine {
@@ -131,11 +131,46 @@ kvspn_status kvspn_engine_progress(kvspn_engine* engine, int32_t row, int32_t* t
     });
 }
 
-#if !defined(KVSPN_CUDA)
 kvspn_status kvspn_flat_kv_attention(const kvspn_attention_params* params) {
     return guard([&] {
         check_struct("params", params);
         kvspn::flat_kv_attention(*params);
+    });
+}
+
+#if defined(KVSPN_CUDA)
+kvspn_status kvspn_fused_linear(const kvspn_linear_params* params) {
+    return guard([&] {
+        check_struct("params", params);
+        kvspn::fused_linear(*params);
+    });
+}
+
+kvspn_status kvspn_lm_head_verify(const kvspn_verify_params* params) {
+    return guard([&] {
+        check_struct("params", params);
+        kvspn::lm_head_verify(*params);
+    });
+}
+
+kvspn_status kvspn_append_kv(const kvspn_append_params* params) {
+    return guard([&] {
+        check_struct("params", params);
+        kvspn::append_kv(*params);
+    });
+}
+
+kvspn_status kvspn_accept_and_rollback(const kvspn_accept_params* params) {
+    return guard([&] {
+        check_struct("params", params);
+        kvspn::accept_and_rollback(*params);
+    });
+}
+
+kvspn_status kvspn_compact_kv(const kvspn_compact_params* params) {
+    return guard([&] {
+        check_struct("params", params);
+        kvspn::compact_kv(*params);
     });
 }
 #endif

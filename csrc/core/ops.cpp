@@ -5,44 +5,11 @@
 
 #include "core/error.h"
 #include "core/memory.h"
+#include "core/op_checks.h"
 #include "core/tensor.h"
 
 namespace kvspn {
 namespace {
-
-void check_rows(const char* name, const kvspn_tensor& tensor) {
-    const int last = tensor.ndim - 1;
-    require(tensor.shape[last] <= 1 || tensor.strides[last] == 1, name,
-            " must be contiguous in its last dimension, got stride ", tensor.strides[last]);
-}
-
-void check(const kvspn_attention_params& p) {
-    const auto floats = {Dtype::fp32, Dtype::bf16, Dtype::fp16};
-    check_tensor("kv", p.kv, floats, {-1, 2, -1, -1, -1, -1});
-    const int64_t layers = p.kv.shape[0], rows = p.kv.shape[2], heads = p.kv.shape[3], width = p.kv.shape[5];
-    const auto dtype = {Dtype(p.kv.dtype)};
-    check_tensor("q", p.q, dtype, {rows, -1, -1, width});
-    const int64_t query_heads = p.q.shape[1], queries = p.q.shape[2];
-    check_tensor("lengths", p.lengths, {Dtype::int32}, {rows});
-    check_tensor("out", p.out, dtype, {rows, queries, query_heads * width});
-    check_rows("kv", p.kv);
-    require(layers >= 1 && width >= 1, "kv must hold a layer and a column, got ", layers, " and ", width);
-    require(heads >= 1 && query_heads % heads == 0, "q must have a multiple of kv's ", heads, " heads, got ",
-            query_heads);
-    require(p.tail || !p.tail_lengths, "tail must be given with tail_lengths, got a null pointer");
-    require(!p.tail || p.tail_lengths, "tail_lengths must be given with tail, got a null pointer");
-    require(std::isfinite(p.scale), "scale must be finite, got ", p.scale);
-    if (p.tail) {
-        check_tensor("tail", *p.tail, dtype, {2, rows, heads, -1, width});
-        check_tensor("tail_lengths", *p.tail_lengths, {Dtype::int32}, {rows});
-        check_rows("tail", *p.tail);
-    }
-    require(p.part >= 0 && p.part < p.parts, "part must be 0 to parts - 1, got ", p.part, " of ", p.parts);
-    const int64_t capacity = p.kv.shape[4],
-                  keys = layers * (capacity + kLanes) + (p.tail ? p.tail->shape[3] : 0);
-    require(keys < (int64_t(1) << 30) && layers < (1 << 20) && queries < (1 << 30) && width < (1 << 20),
-            "kv must have less than 2^30 keys, got ", keys);
-}
 
 int clamped(const kvspn_tensor& lengths, int64_t row, int64_t more, int64_t capacity) {
     const int64_t length = static_cast<const int32_t*>(lengths.data)[row * lengths.strides[0]];
@@ -53,6 +20,7 @@ int clamped(const kvspn_tensor& lengths, int64_t row, int64_t more, int64_t capa
 
 void flat_kv_attention(const kvspn_attention_params& p) {
     check(p);
+    require(!p.stream, "stream must be a null pointer on the CPU, got one");
     const int64_t heads = p.kv.shape[3], capacity = p.kv.shape[4];
     const int width = int(p.kv.shape[5]), layers = int(p.kv.shape[0]);
     const int64_t rows = p.q.shape[0], query_heads = p.q.shape[1], queries = p.q.shape[2];

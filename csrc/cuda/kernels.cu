@@ -1,4 +1,4 @@
-#include "cuda/kernels.h"
+#include "cuda/launch.h"
 #include "cuda/stages.h"
 
 namespace kvspn::cuda {
@@ -85,47 +85,19 @@ __global__ void to_float_kernel(const Table from, const int columns, const int64
             out[r * out_stride + c] = element(from, r * row_stride + c * column_stride);
 }
 
-template <class... Parameters, class... Arguments>
-void launch(const char* name, const Device& device, void (*kernel)(Parameters...), bool cooperative,
-            int blocks, cudaStream_t stream, Arguments... arguments) {
-    cudaLaunchAttribute attribute{};
-    if (cooperative)
-        attribute.id = cudaLaunchAttributeCooperative, attribute.val.cooperative = 1;
-    else
-        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization,
-        attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim.x = unsigned(blocks), config.blockDim.x = unsigned(device.threads);
-    config.dynamicSmemBytes = size_t(device.shared_bytes), config.stream = stream;
-    config.attrs = &attribute, config.numAttrs = cooperative || device.overlap;
-    check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
-}
-
-void allow_shared(const char* name, const void* kernel, int bytes) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
-}
-
 }  // namespace
 
 Device open_device() {
-    int device, shared, multiprocessors, major;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "the device");
-    check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "the device");
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "the device");
-    allow_shared("encoder states", reinterpret_cast<const void*>(&to_float_kernel), shared);
-    allow_shared("embed", reinterpret_cast<const void*>(&stage_kernel<Kind::embed>), shared);
-    allow_shared("fused_linear", reinterpret_cast<const void*>(&stage_kernel<Kind::linear>), shared);
-    allow_shared("flat_kv_attention", reinterpret_cast<const void*>(&stage_kernel<Kind::attend>), shared);
-    allow_shared("lm_head_verify", reinterpret_cast<const void*>(&stage_kernel<Kind::verify>), shared);
-    allow_shared("accept_and_rollback", reinterpret_cast<const void*>(&stage_kernel<Kind::accept>), shared);
-    allow_shared("decoder_step", reinterpret_cast<const void*>(&step_kernel), shared);
-#if defined(KVSPN_EMULATE)
-    const int threads = 64;
-#else
-    const int threads = kThreads;
-#endif
-    return {multiprocessors, shared, threads, major >= 9};
+    const Device device = present_device();
+    for (auto [name, kernel] :
+         {std::pair<const char*, const void*>{"embed", pointer(&stage_kernel<Kind::embed>)},
+          {"fused_linear", pointer(&stage_kernel<Kind::linear>)},
+          {"flat_kv_attention", pointer(&stage_kernel<Kind::attend>)},
+          {"lm_head_verify", pointer(&stage_kernel<Kind::verify>)},
+          {"accept_and_rollback", pointer(&stage_kernel<Kind::accept>)},
+          {"decoder_step", pointer(&step_kernel)}})
+        allow_shared(name, kernel, device.shared_bytes);
+    return device;
 }
 
 int shared_floats(const Device& device, int stages) {
@@ -136,7 +108,8 @@ int shared_floats(const Device& device, int stages) {
 void launch_stage(const Device& device, const Model& m, const Stage& stage, const Pass& pass,
                   cudaStream_t stream) {
     auto run = [&](const char* name, auto kernel, int blocks) {
-        launch(name, device, kernel, false, blocks, stream, m, stage, stage.draft ? Pass{} : pass);
+        launch(name, device, kernel, {blocks, device.shared_bytes}, stream, m, stage,
+               stage.draft ? Pass{} : pass);
     };
     switch (stage.kind) {
         case Kind::embed:
@@ -154,13 +127,13 @@ void launch_stage(const Device& device, const Model& m, const Stage& stage, cons
 
 void launch_steps(const Device& device, const Model& m, const Stage* stages, int count, const Pass& pass,
                   int steps, cudaStream_t stream) {
-    launch("decoder_step", device, &step_kernel, true, device.multiprocessors, stream, m, stages, count, pass,
-           steps);
+    launch("decoder_step", device, &step_kernel, {device.multiprocessors, device.shared_bytes, true}, stream,
+           m, stages, count, pass, steps);
 }
 
 void launch_to_float(const Device& device, const Table& from, int columns, int64_t row_stride,
                      int64_t column_stride, float* out, int64_t out_stride, cudaStream_t stream) {
-    launch("encoder states", device, &to_float_kernel, false, device.multiprocessors, stream, from, columns,
+    launch("encoder states", device, &to_float_kernel, {device.multiprocessors}, stream, from, columns,
            row_stride, column_stride, out, out_stride);
 }
 

@@ -21,7 +21,7 @@ inline void check(cudaError_t error, const char* what) {
 }
 
 struct Device {
-    int multiprocessors, shared_bytes;
+    int index, multiprocessors, shared_bytes;
     int threads;   // of a block
     bool overlap;  // a kernel may start before the one ahead of it in the stream has ended
 };

@@ -37,6 +37,23 @@ struct Stage {
     bool causal = false, cross = false;
 };
 
+// Keys in memory, with the way to their values (part); strides count elements.
+struct KeyValues {
+    const void* keys;
+    int64_t layer, part, row, head, position;
+    int32_t capacity;
+};
+
+struct Attention {
+    KeyValues cache, tail;
+    int32_t slots, queries, heads, sharing, width, layers;  // sharing: query heads of one head of keys
+    int32_t lanes;                                          // of a position
+    bool causal;                                            // query i sees length + i + 1 positions
+    float scale;
+    float* partials;   // [slots, heads, splits, queries * sharing, 2 + width]
+    int32_t* arrived;  // [slots, heads], zeros
+};
+
 struct Table {
     Dtype dtype;
     const void* rows;

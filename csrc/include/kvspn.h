@@ -113,7 +113,7 @@ KVSPN_API const char* kvspn_last_error(void);
  * ...; work is put on the default stream, step and generate without on_step do not wait for it, and an error
  * of the device may come out of a later call; a row whose length is out of bounds is left alone. The
  * environment variable KVSPN_CUDA_STEP says how steps run there: "persistent" (the default: one launch, for
- * all the steps of generate too), "graph" or "kernels". kvspn_flat_kv_attention is not in it. */
+ * all the steps of generate too), "graph" or "kernels". */
 KVSPN_API const char* kvspn_instruction_set(void);
 
 /* Packs the weights, which may be freed afterwards. Names and shapes are those of kvspn/ops/weights.py:
@@ -155,8 +155,20 @@ KVSPN_API kvspn_status kvspn_engine_read_statistics(kvspn_engine* engine, int32_
 KVSPN_API kvspn_status kvspn_engine_progress(kvspn_engine* engine, int32_t row, int32_t* tokens,
                                              int32_t capacity, int32_t* count);
 
-/* Queries over the keys of several layers as one sequence; see kvspn/ops/flat_kv_attention.py. One dtype:
- * FP32, BF16 or FP16. Any strides, but kv and tail are contiguous in D. */
+/* The ops of kvspn/ops, each with the contract of its namesake there. The library for the CPU holds
+ * kvspn_flat_kv_attention, that for CUDA devices all of them. Any strides will do, but the last dimension is
+ * contiguous. */
+
+/* Where a CUDA device works; not for the CPU. Every op puts its work there, waits for nothing, and works on
+ * the present device, whose memory holds the tensors. */
+typedef struct kvspn_stream {
+    void* handle; /* a cudaStream_t; NULL: the default stream */
+    /* Memory of the device for as long as the work runs, to 16 bytes; NULL: there is none. */
+    void* (*allocate)(void* context, int64_t bytes);
+    void* context;
+} kvspn_stream;
+
+/* Queries over the keys of several layers as one sequence. One dtype: FP32, BF16 or FP16. */
 typedef struct kvspn_attention_params {
     uint32_t struct_size;
     kvspn_tensor q;                   /* [B, Hq, Q, D] */
@@ -168,9 +180,86 @@ typedef struct kvspn_attention_params {
     float scale;                      /* of the scores; usually D ** -0.5 */
     int32_t causal;                   /* query i sees lengths[b] + i + 1 positions instead of lengths[b] */
     int32_t part, parts;              /* this call's share of the work; threads of the caller take one each */
+    const kvspn_stream* stream;       /* CUDA, where part is 0 of 1; or NULL */
 } kvspn_attention_params;
 
 KVSPN_API kvspn_status kvspn_flat_kv_attention(const kvspn_attention_params* params);
+
+/* [LayerNorm ->] x W^T + bias [-> GELU] [-> + residual]. x, bias and the norm: FP32, BF16 or FP16. The weight
+ * also INT8 with a scale [N], or INT4, [N, K / 2], with a scale [N, groups]. An optional tensor that is all
+ * zeros is not there. */
+typedef struct kvspn_linear_params {
+    uint32_t struct_size;
+    kvspn_tensor x;                      /* [R, K] */
+    kvspn_tensor weight;                 /* [N, K] */
+    kvspn_tensor out;                    /* [R, N] in x's dtype */
+    kvspn_tensor scale;                  /* FP32; INT8 and INT4 alone */
+    kvspn_tensor bias;                   /* [N]; optional */
+    kvspn_tensor norm_weight, norm_bias; /* [K]; optional, the bias with the weight alone */
+    kvspn_tensor residual;               /* [R, N] in x's dtype; optional */
+    float eps;
+    int32_t gelu;
+    const kvspn_stream* stream;
+} kvspn_linear_params;
+
+KVSPN_API kvspn_status kvspn_fused_linear(const kvspn_linear_params* params);
+
+/* The argmax of each row's logits and the rank of each draft; formats are those of kvspn_linear_params. */
+typedef struct kvspn_verify_params {
+    uint32_t struct_size;
+    kvspn_tensor x;                      /* [B, Q, K] */
+    kvspn_tensor weight;                 /* [V, K] */
+    kvspn_tensor draft;                  /* int32 [B, Q - 1] */
+    kvspn_tensor argmax;                 /* int32 [B, Q] */
+    kvspn_tensor rank;                   /* int32 [B, Q - 1] */
+    kvspn_tensor mask;                   /* FP32 [V]; optional */
+    kvspn_tensor scale;                  /* FP32; INT8 and INT4 alone */
+    kvspn_tensor norm_weight, norm_bias; /* [K]; optional, the bias with the weight alone */
+    float eps;
+    const kvspn_stream* stream;
+} kvspn_verify_params;
+
+KVSPN_API kvspn_status kvspn_lm_head_verify(const kvspn_verify_params* params);
+
+/* Keys and values of new positions of one layer, to lengths[b] ... of row b. One dtype. */
+typedef struct kvspn_append_params {
+    uint32_t struct_size;
+    kvspn_tensor kv;       /* [L, 2, B, H, S, D] */
+    kvspn_tensor k, v;     /* [B, H, Q, D] */
+    kvspn_tensor lengths;  /* int32 [B] */
+    kvspn_tensor finished; /* bool [B]; optional */
+    int32_t layer;
+    const kvspn_stream* stream;
+} kvspn_append_params;
+
+KVSPN_API kvspn_status kvspn_append_kv(const kvspn_append_params* params);
+
+/* The longest accepted prefix of each row's draft, the next token, stops, statistics and the rollback. */
+typedef struct kvspn_accept_params {
+    uint32_t struct_size;
+    kvspn_tensor tokens;      /* int32 [B, N] */
+    kvspn_tensor lengths;     /* int32 [B] */
+    kvspn_tensor finished;    /* bool [B] */
+    kvspn_tensor stats;       /* int32 [B, 3] */
+    kvspn_tensor draft, rank; /* int32 [B, Q - 1] */
+    kvspn_tensor argmax;      /* int32 [B, Q] */
+    int32_t k, eos, max_length;
+    const kvspn_stream* stream;
+} kvspn_accept_params;
+
+KVSPN_API kvspn_status kvspn_accept_and_rollback(const kvspn_accept_params* params);
+
+/* Position start[b] + m of row b takes what position source[b, m] of row rows[b] held before the call. */
+typedef struct kvspn_compact_params {
+    uint32_t struct_size;
+    kvspn_tensor kv;     /* [L, 2, B, H, S, D] */
+    kvspn_tensor rows;   /* int32 [B] */
+    kvspn_tensor source; /* int32 [B, M] */
+    kvspn_tensor start;  /* int32 [B] */
+    const kvspn_stream* stream;
+} kvspn_compact_params;
+
+KVSPN_API kvspn_status kvspn_compact_kv(const kvspn_compact_params* params);
 
 #ifdef __cplusplus
 }

@@ -2,14 +2,17 @@
 
 A backend joins by registering its kernel for ``torch.ops.kvspn.<op>`` under its dispatch key (CPU, CUDA).
 The reference serves the rest; it takes every row and query on its own and so reads lengths on the host.
-Native kernels serve flat_kv_attention on the CPU; matrices want packing first, which an engine does.
+Native kernels serve all ops on CUDA devices, where csrc/cuda is built, and flat_kv_attention on the CPU,
+whose matrices want packing first, which an engine does.
 """
 
-from kvspn.ops._library import load_native
+import torch
+
+from kvspn.ops._library import load_native, serve
 from kvspn.ops.accept_and_rollback import accept_and_rollback
 from kvspn.ops.append_kv import append_kv
 from kvspn.ops.compact_kv import compact_kv
-from kvspn.ops.decoder_step import decoder_step
+from kvspn.ops.decoder_step import composed, decoder_step
 from kvspn.ops.flat_kv_attention import flat_kv_attention
 from kvspn.ops.fused_linear import fused_linear
 from kvspn.ops.lm_head_verify import K_INF, lm_head_verify
@@ -31,4 +34,5 @@ __all__ = [
     "lm_head_verify",
 ]
 
-load_native()
+if "_torch_ops_cuda" in load_native():
+    serve("decoder_step", "CUDA", composed(torch.ops.kvspn))

@@ -42,13 +42,8 @@ def register(
         check(*args, **kwargs)
         return fake(*args, **kwargs)
 
-    @torch.no_grad()
-    def kernel(*args: P.args, **kwargs: P.kwargs) -> R:
-        check(*args, **kwargs)
-        return reference(*args, **kwargs)
-
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, kernel, "CompositeExplicitAutograd")
+    library.impl(name, _checked(check, reference), "CompositeExplicitAutograd")
     library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"{namespace}::{name}", traced, lib=library)
     overload = getattr(getattr(torch.ops, namespace), name).default
@@ -69,8 +64,29 @@ def implement(name: str, namespace: str, kernel: Callable[P, R]) -> Callable[P, 
     return register(schema, check=check, fake=fake, reference=kernel, namespace=namespace)
 
 
-def load_native() -> None:
-    """Registers csrc/bindings/torch_ops.cpp, kernels for tensors on the CPU, where it is built."""
-    found = importlib.util.find_spec("kvspn._torch_ops")
-    if found is not None and found.origin is not None:
-        torch.ops.load_library(found.origin)
+def serve(name: str, key: str, kernel: Callable[..., object]) -> None:
+    """Another kernel of ``torch.ops.kvspn.<name>``, for tensors of one dispatch key (CPU, CUDA)."""
+    _, check, _ = _contracts[name]
+    _libraries["kvspn"].impl(name, _checked(check, kernel), key)
+
+
+def _checked(check: Callable[P, object], kernel: Callable[P, R]) -> Callable[P, R]:
+    @torch.no_grad()
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        check(*args, **kwargs)
+        return kernel(*args, **kwargs)
+
+    return checked
+
+
+def load_native() -> list[str]:
+    """Registers the native kernels that are built: csrc/bindings/torch_ops.cpp for tensors on the CPU, and
+    torch_ops_cuda.cpp for those on a CUDA device, if torch knows such devices. Returns what is loaded."""
+    names = ["_torch_ops", "_torch_ops_cuda"] if torch.backends.cuda.is_built() else ["_torch_ops"]
+    loaded = []
+    for name in names:
+        found = importlib.util.find_spec(f"kvspn.{name}")
+        if found is not None and found.origin is not None:
+            torch.ops.load_library(found.origin)
+            loaded.append(name)
+    return loaded

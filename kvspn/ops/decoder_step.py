@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -181,6 +181,35 @@ def step(
     x = base_pass(w, ids, kv, lengths, cross_kv, cross_lengths, finished, ops)
     argmax, rank = ops.lm_head_verify(x, w.head.weight, draft, mask, w.head.scale, *w.norm)
     ops.accept_and_rollback(tokens, lengths, finished, stats, draft, argmax, rank, k, eos, max_length)
+
+
+def composed(ops: Any) -> Callable[..., None]:
+    """The op's kernel from the ops of a backend, which take all rows together."""
+
+    def kernel(
+        kv: Tensor,
+        lengths: Tensor,
+        tokens: Tensor,
+        finished: Tensor,
+        stats: Tensor,
+        cross_kv: Tensor,
+        cross_lengths: Tensor,
+        weights: Sequence[Tensor],
+        mask: Tensor | None,
+        k: int,
+        eos: int,
+        max_length: int,
+        use_draft: bool = True,
+        groups: int = 0,
+        last_layer_only: bool = False,
+    ) -> None:
+        w = DecoderWeights.unflatten(
+            weights, heads=kv.shape[3], num_layers=kv.shape[0], groups=groups, last_layer_only=last_layer_only
+        )
+        state = kv, lengths, tokens, finished, stats, cross_kv, cross_lengths
+        step(ops, w, *state, mask, k, eos, max_length, use_draft)
+
+    return kernel
 
 
 def base_pass(
