@@ -17,11 +17,14 @@ void check_rows(const char* name, const kvspn_tensor& tensor) {
 }
 
 void check(const kvspn_attention_params& p) {
-    const auto floats = {Dtype::fp32, Dtype::bf16, Dtype::fp16};
-    check_tensor("kv", p.kv, floats, {-1, 2, -1, -1, -1, -1});
+    check_tensor("kv", p.kv, {Dtype::fp32, Dtype::bf16, Dtype::fp16, Dtype::int8}, {-1, 2, -1, -1, -1, -1});
     const int64_t layers = p.kv.shape[0], rows = p.kv.shape[2], heads = p.kv.shape[3], width = p.kv.shape[5];
-    const auto dtype = {Dtype(p.kv.dtype)};
-    check_tensor("q", p.q, dtype, {rows, -1, -1, width});
+    const bool scaled = p.kv.dtype == KVSPN_INT8;
+    if (scaled)
+        check_tensor("q", p.q, {Dtype::fp32, Dtype::bf16, Dtype::fp16}, {rows, -1, -1, width});
+    else
+        check_tensor("q", p.q, {Dtype(p.kv.dtype)}, {rows, -1, -1, width});
+    const auto dtype = {Dtype(p.q.dtype)};
     const int64_t query_heads = p.q.shape[1], queries = p.q.shape[2];
     check_tensor("lengths", p.lengths, {Dtype::int32}, {rows});
     check_tensor("out", p.out, dtype, {rows, queries, query_heads * width});
@@ -31,6 +34,13 @@ void check(const kvspn_attention_params& p) {
             query_heads);
     require(p.tail || !p.tail_lengths, "tail must be given with tail_lengths, got a null pointer");
     require(!p.tail || p.tail_lengths, "tail_lengths must be given with tail, got a null pointer");
+    require(p.kv_scale || !scaled, "kv_scale must be given with an int8 kv, got a null pointer");
+    require(scaled || !p.kv_scale, "kv_scale must be a null pointer without an int8 kv, got a tensor");
+    require(!p.kv_scale || !p.tail, "tail must be a null pointer beside an int8 kv, got a tensor");
+    if (p.kv_scale) {
+        check_tensor("kv_scale", *p.kv_scale, {Dtype::fp32}, {layers, 2, rows, heads, p.kv.shape[4]});
+        check_rows("kv_scale", *p.kv_scale);
+    }
     require(std::isfinite(p.scale), "scale must be finite, got ", p.scale);
     if (p.tail) {
         check_tensor("tail", *p.tail, dtype, {2, rows, heads, -1, width});
@@ -76,6 +86,13 @@ void flat_kv_attention(const kvspn_attention_params& p) {
         a.width = width;
         a.scale = p.scale;
         a.scores = scores.as<float>();
+        if (p.kv_scale) {
+            const int64_t* scale_at = p.kv_scale->strides;
+            a.key_scales =
+                static_cast<const float*>(p.kv_scale->data) + row * scale_at[2] + head * scale_at[3];
+            a.value_scales = a.key_scales + scale_at[1];
+            a.scale_layer_stride = scale_at[0];
+        }
         if (p.tail) {
             const int64_t* tail_at = p.tail->strides;
             const char* tail_keys = static_cast<const char*>(p.tail->data) +
@@ -98,7 +115,8 @@ void flat_kv_attention(const kvspn_attention_params& p) {
             kernels.attend(a);
             for (int i = 0; i < a.queries; ++i) {
                 const int64_t to = row * out_at[0] + (first + i) * out_at[1] + query_head * width * out_at[2];
-                for (int c = 0; c < width; ++c) store(a.dtype, p.out.data, to + c * out_at[2], a.out[i][c]);
+                for (int c = 0; c < width; ++c)
+                    store(Dtype(p.out.dtype), p.out.data, to + c * out_at[2], a.out[i][c]);
             }
         }
     }
