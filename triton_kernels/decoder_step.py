@@ -41,6 +41,8 @@ def launch_decoder_step(
     use_draft: bool = True,
     groups: int = 0,
     last_layer_only: bool = False,
+    kv_scale: Tensor | None = None,
+    cross_kv_scale: Tensor | None = None,
 ) -> None:
     """As :func:`kvspn.ops.decoder_step`, unchecked."""
     w = DecoderWeights.unflatten(
@@ -48,7 +50,7 @@ def launch_decoder_step(
     )
     step(
         LAUNCHERS, w, kv, lengths, tokens, finished, stats, cross_kv, cross_lengths, mask,
-        k, eos, max_length, use_draft,
+        k, eos, max_length, use_draft, kv_scale, cross_kv_scale,
     )  # fmt: skip
 
 

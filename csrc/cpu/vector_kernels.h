@@ -408,8 +408,10 @@ INLINE void blend(const Attention& a, int longest, int total, const float* inver
     }
 }
 
-template <class T, int Queries>
+// Width: the most usual one, known to the compiler; or 0.
+template <class T, int Queries, int Width>
 void attend_queries(const Attention& a) {
+    const int width = Width ? Width : a.width;
     const IVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     int longest = 0;
     for (int i = 0; i < Queries; ++i) longest = a.lengths[i] > longest ? a.lengths[i] : longest;
@@ -420,15 +422,14 @@ void attend_queries(const Attention& a) {
         const Segment<T> segment(a, s, longest);
         for (int t = 0; t < segment.longest; t += kLanes) {
             Vec products[Queries][kLanes];
-            for (int j = 0; j < kLanes; ++j) {
+            const T* key = segment.keys + t * segment.stride;
+            const bool whole = t + kLanes <= segment.longest;
+            for (int j = 0; j < kLanes; ++j, key += segment.stride) {
                 Vec acc[Queries] = {};
-                if (t + j < segment.longest) {
-                    const T* key = segment.keys + (t + j) * segment.stride;
-                    for (int c = 0; c < a.width; c += kLanes) {
-                        Vec k = load_some(key + c, a.width - c);
-                        for (int i = 0; i < Queries; ++i)
-                            acc[i] = fma(k, load_some(a.q[i] + c, a.width - c), acc[i]);
-                    }
+                for (int c = 0; c < width && (whole || t + j < segment.longest); c += kLanes) {
+                    const Vec k = load_some(key + c, width - c);
+                    for (int i = 0; i < Queries; ++i)
+                        acc[i] = fma(k, load_some(a.q[i] + c, width - c), acc[i]);
                 }
                 for (int i = 0; i < Queries; ++i) products[i][j] = acc[i];
             }
@@ -469,18 +470,23 @@ void attend_queries(const Attention& a) {
     for (; c < a.width; c += kLanes) blend<T, Queries, 1>(a, longest, total, inverse, c);
 }
 
-template <class T>
-void attend_of(const Attention& a) {
+template <class T, int Width>
+void attend_width(const Attention& a) {
     switch (a.queries) {
         case 1:
-            return attend_queries<T, 1>(a);
+            return attend_queries<T, 1, Width>(a);
         case 2:
-            return attend_queries<T, 2>(a);
+            return attend_queries<T, 2, Width>(a);
         case 3:
-            return attend_queries<T, 3>(a);
+            return attend_queries<T, 3, Width>(a);
         default:
-            return attend_queries<T, 4>(a);
+            return attend_queries<T, 4, Width>(a);
     }
+}
+
+template <class T>
+void attend_of(const Attention& a) {
+    return a.width == 64 ? attend_width<T, 64>(a) : attend_width<T, 0>(a);
 }
 
 void attend(const Attention& a) {
