@@ -83,6 +83,7 @@ class Row:
     allocations: of memory, by one such call; None where they cannot be counted.
     correct: in fp32 the reference backend's token; in every format the same tokens from KVSPN at k = 1 as
         from plain steps. A peer's: the reference's logits, within what its weight format explains.
+    kv: "int8" for int8 caches; None for those of the embeddings' dtype, and a peer's.
     """
 
     what: str
@@ -101,6 +102,7 @@ class Row:
     launches: int | None
     allocations: int | None
     correct: bool
+    kv: str | None = None
 
 
 @dataclass(eq=False)
@@ -116,6 +118,7 @@ class _Case:
     launches: int | None
     allocations: int | None
     time: Callable[[], float] | None = None
+    kv: str | None = None
     times: list[float] = field(default_factory=list)
 
     def row(self, name: str, shape: Shape, read_ms: float) -> Row:
@@ -137,6 +140,7 @@ class _Case:
             launches=self.launches,
             allocations=self.allocations,
             correct=self.correct,
+            kv=self.kv,
         )
 
 
@@ -148,6 +152,7 @@ def run(
     peers: Sequence[str] = (),
     progress: Callable[[str], None] = lambda text: None,
     skipped: Callable[[str], None] = lambda text: None,
+    kv: str | None = None,
 ) -> dict[str, Any]:
     """Times the cases: {"machine", "rows", "summary"} of docs/benchmark.md, with a list of Row.
 
@@ -159,6 +164,7 @@ def run(
         peers: of PEERS.
         progress: told what is going on.
         skipped: told what is left out, and why.
+        kv: "int8" for int8 caches in kvspn's steps.
 
     Raises:
         ValueError: another format.
@@ -183,7 +189,7 @@ def run(
             for fmt in ours:
                 for backend in backends:
                     progress(f"{name}: {backend}, {fmt}")
-                    cases += _own_cases(shape, made, backend, fmt, bench.tokens_per_step)
+                    cases += _own_cases(shape, made, backend, fmt, kv, bench.tokens_per_step)
             cases += bench.peer_cases(modules, problem, shape, width)
             bench.time(name, shape, cases)
         del made, problem, cases
@@ -301,15 +307,17 @@ def speedups(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def step_bytes(weights: DecoderWeights, shape: Shape, batch: int, draft: bool) -> int:
+def step_bytes(weights: DecoderWeights, shape: Shape, batch: int, draft: bool, kv: str | None = None) -> int:
     """Weights once, each row's keys and values once; with a draft, its weights and its group reads too."""
     parts: list[Any] = [layer._replace(cross_kv=Linear(weights.embed_tokens[:0])) for layer in weights.layers]
     parts += [(weights.norm, weights.head)]
     if draft:
         parts += [*weights.blocks, (weights.draft_norm, weights.draft_output)]
-    kv = _cached(shape, draft) * weights.embed_tokens.element_size()
+    # Each head's int8 values at a position have an fp32 scale.
+    each = weights.embed_tokens.element_size() if kv is None else 1 + 4 / shape.head_dim
+    cached = round(_cached(shape, draft) * each)
     tensors = [tensor for part in parts for piece in part if piece for tensor in piece if tensor is not None]
-    return batch * kv + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return batch * cached + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _cached(shape: Shape, draft: bool) -> int:
@@ -320,22 +328,28 @@ def _cached(shape: Shape, draft: bool) -> int:
     return 2 * positions * shape.width
 
 
-def start(backend: str, weights: DecoderWeights, shape: Shape) -> Engine:
+def start(backend: str, weights: DecoderWeights, shape: Shape, kv: str | None = None) -> Engine:
     """An engine of one row before its next step, ``shape.length`` positions in the cache."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(shape.encoder_positions, shape.width, generator=generator)
     prompt = torch.randint(shape.vocabulary, (shape.length + 1,), generator=generator).tolist()
     capacity = shape.length + 8
-    made = engine(backend, weights, batch=1, capacity=capacity, cross_capacity=shape.encoder_positions)
+    positions = shape.encoder_positions
+    made = engine(backend, weights, batch=1, capacity=capacity, cross_capacity=positions, kv=kv)
     made.start([states], [prompt], eos=-1, max_length=capacity)
     return made
 
 
 def _own_cases(
-    shape: Shape, made: DecoderWeights, backend: str, fmt: str, tokens_per_step: float | None
+    shape: Shape,
+    made: DecoderWeights,
+    backend: str,
+    fmt: str,
+    kv: str | None,
+    tokens_per_step: float | None,
 ) -> Iterator[_Case]:
     weights = quantisation.quantise(made, fmt)
-    whole, two_row = start(backend, weights, shape), start(backend, _faint_draft(weights), shape)
+    whole, two_row = (start(backend, each, shape, kv) for each in (weights, _faint_draft(weights)))
 
     def tokens(engine: Engine, draft: bool) -> list[int]:
         engine.lengths.fill_(shape.length)
@@ -347,7 +361,7 @@ def _own_cases(
     plain = tokens(whole, draft=False)
     correct = plain == tokens(whole, draft=True) == tokens(two_row, draft=True)
     if fmt == "fp32" and backend != "reference":
-        reference = start("reference", weights, shape)
+        reference = start("reference", weights, shape, kv)
         reference.step(1, draft=False)
         correct &= reference.tokens[0, shape.length + 1].item() == plain[shape.length + 1]
 
@@ -363,12 +377,12 @@ def _own_cases(
 
         return milliseconds
 
-    plain_allocations, kvspn_allocations = allocations.count(shape.layers, shape.groups, backend, fmt)
-    bare, drafting = (step_bytes(weights, shape, 1, draft) for draft in (False, True))
+    plain_allocations, kvspn_allocations = allocations.count(shape.layers, shape.groups, backend, fmt, kv)
+    bare, drafting = (step_bytes(weights, shape, 1, draft, kv) for draft in (False, True))
 
     def case(what: str, rows: int, size: int, time: Callable[[], float] | None = None) -> _Case:
         counted = plain_allocations if (what, rows) == ("step", 1) else kvspn_allocations
-        return _Case(what, backend, fmt, rows, size, correct, 1, counted, time)
+        return _Case(what, backend, fmt, rows, size, correct, 1, counted, time, kv)
 
     yield case("step", 1, bare, timed(whole, False))
     yield case("step", 2, bare, timed(two_row, True))

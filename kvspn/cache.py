@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from kvspn.ops import compact_kv
-from kvspn.ops.append_kv import quantise
 from kvspn.ops._checks import FLOATS, INT32, Shapes, integer, same_dtype
+from kvspn.ops.append_kv import quantise
 
 
 class StepCache:
@@ -61,7 +61,14 @@ class StepCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        buffers = (self.kv, self.cross_kv, self.kv_scale, self.cross_kv_scale, self.lengths, self.cross_lengths)
+        buffers = (
+            self.kv,
+            self.cross_kv,
+            self.kv_scale,
+            self.cross_kv_scale,
+            self.lengths,
+            self.cross_lengths,
+        )
         return sum(buffer.nbytes for buffer in buffers if buffer is not None)
 
     def group(self, g: int, groups: int) -> Tensor:

@@ -67,6 +67,18 @@ def test_every_field_is_filled(shapes: None) -> None:
     assert summary["speedup"] == {}
 
 
+def test_int8_caches(shapes: None) -> None:
+    rows = benchmark.run(["tiny"], [BACKEND], ["fp32"], rounds=1, kv="int8")["rows"]
+    assert all(row.kv == "int8" and row.correct for row in rows)
+    weights = TINY.weights()
+    usual, int8, none = (
+        benchmark.step_bytes(weights, shape, 1, False, kv)
+        for shape, kv in ((TINY, None), (TINY, "int8"), (replace(TINY, length=0, encoder_positions=0), None))
+    )
+    assert rows[0].bytes == int8
+    assert (int8 - none) * 4 == pytest.approx((usual - none) * (1 + 4 / TINY.head_dim))
+
+
 def test_two_rows_cost_no_more_than_the_whole_step_reads() -> None:
     weights = TINY.weights()
     faint = benchmark._faint_draft(weights)

@@ -98,7 +98,14 @@ def compare_with_reference(shape, ks, kv=None):
 
 @pytest.mark.parametrize(
     ("shape", "kv"),
-    [("wide", None), ("odd", None), ("int8 wide", None), ("int4 wide", None), ("wide", "int8"), ("odd", "int8")],
+    [
+        ("wide", None),
+        ("odd", None),
+        ("int8 wide", None),
+        ("int4 wide", None),
+        ("wide", "int8"),
+        ("odd", "int8"),
+    ],
 )
 def test_row_invariance_bit_for_bit(instruction_set, shape, kv, dtype):
     """A row's cache does not depend on drafts, on the other rows or on threads."""

@@ -33,7 +33,9 @@ def make_int8(case, dtype):
     """An int8 cache in larger buffers, full of the wildest values past the lengths, and its scales of NaN."""
     arguments = make(case, dtype)
     values, scales = quantise(arguments["kv"])
-    held = [torch.full((*x.shape[:4], x.shape[4] + 3, *x.shape[5:]), 1, dtype=x.dtype) for x in (values, scales)]
+    held = [
+        torch.full((*x.shape[:4], x.shape[4] + 3, *x.shape[5:]), 1, dtype=x.dtype) for x in (values, scales)
+    ]
     kv, kv_scale = (x[:, :, :, :, 1:-2] for x in held)
     kv.copy_(values), kv_scale.copy_(scales)
     for b, length in enumerate(arguments["lengths"].tolist()):

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvspn.cli.common import Backend
+from kvspn.cli.common import KV, Backend
 
 if TYPE_CHECKING:
     from kvspn.benchmark import Row
@@ -37,6 +37,7 @@ def bench(
         ),
     ] = "fp32,bf16,int8,int4",
     backend: Backend = None,
+    kv: KV = None,
     peers: Annotated[
         bool,
         typer.Option("--peers", help="Also transformers, CTranslate2, OpenVINO and ONNX Runtime."),
@@ -79,6 +80,7 @@ def bench(
             PEERS if peers else (),
             status.update,
             lambda line: errors.print(line, markup=False, highlight=False),
+            kv,
         )
     for _, rows in groupby(found["rows"], key=lambda row: row.shape):
         Console().print(_table(list(rows)))
@@ -105,7 +107,7 @@ def _table(rows: list[Row]) -> Table:
     for row in sorted(rows, key=lambda row: (kinds.index((row.what, row.rows)), row.ms_median)):
         table.add_row(
             f"{row.what}, {row.rows} row{'s' * (row.rows > 1)}" if row.what == "step" else row.what,
-            f"{row.backend} {row.weights}",
+            f"{row.backend} {row.weights}{f', {row.kv} KV' if row.kv else ''}",
             *(f"{value:.2f}" for value in (row.ms_median, row.ms_min, row.ms_max)),
             f"{row.gb_per_s:.1f}",
             f"{row.percent_of_measured_peak:.0f}%",

@@ -8,9 +8,7 @@ from kvspn.ops._checks import INT32, Shapes
 from kvspn.ops._library import register
 
 
-def check(
-    kv: Tensor, rows: Tensor, source: Tensor, start: Tensor, kv_scale: Tensor | None = None
-) -> None:
+def check(kv: Tensor, rows: Tensor, source: Tensor, start: Tensor, kv_scale: Tensor | None = None) -> None:
     shapes = Shapes()
     shapes.cache("kv", kv, kv_scale, "L 2 B H S D")
     shapes.tensor("rows", rows, "B", INT32)

@@ -192,13 +192,9 @@ def step(
     newest = tokens.gather(1, lengths[:, None].long())
     draft = newest[:, :0]
     if use_draft:
-        draft = propose(
-            w, newest, kv, lengths, cross_kv, cross_lengths, mask, ops, kv_scale, cross_kv_scale
-        )
+        draft = propose(w, newest, kv, lengths, cross_kv, cross_lengths, mask, ops, kv_scale, cross_kv_scale)
     ids = torch.cat([newest, draft], dim=1)
-    x = base_pass(
-        w, ids, kv, lengths, cross_kv, cross_lengths, finished, ops, kv_scale, cross_kv_scale
-    )
+    x = base_pass(w, ids, kv, lengths, cross_kv, cross_lengths, finished, ops, kv_scale, cross_kv_scale)
     argmax, rank = ops.lm_head_verify(x, w.head.weight, draft, mask, w.head.scale, *w.norm)
     ops.accept_and_rollback(tokens, lengths, finished, stats, draft, argmax, rank, k, eos, max_length)
 
