@@ -65,7 +65,7 @@ def launch_append_kv(
         (batch * queries, heads),
         *(cache, k, v, lengths, finished, scale, queries, kv.shape[4]),
         *(*cache.stride()[:4], *k.stride()[:3], *v.stride()[:3]),
-        *((0, 0, 0) if scale is None else scale.stride()[:3]),
+        *((None,) * 3 if scale is None else scale.stride()[:3]),
         D=width,
         BLOCK_D=triton.next_power_of_2(width),
         num_warps=1,

@@ -136,7 +136,7 @@ def launch_flat_kv_attention(
             *(q, keys, kv_scale, valid, sums, extremes, width**-0.5 if scale is None else scale),
             *(heads, queries, repeat, keys.shape[4], per_layer, first, splits),
             *(*q.stride()[:3], *keys.stride()[:5]),
-            *((0, 0, 0, 0) if kv_scale is None else kv_scale.stride()[:4]),
+            *((None,) * 4 if kv_scale is None else kv_scale.stride()[:4]),
             CAUSAL=causal,
             D=width,
             BLOCK_D=block_d,
