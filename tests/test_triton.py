@@ -27,6 +27,7 @@ from kvspn.translator import Translator
 _HERE = all(map(find_spec, ("triton", "kvspn.triton_kernels")))
 needs_triton = pytest.mark.skipif(not _HERE, reason="triton is not installed")
 interpreted = pytest.mark.skipif(not _HERE or torch.cuda.is_available(), reason="needs triton, and no GPU")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {
     "flattened": {"layers": 4, "blocks": 2},
     "ablations": {"layers": 4, "blocks": 2, "last_layer_only": True, "encoder_attention": False},
@@ -82,7 +83,7 @@ def test_equals_the_reference(shape, kv):
 
 
 @interpreted
-@pytest.mark.parametrize("kv", [None, "int8"])
+@pytest.mark.parametrize(("dtype", "kv"), [*((dtype, None) for dtype in DTYPES), (torch.bfloat16, "int8")])
 def test_row_invariance_bit_for_bit(dtype, kv):
     """A row's cache does not depend on drafts or on the other rows."""
     weights = random_decoder(dtype=dtype)
