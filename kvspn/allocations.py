@@ -19,16 +19,19 @@ _TRACER = "libc_malloc_debug.so.0"
 _VERSION = b"GLIBC_2.2.5"  # of the tracer's symbols, which need it named
 
 
-def count(layers: int, groups: int, backend: str, weights: str) -> tuple[int | None, int | None]:
+def count(
+    layers: int, groups: int, backend: str, weights: str, kv: str | None = None
+) -> tuple[int | None, int | None]:
     """Allocations of a plain step and of a KVSPN step; None where there is no such tracer.
 
     Args:
         layers, groups: of the decoder.
-        backend, weights: one of kvspn's, and a weight format that it has.
+        backend, weights, kv: one of kvspn's, a weight format and a cache format that it has.
     """
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "LD_PRELOAD": _TRACER, "MALLOC_TRACE": f"{folder}/trace"}
         command = [sys.executable, "-m", "kvspn.allocations", str(layers), str(groups), backend, weights]
+        command += [] if kv is None else [kv]
         child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if child.returncode:
         return None, None
@@ -56,12 +59,12 @@ def _tracer() -> Callable[[Callable[[], object]], int]:
     return traced
 
 
-def _main(layers: int, groups: int, backend: str, weights: str) -> None:
+def _main(layers: int, groups: int, backend: str, weights: str, kv: str | None = None) -> None:
     from kvspn.benchmark import Shape, start
     from kvspn.quantisation import quantise
 
     shape = Shape(layers, groups, heads=2, ffn=128, vocabulary=256, encoder_positions=32, length=8)
-    engine = start(backend, quantise(shape.weights(), weights), shape)
+    engine = start(backend, quantise(shape.weights(), weights), shape, kv=kv)
     traced = _tracer()
     for draft in (False, True):
         for _ in range(2):  # the first one may settle what the second finds ready

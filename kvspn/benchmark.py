@@ -84,6 +84,7 @@ def run(
     batches: Sequence[int] = (1,),
     lengths: Sequence[int] = (),
     cold: bool = False,
+    kv: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Times the cases: {"machine", "rows", "summary"} of docs/benchmark.md, with a list of Row.
 
@@ -98,6 +99,7 @@ def run(
         batches: rows decoded together.
         lengths: T, positions in the self-attention cache, 1 to MAX_LENGTH; by default the shape's own.
         cold: with the caches emptied before each timing; peers cannot have that.
+        kv: formats of the caches beside that of the embeddings, for kvspn's steps: "int8".
 
     Raises:
         ValueError: another format; a length out of range; peers and cold.
@@ -130,7 +132,8 @@ def run(
                 for fmt in ours:
                     for backend in backends:
                         progress(f"{name}: {backend}, {fmt}, batch {batch}, T = {length}")
-                        cases += bench.own_cases(name, shape, made, backend, fmt, batch)
+                        for caches in (None, *kv):
+                            cases += bench.own_cases(name, shape, made, backend, fmt, batch, caches)
                 if (batch, length) == (1, first):
                     cases += bench.peer_cases(modules, problem, name, shape, width)
                 bench.time(cases)
@@ -161,9 +164,16 @@ class _Bench:
         self._tokens_per_step: float | None = figures["tokens_per_step"] if figures else None
 
     def own_cases(
-        self, name: str, shape: Shape, made: DecoderWeights, backend: str, fmt: str, batch: int
+        self,
+        name: str,
+        shape: Shape,
+        made: DecoderWeights,
+        backend: str,
+        fmt: str,
+        batch: int,
+        kv: str | None,
     ) -> Iterator[Case]:
-        return _own_cases(name, shape, made, backend, fmt, batch, self._cold, self._tokens_per_step)
+        return _own_cases(name, shape, made, backend, fmt, batch, kv, self._cold, self._tokens_per_step)
 
     def peer_cases(
         self, modules: dict[str, ModuleType], problem: Problem | None, name: str, shape: Shape, fmt: str
@@ -187,12 +197,12 @@ class _Bench:
 
     def _derive(self, cases: list[Case]) -> None:
         """The times of cases that follow from others', and the ratios, round by round."""
-        of = {(case.backend, case.weights, case.what, case.rows): case.times for case in cases}
+        of = {(case.backend, case.weights, case.kv, case.what, case.rows): case.times for case in cases}
         for case in cases:
             if case.what not in DERIVED:
                 continue
             one, two, whole = (
-                of[case.backend, case.weights, what, rows]
+                of[case.backend, case.weights, case.kv, what, rows]
                 for what, rows in (("step", 1), ("step", 2), ("kvspn_step", 2))
             )
             if case.what == "token":
@@ -216,8 +226,8 @@ class _Bench:
 
 
 def _key(case: Case | Row) -> str:
-    """Under which the summary has it: shape/backend/weights, and batch and length where they are others."""
-    key = f"{case.shape}/{case.backend}/{case.weights}"
+    """Under which the summary has it: shape/backend/weights, and caches, batch and length that are others."""
+    key = f"{case.shape}/{case.backend}/{case.weights}" + (f"/{case.kv} KV" if case.kv else "")
     batch = f"/batch {case.batch}" if case.batch != 1 else ""
     own = case.shape not in SHAPES or case.kv_length == SHAPES[case.shape].length
     return key + batch + ("" if own else f"/T {case.kv_length}")
@@ -258,10 +268,12 @@ def speedups(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def step_bytes(weights: DecoderWeights, shape: Shape, batch: int, draft: bool) -> int:
+def step_bytes(weights: DecoderWeights, shape: Shape, batch: int, draft: bool, kv: str | None = None) -> int:
     """Weights once, each row's keys and values once; with a draft, its weights and its group reads too."""
-    kv = _cached(shape, draft) * weights.embed_tokens.element_size()
-    return batch * kv + sum(tensor.nbytes for tensor in _read(weights, draft))
+    # Each head's int8 values at a position have an fp32 scale.
+    each = weights.embed_tokens.element_size() if kv is None else 1 + 4 / shape.head_dim
+    cached = round(_cached(shape, draft) * each)
+    return batch * cached + sum(tensor.nbytes for tensor in _read(weights, draft))
 
 
 def step_flops(weights: DecoderWeights, shape: Shape, batch: int, rows: int, draft: bool) -> int:
@@ -300,7 +312,9 @@ def device_of(backend: str) -> str:
     return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
 
 
-def start(backend: str, weights: DecoderWeights, shape: Shape, batch: int = 1) -> Engine:
+def start(
+    backend: str, weights: DecoderWeights, shape: Shape, batch: int = 1, kv: str | None = None
+) -> Engine:
     """An engine of some rows before its next step, ``shape.length`` positions in each one's cache."""
     device = device_of(backend)
     weights = DecoderWeights.unflatten(
@@ -310,7 +324,7 @@ def start(backend: str, weights: DecoderWeights, shape: Shape, batch: int = 1) -
         groups=weights.groups,
         last_layer_only=weights.last_layer_only,
     )
-    return begin(engine(backend, weights, batch=batch, **capacities(shape)), shape)
+    return begin(engine(backend, weights, batch=batch, **capacities(shape), kv=kv), shape)
 
 
 def capacities(shape: Shape) -> dict[str, int]:
@@ -338,11 +352,12 @@ def _own_cases(
     backend: str,
     fmt: str,
     batch: int,
+    kv: str | None,
     cold: bool,
     tokens_per_step: float | None,
 ) -> Iterator[Case]:
     weights = quantisation.quantise(made, fmt)
-    whole, two_row = (start(backend, each, shape, batch) for each in (weights, _faint_draft(weights)))
+    whole, two_row = (start(backend, each, shape, batch, kv) for each in (weights, _faint_draft(weights)))
     device = device_of(backend)
 
     def back(engine: Engine) -> None:
@@ -359,12 +374,12 @@ def _own_cases(
     plain = tokens(whole, draft=False)
     correct = plain == tokens(whole, draft=True) == tokens(two_row, draft=True)
     if fmt == "fp32" and backend != "reference":
-        reference = start("reference", weights, shape)
+        reference = start("reference", weights, shape, kv=kv)
         reference.step(1, draft=False)
         correct &= reference.tokens[0, shape.length + 1].item() == plain[0][shape.length + 1]
 
-    allocated = _allocations(shape.layers, shape.groups, backend, fmt)
-    bare, drafting = (step_bytes(weights, shape, batch, draft) for draft in (False, True))
+    allocated = _allocations(shape.layers, shape.groups, backend, fmt, kv)
+    bare, drafting = (step_bytes(weights, shape, batch, draft, kv) for draft in (False, True))
     one, two, all_of_it = (
         step_flops(made, shape, batch, rows, draft) for rows, draft in ((1, False), (2, False), (2, True))
     )
@@ -388,6 +403,7 @@ def _own_cases(
             allocations=allocated[(what, rows) != ("step", 1)],
             device=device,
             cache="cold" if cold else "warm",
+            kv=kv,
             time=None
             if what in DERIVED
             else clock(lambda: engine.step(1, draft), lambda: back(engine), device, cold),
@@ -403,8 +419,10 @@ def _own_cases(
 
 
 @cache
-def _allocations(layers: int, groups: int, backend: str, fmt: str) -> tuple[int | None, int | None]:
-    return allocations.count(layers, groups, backend, fmt)
+def _allocations(
+    layers: int, groups: int, backend: str, fmt: str, kv: str | None
+) -> tuple[int | None, int | None]:
+    return allocations.count(layers, groups, backend, fmt, kv)
 
 
 def _faint_draft(weights: DecoderWeights) -> DecoderWeights:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvspn.ops import compact_kv
 from kvspn.ops._checks import FLOATS, INT32, Shapes, integer, same_dtype
+from kvspn.ops.append_kv import quantise
 
 
 class StepCache:
@@ -14,6 +15,8 @@ class StepCache:
 
     kv: [L, 2, B, H, S, D], keys then values; lengths: int32 [B], the valid positions of each row.
     cross_kv: [L, 2, B, H, E, D], written once per utterance; cross_lengths: int32 [B].
+    kv_scale, cross_kv_scale: fp32 [L, 2, B, H, S] and [L, 2, B, H, E], of int8 caches, else None: a position
+    of a head is its int8 values times its scale (see :func:`kvspn.ops.append_kv.quantise`).
 
     No address changes after creation, and what lies past the lengths is never read: fresh buffers hold
     anything. Rolling back moves lengths alone.
@@ -40,14 +43,17 @@ class StepCache:
         }
         for name, size in sizes.items():
             integer(name, size, 1, 2**31 - 1)
-        if dtype not in FLOATS:
-            raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+        if dtype not in (*FLOATS, torch.int8):
+            raise TypeError(f"dtype must be float32, bfloat16, float16 or int8, got {dtype}")
         # Ordinary tensors even when made in inference mode: those could not change outside of it.
         with torch.inference_mode(False):
-            self.kv = torch.empty(num_layers, 2, batch, heads, capacity, head_dim, dtype=dtype, device=device)
-            self.cross_kv = torch.empty(
-                num_layers, 2, batch, heads, cross_capacity, head_dim, dtype=dtype, device=device
-            )
+            shape = (num_layers, 2, batch, heads, capacity)
+            cross = (num_layers, 2, batch, heads, cross_capacity)
+            self.kv = torch.empty(*shape, head_dim, dtype=dtype, device=device)
+            self.cross_kv = torch.empty(*cross, head_dim, dtype=dtype, device=device)
+            scaled = dtype == torch.int8
+            self.kv_scale = torch.empty(shape, device=device) if scaled else None
+            self.cross_kv_scale = torch.empty(cross, device=device) if scaled else None
             self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
             self.cross_lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._cross_written = [False] * batch
@@ -55,8 +61,15 @@ class StepCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        buffers = (self.kv, self.cross_kv, self.lengths, self.cross_lengths)
-        return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+        buffers = (
+            self.kv,
+            self.cross_kv,
+            self.kv_scale,
+            self.cross_kv_scale,
+            self.lengths,
+            self.cross_lengths,
+        )
+        return sum(buffer.nbytes for buffer in buffers if buffer is not None)
 
     def group(self, g: int, groups: int) -> Tensor:
         """The g-th of ``groups`` groups of consecutive layers: a view [L/groups, 2, B, H, S, D]."""
@@ -68,12 +81,16 @@ class StepCache:
         return self.kv[g * size : (g + 1) * size]
 
     def write_cross(self, row: int, kv: Tensor) -> None:
-        """Write the encoder's keys and values [L, 2, H, E_b, D] of one row: once until :meth:`reset`."""
+        """Write the encoder's keys and values [L, 2, H, E_b, D] of one row: once until :meth:`reset`.
+
+        In the cache's dtype; fp32, bf16 or fp16 to an int8 cache.
+        """
         layers, _, batch, heads, capacity, width = self.cross_kv.shape
         integer("row", row, 0, batch - 1)
         shapes = Shapes(L=layers, H=heads, D=width)
         shapes.tensor("kv", kv, "L 2 H E D", FLOATS)
-        same_dtype("kv", kv, "the cache", self.kv.dtype)
+        if self.cross_kv_scale is None:
+            same_dtype("kv", kv, "the cache", self.kv.dtype)
         if shapes["E"] > capacity:
             raise ValueError(f"kv must hold at most {capacity} positions, got {shapes['E']}")
         if self._cross_written[row]:
@@ -81,6 +98,8 @@ class StepCache:
                 f"row must not be written yet, got {row}: its cross-attention KV is; reset() first"
             )
         self._cross_written[row] = True
+        if self.cross_kv_scale is not None:
+            kv, self.cross_kv_scale[:, :, row, :, : shapes["E"]] = quantise(kv)
         self.cross_kv[:, :, row, :, : shapes["E"]] = kv
         self.cross_lengths[row] = shapes["E"]
 
@@ -108,7 +127,7 @@ class StepCache:
         lengths = self.lengths[beam_index]
         positions = torch.arange(self.kv.shape[4], dtype=torch.int32, device=self.kv.device)
         source = torch.where(positions < lengths[:, None], positions, -1)
-        compact_kv(self.kv, beam_index.int(), source, torch.zeros_like(lengths))
+        compact_kv(self.kv, beam_index.int(), source, torch.zeros_like(lengths), self.kv_scale)
         self.lengths.copy_(lengths)
 
     def reset(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from kvspn.benchmark import DERIVED
 
-_SAME_CASE = ("what", "shape", "backend", "weights", "batch", "rows", "kv_length", "device", "cache")
+_SAME_CASE = ("what", "shape", "backend", "weights", "batch", "rows", "kv_length", "device", "cache", "kv")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _timed(document: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
     rows = [row for row in document.get("rows", []) + document.get("ops", []) if row["what"] not in DERIVED]
     if not all("ms" in row for row in rows):
         raise ValueError("a record must hold the times of its rounds; this one is of an older kvspn bench")
-    return {tuple(row[name] for name in _SAME_CASE): row for row in rows}
+    return {tuple(row.get(name) for name in _SAME_CASE): row for row in rows}
 
 
 def _change(

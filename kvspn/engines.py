@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from kvspn.cache import StepCache
 from kvspn.ops import K_INF, DecoderWeights
-from kvspn.ops._checks import FLOATS, Shapes, integer
+from kvspn.ops._checks import FLOATS, Shapes, integer, part
 from kvspn.ops.decoder_step import REFERENCE, base_pass, step_rows
 from kvspn.ops.fused_linear import FP32, dequantise
 
@@ -38,7 +38,15 @@ class Engine(abc.ABC):
     stats: Tensor
 
     @abc.abstractmethod
-    def __init__(self, weights: DecoderWeights, *, batch: int, capacity: int, cross_capacity: int) -> None:
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        *,
+        batch: int,
+        capacity: int,
+        cross_capacity: int,
+        kv: str | None = None,
+    ) -> None:
         """Allocate everything: see :func:`engine`."""
 
     @abc.abstractmethod
@@ -85,11 +93,21 @@ class Engine(abc.ABC):
 class CachedEngine(Engine):
     """An engine on a StepCache: buffers, checks and the life of an utterance; a backend adds three passes."""
 
-    def __init__(self, weights: DecoderWeights, *, batch: int, capacity: int, cross_capacity: int) -> None:
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        *,
+        batch: int,
+        capacity: int,
+        cross_capacity: int,
+        kv: str | None = None,
+    ) -> None:
         if not isinstance(weights, DecoderWeights):
             raise TypeError(f"weights must be DecoderWeights, got {type(weights).__name__}")
         integer("batch", batch, 1, K_INF)
         integer("capacity", capacity, 1, len(weights.embed_positions))
+        if kv not in (None, "int8"):
+            raise ValueError(f"kv must be int8, or None for the embeddings' dtype, got {kv!r}")
         self._weights = weights
         self._embed = weights.embed_tokens
         self.cache = StepCache(
@@ -99,7 +117,7 @@ class CachedEngine(Engine):
             self._embed.shape[1] // weights.heads,
             capacity,
             cross_capacity,
-            self._embed.dtype,
+            self._embed.dtype if kv is None else torch.int8,
             self._embed.device,
         )
         with torch.inference_mode(False):
@@ -225,7 +243,7 @@ class ReferenceEngine(CachedEngine):
         return kv.to(self._embed.dtype)
 
     def _prefill(self, row: int, count: int) -> None:
-        here = slice(row, row + 1)
+        here, both = slice(row, row + 1), (slice(None), slice(None))
         for first in range(0, count, PREFILL_CHUNK):
             ids = self.tokens[here, first : min(first + PREFILL_CHUNK, count)]
             base_pass(
@@ -235,7 +253,10 @@ class ReferenceEngine(CachedEngine):
                 self.lengths[here],
                 self.cache.cross_kv[:, :, here],
                 self.cache.cross_lengths[here],
-                ops=self.ops,
+                None,
+                self.ops,
+                part(self.cache.kv_scale, *both, here),
+                part(self.cache.cross_kv_scale, *both, here),
             )
             self.lengths[here] += ids.shape[1]
 
@@ -253,7 +274,9 @@ class ReferenceEngine(CachedEngine):
             k,
             self._eos,
             self._max_length,
-            use_draft=draft,
+            draft,
+            self.cache.kv_scale,
+            self.cache.cross_kv_scale,
         )
 
 
@@ -307,7 +330,15 @@ def default_backend(device: torch.device) -> str:
     return next((name for name in order if found[name] is None), "reference")
 
 
-def engine(name: str, weights: DecoderWeights, *, batch: int, capacity: int, cross_capacity: int) -> Engine:
+def engine(
+    name: str,
+    weights: DecoderWeights,
+    *,
+    batch: int,
+    capacity: int,
+    cross_capacity: int,
+    kv: str | None = None,
+) -> Engine:
     """Make an engine on a backend.
 
     Args:
@@ -316,6 +347,7 @@ def engine(name: str, weights: DecoderWeights, *, batch: int, capacity: int, cro
         batch: rows decoded together.
         capacity: tokens that a row may hold, prompt included; at most the number of positions.
         cross_capacity: encoder states that a row may hold.
+        kv: "int8" for caches of int8 with a scale for each position and head; None: of the embeddings' dtype.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -327,4 +359,4 @@ def engine(name: str, weights: DecoderWeights, *, batch: int, capacity: int, cro
         raise ValueError(f"name must be one of {', '.join(ready)}, got {name!r}{reasons}")
     module, _, kind = _ENGINES[name].rpartition(".")
     made: type[Engine] = getattr(importlib.import_module(module), kind)
-    return made(weights, batch=batch, capacity=capacity, cross_capacity=cross_capacity)
+    return made(weights, batch=batch, capacity=capacity, cross_capacity=cross_capacity, kv=kv)

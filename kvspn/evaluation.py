@@ -83,7 +83,7 @@ class ClipDecoder:
             )
         self._translator = translator
         self._ks = ks
-        self._engines: dict[tuple[int, str | None], Engine] = {}
+        self._engines: dict[tuple[int, str | None, str | None], Engine] = {}
 
     def __call__(self, clip: SpokenSentence) -> dict[int | str, list[Output]]:
         """The outputs at each k.
@@ -93,12 +93,14 @@ class ClipDecoder:
             ValueError: a language that the model does not know.
         """
         states = self._encode(clip)
-        weights = self._translator.weights
-        greedy, _ = self._decode(clip, states, 1, weights, draft=False)
-        full = None if weights is None else self._decode(clip, states, 1, None, draft=False)[0]
+        formats = self._translator.weights, self._translator.kv
+        greedy, _ = self._decode(clip, states, 1, *formats, draft=False)
+        full = None
+        if formats != (None, None):
+            full, _ = self._decode(clip, states, 1, None, None, draft=False)
         found = {}
         for k in self._ks:
-            tokens, stats = self._decode(clip, states, k, weights, draft=True)
+            tokens, stats = self._decode(clip, states, k, *formats, draft=True)
             found[k] = [
                 Output(
                     f"{clip.language}-{target}",
@@ -120,13 +122,19 @@ class ClipDecoder:
         return self._translator.model.encode(features)
 
     def _decode(
-        self, clip: SpokenSentence, states: Tensor, k: int | str, weights: str | None, draft: bool
+        self,
+        clip: SpokenSentence,
+        states: Tensor,
+        k: int | str,
+        weights: str | None,
+        kv: str | None,
+        draft: bool,
     ) -> tuple[list[list[int]], list[DecodeStats]]:
         """All languages at once, a row each: generated tokens and figures."""
         model, batch = self._translator.model, len(clip.texts)
-        if (batch, weights) not in self._engines:
-            self._engines[batch, weights] = model.engine(
-                batch, model.config.max_source_positions, self._translator.backend, weights
+        if (batch, weights, kv) not in self._engines:
+            self._engines[batch, weights, kv] = model.engine(
+                batch, model.config.max_source_positions, self._translator.backend, weights, kv
             )
         output: Any = model.generate(
             encoder_outputs=(states.expand(batch, -1, -1),),
@@ -135,7 +143,7 @@ class ClipDecoder:
             k=k,
             draft=draft,
             return_dict_in_generate=True,
-            engine=self._engines[batch, weights],
+            engine=self._engines[batch, weights, kv],
         )
         rows = zip(output.sequences.tolist(), output.stats, strict=True)
         return [tokens[: stats.tokens] for tokens, stats in rows], output.stats

@@ -25,8 +25,16 @@ class NativeEngine(CachedEngine):
     module: ClassVar[ModuleType] = _native
     device: ClassVar[str] = "cpu"
 
-    def __init__(self, weights: DecoderWeights, *, batch: int, capacity: int, cross_capacity: int) -> None:
-        super().__init__(weights, batch=batch, capacity=capacity, cross_capacity=cross_capacity)
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        *,
+        batch: int,
+        capacity: int,
+        cross_capacity: int,
+        kv: str | None = None,
+    ) -> None:
+        super().__init__(weights, batch=batch, capacity=capacity, cross_capacity=cross_capacity, kv=kv)
         if self._embed.device.type != self.device:
             raise ValueError(f"weights must be on the device {self.device}, got {self._embed.device}")
         self._engine = self.module.Engine(
@@ -46,6 +54,8 @@ class NativeEngine(CachedEngine):
             stats=self.stats,
             cross_kv=self.cache.cross_kv,
             cross_lengths=self.cache.cross_lengths,
+            kv_scale=self.cache.kv_scale,
+            cross_kv_scale=self.cache.cross_kv_scale,
         )
 
     def _encode(self, row: int, states: Tensor) -> None:

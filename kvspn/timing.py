@@ -44,6 +44,7 @@ class Row:
         for integers.
     host_synchronisations: of a call, on a GPU; None elsewhere.
     ms, read_ms: of each round, the case and the bare read.
+    kv: "int8" for int8 caches; None for those of the embeddings' dtype, a peer's, and for ops.
     """
 
     what: str
@@ -70,6 +71,7 @@ class Row:
     host_synchronisations: int | None
     ms: list[float]
     read_ms: list[float]
+    kv: str | None = None
 
 
 @dataclass(eq=False, kw_only=True)
@@ -91,6 +93,7 @@ class Case:
     allocations: int | None = None
     device: str = "cpu"
     cache: str = "warm"
+    kv: str | None = None
     time: Callable[[], float] | None = None
     times: list[float] = field(default_factory=list)
     reads: list[float] = field(default_factory=list)
@@ -124,6 +127,7 @@ class Case:
             host_synchronisations=self.host_synchronisations,
             ms=[round(each, 6) for each in self.times],
             read_ms=[round(each, 6) for each in self.reads],
+            kv=self.kv,
         )
 
 

@@ -74,7 +74,7 @@ def write_trace(
     engines: dict[str, Engine] = {}
     for name in backends:
         if name == "reference":
-            engines[name] = begin(_SpannedEngine(made, batch=1, **capacities(sizes)), sizes)
+            engines[name] = begin(_SpannedEngine(made, batch=1, **capacities(sizes), kv=None), sizes)
         else:
             engines[name] = start(name, made, sizes)
     for engine in engines.values():

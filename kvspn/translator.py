@@ -53,9 +53,11 @@ class Translator:
         processor: WhisperM2MProcessor,
         backend: str | None = None,
         weights: str | None = None,
+        kv: str | None = None,
     ) -> None:
         """`backend`: a name from `kvspn.engines.backends`; None is the fastest that is here. `weights`: their
-        format in the decoder (see `kvspn.quantisation.quantise`); None leaves them as they are."""
+        format in the decoder (see `kvspn.quantisation.quantise`); None leaves them as they are. `kv`: "int8"
+        for int8 caches; None for those of the embeddings' dtype."""
         self.model = model
         self.processor = processor
         tokens = getattr(model.generation_config, "lang_to_id", None) or {}
@@ -69,7 +71,8 @@ class Translator:
             raise ModelError(f"the preprocessor makes {frames} frames, the model takes {2 * positions}")
         self.backend = backend or default_backend(model.device)
         self.weights = weights
-        self.engine = model.engine(1, positions, self.backend, weights)
+        self.kv = kv
+        self.engine = model.engine(1, positions, self.backend, weights, kv)
 
     @classmethod
     def from_folder(
@@ -77,6 +80,7 @@ class Translator:
         folder: str | PathLike[str] | None = None,
         backend: str | None = None,
         weights: str | None = None,
+        kv: str | None = None,
     ) -> Translator:
         """Opens a whisperM2M folder, float32 on the CPU; None for the bundled miniature.
 
@@ -86,7 +90,7 @@ class Translator:
         path = bundled_model() if folder is None else Path(folder)
         parts = open_folder(path, WhisperM2MForConditionalGeneration, WhisperM2MProcessor, torch.float32)
         try:
-            return cls(*parts, backend, weights)
+            return cls(*parts, backend, weights, kv)
         except ModelError as error:
             raise ModelError(f"{path}: {error}") from error
 

@@ -91,6 +91,21 @@ def test_bad_input(shapes: None) -> None:
         benchmark.run(["tiny"], [BACKEND], ["fp32"], peers=["openvino"], cold=True)
 
 
+def test_int8_caches(shapes: None) -> None:
+    found = benchmark.run(["tiny"], [BACKEND], ["fp32"], rounds=1, kv=["int8"])
+    assert all(row.correct for row in found["rows"])
+    assert set(found["summary"]["two_row_cost"]) == {f"tiny/{BACKEND}/fp32", f"tiny/{BACKEND}/fp32/int8 KV"}
+    rows = [row for row in found["rows"] if row.kv == "int8"]
+    assert 2 * len(rows) == len(found["rows"])
+    weights = TINY.weights()
+    usual, int8, none = (
+        benchmark.step_bytes(weights, shape, 1, False, kv)
+        for shape, kv in ((TINY, None), (TINY, "int8"), (replace(TINY, length=0, encoder_positions=0), None))
+    )
+    assert rows[0].bytes == int8
+    assert (int8 - none) * 4 == pytest.approx((usual - none) * (1 + 4 / TINY.head_dim))
+
+
 def test_two_rows_cost_no_more_than_the_whole_step_reads() -> None:
     weights = TINY.weights()
     faint = benchmark._faint_draft(weights)

@@ -14,7 +14,7 @@ from kvspn.random_decoder import random_decoder
 pytestmark = pytest.mark.skipif(backends()["native"] is not None, reason="the extension is not built")
 
 OK, INVALID = 0, 1
-DTYPES = {np.dtype(np.float32): 0, np.dtype(np.int32): 4, np.dtype(np.bool_): 5}
+DTYPES = {np.dtype(np.float32): 0, np.dtype(np.int8): 3, np.dtype(np.int32): 4, np.dtype(np.bool_): 5}
 
 
 class Tensor(ctypes.Structure):
@@ -53,10 +53,15 @@ class EngineParams(ctypes.Structure):
 
 
 BATCH = ("kv", "lengths", "tokens", "finished", "stats", "cross_kv", "cross_lengths")
+SCALES = ("kv_scale", "cross_kv_scale")
 
 
 class Batch(ctypes.Structure):
-    _fields_ = (("struct_size", c_uint32), *((name, Tensor) for name in BATCH))
+    _fields_ = (
+        ("struct_size", c_uint32),
+        *((name, Tensor) for name in BATCH),
+        *((name, POINTER(Tensor)) for name in SCALES),
+    )
 
 
 class StepParams(ctypes.Structure):
@@ -127,8 +132,8 @@ def create(lib, weights, given=None):
     return status, engine
 
 
-def arrays() -> dict[str, np.ndarray]:
-    return {
+def arrays(int8: bool = False) -> dict[str, np.ndarray]:
+    values = {
         "kv": np.full((2, 2, 1, 2, 12, 8), np.nan, np.float32),
         "lengths": np.zeros(1, np.int32),
         "tokens": np.full((1, 12), 3, np.int32),
@@ -137,10 +142,15 @@ def arrays() -> dict[str, np.ndarray]:
         "cross_kv": np.full((2, 2, 1, 2, 6, 8), np.nan, np.float32),
         "cross_lengths": np.zeros(1, np.int32),
     }
+    for name in ("kv", "cross_kv") if int8 else ():
+        values[f"{name}_scale"] = values[name][..., 0].copy()
+        values[name] = np.full(values[name].shape, -128, np.int8)
+    return values
 
 
 def batch(values: dict[str, np.ndarray]) -> Batch:
-    return Batch(ctypes.sizeof(Batch), *(Tensor.of(name, values[name]) for name in BATCH))
+    scales = (ctypes.pointer(Tensor.of(name, values[name])) if name in values else None for name in SCALES)
+    return Batch(ctypes.sizeof(Batch), *(Tensor.of(name, values[name]) for name in BATCH), *scales)
 
 
 def step(**fields: int) -> StepParams:
@@ -160,12 +170,12 @@ def statistics(lib, engine, row: int) -> dict[str, int]:
     return {name: getattr(found, name) for name in COUNTS}
 
 
-@pytest.fixture
-def started(lib, weights):
+@pytest.fixture(params=[False, True], ids=["", "int8"])
+def started(lib, weights, request):
     """An engine with one utterance of three prompt tokens, and its batch."""
     status, engine = create(lib, weights)
     assert status == OK
-    values = arrays()
+    values = arrays(request.param)
     assert lib.kvspn_engine_bind(engine, byref(batch(values))) == OK
     states = np.random.default_rng(0).standard_normal((4, 16), np.float32)
     assert lib.kvspn_engine_encode(engine, 0, byref(Tensor.of("states", states))) == OK
@@ -244,7 +254,7 @@ def test_refused_calls_change_nothing(lib, started):
         assert getattr(lib, f"kvspn_engine_{name}")(engine, *arguments) == INVALID
         assert message in lib.kvspn_last_error()
     for name, value in values.items():
-        assert np.array_equal(value, before[name], equal_nan=name.endswith("kv")), name
+        assert np.array_equal(value, before[name], equal_nan=value.dtype == np.float32), name
 
 
 def test_a_whole_life(lib, weights):
@@ -326,13 +336,18 @@ def test_fuzzed_tensors_and_numbers(lib, weights):
     status, engine = create(lib, weights)
     assert status == OK
     refused = 0
-    for _ in range(400):
-        values = arrays()
+    for _ in range(600):
+        int8 = rng.random() < 0.5
+        values = arrays(int8)
         given = batch(values)
-        tensor = getattr(given, rng.choice(BATCH))
-        kind = rng.choice(("dtype", "ndim", "shape", "strides", "data", "struct_size"))
+        name = rng.choice(BATCH + SCALES * int8)
+        tensor = getattr(given, name) if name in BATCH else getattr(given, name).contents
+        kind = rng.choice(("dtype", "ndim", "shape", "strides", "data", "struct_size", "scales"))
         if kind == "struct_size":
             given.struct_size = rng.choice((0, 4, 10_000))
+        elif kind == "scales":  # missing, or too many
+            name = rng.choice(SCALES)
+            setattr(given, name, None if int8 else ctypes.pointer(Tensor.of(name, values["kv"][..., 0])))
         elif kind == "data":
             tensor.data = None
         elif kind == "dtype":
@@ -348,12 +363,12 @@ def test_fuzzed_tensors_and_numbers(lib, weights):
         if status == INVALID:
             refused += 1
             assert b"must " in lib.kvspn_last_error()
-    assert refused > 300
-    values = arrays()
-    given = batch(values)
-    assert lib.kvspn_engine_bind(engine, byref(given)) == OK
+    assert refused > 450
     numbers = (-(1 << 31), -2, -1, 0, 1, 2, 11, 12, 13, 29, (1 << 31) - 1)
-    for _ in range(600):
+    for n in range(600):
+        if n % 300 == 0:
+            values = arrays(int8=n > 0)
+            assert lib.kvspn_engine_bind(engine, byref(batch(values))) == OK
         values["lengths"][0], values["cross_lengths"][0] = rng.choice(numbers), rng.choice(numbers)
         values["tokens"][:] = rng.choice(numbers)
         values["finished"][0] = False
@@ -392,15 +407,19 @@ class AttentionParams(ctypes.Structure):
         ("causal", c_int32),
         ("part", c_int32),
         ("parts", c_int32),
+        ("kv_scale", POINTER(Tensor)),
         ("stream", c_void_p),
     )
 
 
-def attention(q, kv, lengths, out, part=0, parts=1) -> AttentionParams:
+def attention(q, kv, lengths, out, part=0, parts=1, kv_scale=None) -> AttentionParams:
     tensors = [
         Tensor.of(name, array) for name, array in (("q", q), ("kv", kv), ("lengths", lengths), ("out", out))
     ]
-    return AttentionParams(ctypes.sizeof(AttentionParams), *tensors, None, None, 0.5, 0, part, parts, None)
+    scale = None if kv_scale is None else ctypes.pointer(Tensor.of("kv_scale", kv_scale))
+    return AttentionParams(
+        ctypes.sizeof(AttentionParams), *tensors, None, None, 0.5, 0, part, parts, scale, None
+    )
 
 
 def test_attention_in_parts_and_fuzzed(lib):
@@ -417,12 +436,22 @@ def test_attention_in_parts_and_fuzzed(lib):
     keys = kv[:, :, 1, 1, :2].transpose(1, 0, 2, 3).reshape(2, 4, 4)  # of row 1, head 1: K and V
     scores = np.exp(keys[0] @ q[1, 2, 0] * 0.5)
     np.testing.assert_allclose(whole[1, 0, 8:12], scores / scores.sum() @ keys[1], rtol=1e-5)
+    int8 = (kv * 9).astype(np.int8)
+    scale = np.full((2, 2, 2, 3, 16), 1 / 9, np.float32)[..., 1:-1:2]
+    assert lib.kvspn_flat_kv_attention(byref(attention(q, int8, lengths, parted, kv_scale=scale))) == INVALID
+    assert b"kv_scale must be contiguous in its last dimension, got stride 2" in lib.kvspn_last_error()
+    scale = scale.copy()
+    assert lib.kvspn_flat_kv_attention(byref(attention(q, int8, lengths, parted, kv_scale=scale))) == OK
+    wide = np.full_like(whole, np.nan)
+    assert lib.kvspn_flat_kv_attention(byref(attention(q, int8 / np.float32(9), lengths, wide))) == OK
+    np.testing.assert_allclose(parted, wide, rtol=1e-4, atol=1e-5)
     rng = random.Random(2)
-    for _ in range(300):
-        given = attention(q, kv, lengths, parted)
-        name = rng.choice(("q", "kv", "lengths", "out"))
-        tensor = getattr(given, name)
-        kind = rng.choice(("dtype", "ndim", "shape", "data", "part", "scale"))
+    for _ in range(400):
+        scaled = rng.random() < 0.5
+        given = attention(q, int8 if scaled else kv, lengths, parted, kv_scale=scale if scaled else None)
+        name = rng.choice(("q", "kv", "lengths", "out", *["kv_scale"] * scaled))
+        tensor = given.kv_scale.contents if name == "kv_scale" else getattr(given, name)
+        kind = rng.choice(("dtype", "ndim", "shape", "data", "part", "scale", "scales"))
         if kind == "dtype":
             tensor.dtype = rng.choice([d for d in (-1, 1, 3, 4, 5, 6, 7, 1 << 30) if d != tensor.dtype])
         elif kind == "ndim":
@@ -431,6 +460,8 @@ def test_attention_in_parts_and_fuzzed(lib):
             tensor.shape[rng.randrange(tensor.ndim)] = rng.choice((-1, 0, -(1 << 60)))
         elif kind == "data":
             tensor.data = None
+        elif kind == "scales":
+            given.kv_scale = None if scaled else ctypes.pointer(Tensor.of("kv_scale", scale))
         elif kind == "part":
             given.part, given.parts = rng.choice(((-1, 1), (1, 1), (0, 0), (0, -3)))
         else:

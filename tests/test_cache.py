@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from kvspn.cache import StepCache
+from kvspn.ops.append_kv import quantise
 
 
 def make_cache(dtype=torch.float32, batch=3):
@@ -89,6 +90,30 @@ def test_cross_is_written_once():
     assert cache.cross_lengths.tolist() == [0, 0, 0]
     cache.write_cross(1, kv)
     assert addresses(cache) == before
+
+
+def test_an_int8_cache():
+    """Scales beside it: the encoder's are made on writing, and a reordering takes them along."""
+    cache = StepCache(4, 3, 2, 3, capacity=6, cross_capacity=5, dtype=torch.int8)
+    assert (cache.kv.dtype, cache.kv_scale.dtype) == (torch.int8, torch.float32)
+    assert cache.kv_scale.shape == (4, 2, 3, 2, 6)
+    assert cache.cross_kv_scale.shape == (4, 2, 3, 2, 5)
+    assert cache.nbytes == (4 * 2 * 3 * 2 * (6 + 5)) * (3 + 4) + 2 * 3 * 4
+    assert make_cache().kv_scale is None
+    kv = torch.randn(4, 2, 2, 3, 3).bfloat16()
+    cache.cross_kv_scale.fill_(torch.nan)
+    cache.write_cross(1, kv)
+    values, scale = quantise(kv)
+    assert torch.equal(cache.cross_kv[:, :, 1, :, :3], values)
+    assert torch.equal(cache.cross_kv_scale[:, :, 1, :, :3], scale)
+    assert cache.cross_kv_scale[:, :, [0, 2]].isnan().all()
+    cache.kv.random_(-127, 128)
+    cache.kv_scale.normal_()
+    cache.lengths.copy_(i32(2, 5, 6))
+    old, old_scale = cache.kv.clone(), cache.kv_scale.clone()
+    cache.reorder(i32(1, 0, 1))
+    assert torch.equal(cache.kv[:, :, 0, :, :5], old[:, :, 1, :, :5])
+    assert torch.equal(cache.kv_scale[:, :, 0, :, :5], old_scale[:, :, 1, :, :5])
 
 
 def test_made_in_inference_mode_and_used_outside():

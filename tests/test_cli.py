@@ -108,7 +108,7 @@ def test_translate_prints_the_text(clip: Path, root: Path) -> None:
         assert result.stdout.strip() == text.strip()
 
 
-@pytest.mark.parametrize("arguments", [("--weights", "int8"), ("--backend", "reference")])
+@pytest.mark.parametrize("arguments", [("--weights", "int8"), ("--backend", "reference"), ("--kv", "int8")])
 def test_translate_on_another_backend_or_format(clip: Path, arguments: tuple[str, ...]) -> None:
     result = kvspn_("translate", clip, "--to", "de", *arguments)
     assert (result.exit_code, result.stderr) == (0, "")
@@ -120,6 +120,7 @@ def test_translate_on_another_backend_or_format(clip: Path, arguments: tuple[str
     [
         (("--weights", "int3"), "weights must be one of fp32, bf16, fp16, int8, int4, or two"),
         (("--backend", "cublas"), "got 'cublas'"),
+        (("--kv", "int4"), "kv must be int8, or None for the embeddings' dtype, got 'int4'"),
     ],
 )
 def test_translate_refuses(clip: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -326,13 +327,15 @@ def test_evaluate(tmp_path: Path) -> None:
         assert row["acceptance"] == 1 or row["k"] != "inf"
 
 
-@pytest.mark.parametrize("weights", ["fp32", "int8/int4"])
-def test_evaluate_with_other_weights(tmp_path: Path, weights: str) -> None:
-    options = ["--k", "1", "--set", "unseen", "--workers", "1", "--weights", weights]
+@pytest.mark.parametrize("formats", [("fp32",), ("int8/int4",), ("fp32", "--kv", "int8")])
+def test_evaluate_with_other_formats(tmp_path: Path, formats: tuple[str, ...]) -> None:
+    options = ["--k", "1", "--set", "unseen", "--workers", "1", "--weights", *formats]
     assert kvspn_("evaluate", *options, "--json", tmp_path / "out.json").exit_code == 0
-    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    document = json.loads((tmp_path / "out.json").read_text())
+    (row,) = document["rows"]
     assert row["identical_to_greedy"] == 1
-    assert row["identical_to_full"] == 1 or (weights != "fp32" and 0 <= row["identical_to_full"] < 1)
+    assert row["identical_to_full"] == 1 or (formats != ("fp32",) and 0 <= row["identical_to_full"] < 1)
+    assert document["machine"]["kv"] == ("int8" if "--kv" in formats else None)
 
 
 def test_evaluate_a_part_in_a_worker_process(tmp_path: Path, root: Path) -> None:

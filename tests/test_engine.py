@@ -13,9 +13,12 @@ if torch.cuda.is_available():
 def make_engine(request):
     """An engine maker for each backend that can run here."""
 
-    def make(weights, batch=2, capacity=20, cross_capacity=6):
-        return engine(request.param, weights, batch=batch, capacity=capacity, cross_capacity=cross_capacity)
+    def make(weights, batch=2, capacity=20, cross_capacity=6, kv=None):
+        return engine(
+            request.param, weights, batch=batch, capacity=capacity, cross_capacity=cross_capacity, kv=kv
+        )
 
+    make.int8_caches = request.param != "cuda"
     return make
 
 
@@ -52,6 +55,25 @@ def test_a_prompt_of_many_chunks_equals_steps(make_engine):
     assert torch.equal(e.cache.kv[..., :36, :], kv)
     e.step(draft=False)
     assert e.tokens[0, 37] == tokens[0, 37]
+
+
+def test_int8_caches(make_engine):
+    """k = 1 gives the greedy tokens, and they are those of fp32 caches where the model is sure."""
+    weights = random_decoder(gain=3.0)
+    if not make_engine.int8_caches:
+        with pytest.raises(ValueError, match=r"^kv must be fp32, bf16 or fp16 .*, got int8"):
+            make_engine(weights, kv="int8")
+        return
+    runs = {}
+    for kv, draft in ((None, True), ("int8", True), ("int8", False)):
+        torch.manual_seed(0)
+        e = make_engine(weights, kv=kv)
+        start(e)
+        while not e.finished.all():
+            e.step(draft=draft)
+        runs[kv, draft] = e.tokens.tolist()
+    assert e.cache.kv.dtype == e.cache.cross_kv.dtype == torch.int8
+    assert runs["int8", True] == runs["int8", False] == runs[None, True]
 
 
 def test_addresses_never_change(make_engine):
@@ -162,6 +184,7 @@ def test_parameters_and_inference_mode(make_engine):
         ("batch", {"batch": 0}),
         ("capacity", {"capacity": 25}),
         ("cross_capacity", {"cross_capacity": 0}),
+        ("kv", {"kv": "int4"}),
     ],
 )
 def test_engine_errors_name_the_argument(name, options):

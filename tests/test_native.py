@@ -1,5 +1,6 @@
 """The C++ engine against the reference, on every instruction set and number of threads."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from caches import contents, poison
 
 from kvspn.engines import backends, engine
 from kvspn.ops import K_INF, DecoderWeights
@@ -41,7 +43,13 @@ def instruction_set(request, monkeypatch):
 
 
 def decode(
-    backend: str, weights: DecoderWeights, rows: list[int], k: int = 1, draft: bool = True, threads: int = 1
+    backend: str,
+    weights: DecoderWeights,
+    rows: list[int],
+    k: int = 1,
+    draft: bool = True,
+    threads: int = 1,
+    kv: str | None = None,
 ):
     """Three utterances, of which `rows` are decoded together, in buffers full of NaN: tokens and caches."""
     generator = torch.Generator().manual_seed(5)
@@ -51,58 +59,80 @@ def decode(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        e = engine(backend, weights, batch=len(rows), capacity=40, cross_capacity=21)
+        e = engine(backend, weights, batch=len(rows), capacity=40, cross_capacity=21, kv=kv)
     finally:
         torch.set_num_threads(before)
-    e.cache.kv.fill_(torch.nan)
-    e.cache.cross_kv.fill_(torch.nan)
+    poison(e.cache)
     e.start([states[r] for r in rows], [prompts[r] for r in rows], eos=0, max_length=40)
     draft = draft and bool(weights.blocks)
     while not e.finished.all():
         e.step(k, draft=draft)
     counts = e.lengths.tolist()
     tokens = [e.tokens[b, : n + 1].tolist() for b, n in enumerate(counts)]
-    return tokens, [e.cache.kv[:, :, b, :, :n].clone() for b, n in enumerate(counts)], e
+    return tokens, contents(e.cache), e
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_the_reference(instruction_set, shape):
     """The same tokens and statistics, and a cache within fp32's rounding, or that of int16 activations."""
+    compare_with_reference(shape, (1, 2, K_INF))
+
+
+@pytest.mark.parametrize("shape", ["flattened", "wide", "odd", "int8 wide", "int4"])
+def test_int8_caches_equal_the_reference(instruction_set, shape):
+    """Up to one step of int8, where fp32's rounding decides."""
+    compare_with_reference(shape, (2,), kv="int8")
+
+
+def compare_with_reference(shape, ks, kv=None):
     weights = random_decoder(positions=40, **SHAPES[shape])
     tolerance = 2e-3 if "int" in shape else 2e-4
-    for k in (1, 2, K_INF):
-        expected, caches, reference = decode("reference", weights, [0, 1, 2], k)
-        tokens, found, native = decode("native", weights, [0, 1, 2], k, threads=2)
+    for k in ks:
+        expected, caches, reference = decode("reference", weights, [0, 1, 2], k, kv=kv)
+        tokens, found, native = decode("native", weights, [0, 1, 2], k, threads=2, kv=kv)
         assert tokens == expected
         assert torch.equal(native.stats, reference.stats)
         for one, other in zip(found, caches, strict=True):
-            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+            step = other.abs().max() / 127 if kv else 0
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance + float(step))
 
 
-@pytest.mark.parametrize("shape", ["wide", "odd", "int8 wide", "int4 wide"])
-def test_row_invariance_bit_for_bit(instruction_set, shape, dtype):
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "kv"),
+    [
+        *itertools.product(["wide", "odd", "int8 wide", "int4 wide"], DTYPES, [None]),
+        ("wide", torch.bfloat16, "int8"),
+        ("odd", torch.float32, "int8"),
+    ],
+)
+def test_row_invariance_bit_for_bit(instruction_set, shape, dtype, kv):
     """A row's cache does not depend on drafts, on the other rows or on threads."""
     weights = random_decoder(positions=40, dtype=dtype, **SHAPES[shape])
-    tokens, caches, _ = decode("native", weights, [0, 1, 2], draft=False)
+    tokens, caches, _ = decode("native", weights, [0, 1, 2], draft=False, kv=kv)
     for threads in (1, 2, 3):
-        drafted, found, _ = decode("native", weights, [0, 1, 2], threads=threads)
+        drafted, found, _ = decode("native", weights, [0, 1, 2], threads=threads, kv=kv)
         assert drafted == tokens
         assert all(torch.equal(one, other) for one, other in zip(found, caches, strict=True))
     for row in range(3):
-        alone, found, _ = decode("native", weights, [row], threads=2)
+        alone, found, _ = decode("native", weights, [row], threads=2, kv=kv)
         assert alone == [tokens[row]]
         assert torch.equal(found[0], caches[row])
 
 
-@pytest.mark.parametrize("shape", ["wide", "int8 wide", "int4 wide"])
-def test_wide_instruction_sets_agree_to_the_bit(monkeypatch, shape):
+@pytest.mark.parametrize(
+    ("shape", "kv"), [("wide", None), ("int8 wide", None), ("int4 wide", None), ("wide", "int8")]
+)
+def test_wide_instruction_sets_agree_to_the_bit(monkeypatch, shape, kv):
     """Sums have one order in vectors of 16 on all of them; portable code alone lacks fused multiply-add."""
     weights = random_decoder(positions=40, **SHAPES[shape])
     results = []
     for name in ("avx2", "avx512", "avx512vnni"):
         monkeypatch.setenv("KVSPN_CPU", name)
         try:
-            results.append(decode("native", weights, [0, 2])[1])
+            results.append(decode("native", weights, [0, 2], kv=kv)[1])
         except ValueError:
             pytest.skip(f"no {name} here")
     for other in results[1:]:
@@ -181,6 +211,8 @@ def test_numpy_alone_drives_the_engine():
         ("stats", np.zeros((1, 3), np.float32), "^stats must be int32, got fp32"),
         ("tokens", np.zeros((12, 1), np.int32).T[:, ::2], "^tokens must be contiguous"),
         ("finished", [False], "^finished must be a tensor with __dlpack__, got list"),
+        ("kv", np.zeros_like(batch["kv"], np.int8), "^cross_kv must be int8, got fp32"),
+        ("kv_scale", batch["kv"][..., 0], "^kv_scale must be a null pointer without int8 caches"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             native.bind(**(batch | {name: wrong}))

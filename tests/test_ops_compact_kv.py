@@ -51,3 +51,17 @@ def test_nothing_to_move(ops):
     expected = buffer.clone()
     ops.compact_kv(kv, i32([0, 1, 2]), torch.zeros(3, 0, dtype=torch.int32), i32([0, 0, 0]))
     assert torch.equal(buffer, expected)
+
+
+def test_scales_move_with_an_int8_cache(ops):
+    buffer, _ = make_cache()
+    scales = buffer[..., 0].clone()
+    buffer = torch.randint(-127, 128, buffer.shape, dtype=torch.int8)
+    expected, expected_scales = buffer.clone(), scales.clone()
+    for changed, old in ((expected, buffer), (expected_scales, scales)):
+        view, old = changed[1:, :, :3, :, 1:8], old[1:, :, :3, :, 1:8].clone()
+        view[:, :, 0, :, [2, 3]], view[:, :, 1, :, [0, 1]] = old[:, :, 2, :, [3, 5]], old[:, :, 1, :, [1, 0]]
+    kv, kv_scale = buffer[1:, :, :3, :, 1:8], scales[1:, :, :3, :, 1:8]
+    ops.compact_kv(kv, i32([2, 1, 2]), i32([[3, 5], [1, 0], [-1, -1]]), i32([2, 0, 4]), kv_scale)
+    assert torch.equal(buffer, expected)
+    assert torch.equal(scales, expected_scales)

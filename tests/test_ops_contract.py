@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kvspn import ops
+from kvspn.ops.append_kv import quantise
 from kvspn.random_decoder import random_decoder
 
 INF = torch.inf
@@ -56,6 +57,17 @@ def sample(op, dtype=torch.float32):
     }
 
 
+def int8_sample(op):
+    """The same on int8 caches; None for an op without any."""
+    arguments = sample(op)
+    if "kv" not in arguments:
+        return None
+    for name in ("kv", "cross_kv"):
+        if name in arguments:
+            arguments[name], arguments[f"{name}_scale"] = quantise(arguments[name])
+    return {name: value for name, value in arguments.items() if not name.startswith("tail")}
+
+
 OPS = [
     "append_kv",
     "flat_kv_attention",
@@ -67,6 +79,9 @@ OPS = [
 ]
 int8, uint8 = torch.zeros(5, 8, dtype=torch.int8), torch.zeros(5, 4, dtype=torch.uint8)
 f64, expanded = torch.zeros(3, dtype=torch.float64), torch.zeros(3, 2, 2, 8)[..., ::2]
+
+int8_kv = torch.zeros(2, 2, 3, 2, 6, 4, dtype=torch.int8)
+scales, no_tail = torch.zeros(2, 2, 3, 2, 6), {"tail": None, "tail_lengths": None}
 
 BAD = [
     # op, the argument that the error names, arguments that are wrong
@@ -87,6 +102,11 @@ BAD = [
     ("append_kv", "layer", {"layer": 1.0}),
     ("append_kv", "layer", {"layer": True}),
     ("append_kv", "finished", {"finished": i32(3)}),
+    ("append_kv", "kv_scale", {"kv": int8_kv}),
+    ("append_kv", "kv_scale", {"kv_scale": scales}),
+    ("append_kv", "kv_scale", {"kv": int8_kv, "kv_scale": scales[:1]}),
+    ("append_kv", "kv_scale", {"kv": int8_kv, "kv_scale": scales.half()}),
+    ("append_kv", "v", {"kv": int8_kv, "kv_scale": scales, "v": torch.zeros(3, 2, 2, 4, dtype=torch.int8)}),
     ("flat_kv_attention", "q", {"q": torch.zeros(3, 3, 2, 4)}),
     ("flat_kv_attention", "q", {"q": torch.zeros(3, 2, 2, 5)}),
     ("flat_kv_attention", "q", {"q": torch.zeros(3, 2, 2, 4, dtype=torch.float16)}),
@@ -100,6 +120,11 @@ BAD = [
     ("flat_kv_attention", "tail_lengths", {"tail_lengths": None}),
     ("flat_kv_attention", "tail", {"tail": torch.zeros(2, 3, 1, 5, 4)}),
     ("flat_kv_attention", "tail_lengths", {"tail_lengths": i32(4)}),
+    ("flat_kv_attention", "tail", {"kv": int8_kv, "kv_scale": scales}),
+    ("flat_kv_attention", "kv_scale", no_tail | {"kv": int8_kv}),
+    ("flat_kv_attention", "kv_scale", {"kv_scale": scales}),
+    ("flat_kv_attention", "kv_scale", no_tail | {"kv": int8_kv, "kv_scale": scales[..., :5]}),
+    ("flat_kv_attention", "kv_scale", no_tail | {"kv": int8_kv, "kv_scale": expanded}),
     ("fused_linear", "x", {"x": 3}),
     ("fused_linear", "x", {"x": torch.zeros((), dtype=torch.float32)}),
     ("fused_linear", "x", {"x": torch.zeros(3, 2, 8, dtype=torch.int32)}),
@@ -148,8 +173,13 @@ BAD = [
     ("compact_kv", "rows", {"rows": torch.zeros(3, dtype=torch.int64)}),
     ("compact_kv", "source", {"source": i32(3)}),
     ("compact_kv", "start", {"start": i32(1)}),
+    ("compact_kv", "kv_scale", {"kv": int8_kv}),
+    ("compact_kv", "kv_scale", {"kv_scale": scales}),
     ("decoder_step", "cross_kv", {"kv": torch.zeros(2, 2, 3, 2, 6, 4, dtype=torch.bfloat16)}),
     ("decoder_step", "kv", {"kv": "cache"}),
+    ("decoder_step", "cross_kv", {"kv": int8_kv, "kv_scale": scales}),
+    ("decoder_step", "kv_scale", {"kv": int8_kv}),
+    ("decoder_step", "cross_kv_scale", {"cross_kv_scale": torch.zeros(2, 2, 3, 2, 5)}),
     ("decoder_step", "tokens", {"tokens": i32(2, 6)}),
     ("decoder_step", "cross_kv", {"cross_kv": torch.zeros(1, 2, 3, 2, 5, 4)}),
     ("decoder_step", "cross_lengths", {"cross_lengths": i32(3, 1)}),
@@ -190,6 +220,8 @@ def test_bad_calls_name_the_argument(op, name, wrong):
 def test_opcheck(op):
     for dtype in (torch.float32, torch.bfloat16):
         torch.library.opcheck(getattr(torch.ops.kvspn, op).default, (), sample(op, dtype))
+    if (arguments := int8_sample(op)) is not None:
+        torch.library.opcheck(getattr(torch.ops.kvspn, op).default, (), arguments)
 
 
 def test_no_gradient():
@@ -199,10 +231,14 @@ def test_no_gradient():
     assert not ops.fused_linear(**arguments).requires_grad
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_one_compiled_graph(op):
+@pytest.mark.parametrize(
+    ("op", "make"),
+    [(op, sample) for op in OPS] + [(op, int8_sample) for op in OPS if int8_sample(op) is not None],
+)
+def test_one_compiled_graph(op, make):
     """Compiled without a graph break, to the same results and the same changes in place."""
-    eager, compiled = sample(op), {}
+    torch._dynamo.reset()  # which counts how often it compiles this function
+    eager, compiled = make(op), {}
     compiled = {a: v.clone() if isinstance(v, torch.Tensor) else v for a, v in eager.items()}
     step = torch.compile(
         lambda **arguments: getattr(ops, op)(**arguments), fullgraph=True, backend="aot_eager"

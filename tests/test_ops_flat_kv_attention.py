@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from kvspn.ops.append_kv import quantise
+
 CASES = {
     # name: layers, batch, heads, query heads, queries, capacity, width, lengths, causal
     "self": (1, 3, 2, 2, 2, 9, 8, [0, 3, 7], True),
@@ -25,6 +27,28 @@ def make(case, dtype, tail=False):
         arguments["tail"] = torch.randn(2, batch, heads, 3, width).to(dtype)
         arguments["tail_lengths"] = torch.arange(batch, dtype=torch.int32)
     return arguments
+
+
+def make_int8(case, dtype):
+    """An int8 cache in larger buffers, full of the wildest values past the lengths, and its scales of NaN."""
+    arguments = make(case, dtype)
+    values, scales = quantise(arguments["kv"])
+    held = [
+        torch.full((*x.shape[:4], x.shape[4] + 3, *x.shape[5:]), 1, dtype=x.dtype) for x in (values, scales)
+    ]
+    kv, kv_scale = (x[:, :, :, :, 1:-2] for x in held)
+    kv.copy_(values), kv_scale.copy_(scales)
+    for b, length in enumerate(arguments["lengths"].tolist()):
+        end = length + arguments["causal"] * arguments["q"].shape[2]
+        kv[:, :, b, :, end:], kv_scale[:, :, b, :, end:] = -128, torch.nan
+    return arguments | {"kv": kv, "kv_scale": kv_scale}
+
+
+def dequantised(arguments):
+    """The same call on a cache of q's dtype, zeros past the lengths."""
+    rest = dict(arguments)
+    kv = rest["kv"].double() * rest.pop("kv_scale").double()[..., None]
+    return rest | {"kv": kv.nan_to_num(0).to(rest["q"].dtype)}
 
 
 def dense(q, kv, lengths, causal, scale=None, tail=None, tail_lengths=None):
@@ -59,6 +83,14 @@ def test_against_float64(ops, dtype, case, tail, assert_as_exact_as):
     assert_as_exact_as(ops.flat_kv_attention(**arguments), exact, dense(**arguments))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_int8_against_float64(ops, dtype, case, assert_as_exact_as):
+    """Exactly what its values and scales say, and nothing past the lengths."""
+    arguments = make_int8(case, dtype)
+    exact = dense(**dequantised(to(arguments, torch.float64)))
+    assert_as_exact_as(ops.flat_kv_attention(**arguments), exact, dense(**dequantised(arguments)))
+
+
 def test_scale(ops, assert_as_exact_as):
     arguments = make("group", torch.float32) | {"scale": 0.3}
     exact = dense(**to(arguments, torch.float64))
@@ -84,22 +116,30 @@ def test_a_query_without_keys_gives_zeros(ops, dtype):
     assert out[1].any()
 
 
+@pytest.mark.parametrize("kv_format", ["float", "int8"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_row_invariance(ops, dtype, causal, set_threads):
+def test_row_invariance(ops, dtype, causal, kv_format, set_threads):
     """Bit for bit: every row and query alone, with other threads, in another place in memory."""
     batch, heads, queries, capacity, width = 3, 2, 3, 70, 32
-    kv = torch.randn(2, 2, batch, heads, capacity, width).to(dtype)
+    kv, kv_scale = torch.randn(2, 2, batch, heads, capacity, width).to(dtype), None
+    if kv_format == "int8":
+        kv, kv_scale = quantise(kv)
     q = torch.randn(batch, heads, queries, width).to(dtype)
     lengths = torch.tensor([5, 66, 31], dtype=torch.int32)
     set_threads(1)
-    together = ops.flat_kv_attention(q, kv, lengths, causal)
+    together = ops.flat_kv_attention(q, kv, lengths, causal, kv_scale=kv_scale)
     for threads in (1, 2):
         set_threads(threads)
-        assert torch.equal(ops.flat_kv_attention(q, kv, lengths, causal), together)
+        assert torch.equal(ops.flat_kv_attention(q, kv, lengths, causal, kv_scale=kv_scale), together)
         for b in range(batch):
             row = slice(b, b + 1)
+            scale = None if kv_scale is None else kv_scale[:, :, row].clone()
             for i in range(queries):
                 alone = ops.flat_kv_attention(
-                    q[row, :, i : i + 1], kv[:, :, row].clone(), lengths[row] + i * causal, causal
+                    q[row, :, i : i + 1],
+                    kv[:, :, row].clone(),
+                    lengths[row] + i * causal,
+                    causal,
+                    kv_scale=scale,
                 )
                 assert torch.equal(alone[0, 0], together[b, i])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from caches import contents, poison
 
 from kvspn.assets import read_manifest
 from kvspn.audio import load_audio
@@ -26,6 +27,7 @@ from kvspn.translator import Translator
 _HERE = all(map(find_spec, ("triton", "kvspn.triton_kernels")))
 needs_triton = pytest.mark.skipif(not _HERE, reason="triton is not installed")
 interpreted = pytest.mark.skipif(not _HERE or torch.cuda.is_available(), reason="needs triton, and no GPU")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {
     "flattened": {"layers": 4, "blocks": 2},
     "ablations": {"layers": 4, "blocks": 2, "last_layer_only": True, "encoder_attention": False},
@@ -42,48 +44,56 @@ def _interpret(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
-def decode(backend: str, weights: DecoderWeights, rows: list[int], k: int = 1, draft: bool = True):
+def decode(
+    backend: str,
+    weights: DecoderWeights,
+    rows: list[int],
+    k: int = 1,
+    draft: bool = True,
+    kv: str | None = None,
+):
     """Of three utterances those in `rows`, together, in buffers full of NaN: tokens, statistics, caches."""
     generator = torch.Generator().manual_seed(5)
     d = weights.embed_tokens.shape[1]
     states = [torch.randn(n, d, generator=generator) for n in (7, 1, 11)]
     prompts = [[1, 2, 3], [4], list(range(5, 9))]
-    e = engine(backend, weights, batch=len(rows), capacity=12, cross_capacity=13)
-    e.cache.kv.fill_(torch.nan)
-    e.cache.cross_kv.fill_(torch.nan)
+    e = engine(backend, weights, batch=len(rows), capacity=12, cross_capacity=13, kv=kv)
+    poison(e.cache)
     e.start([states[r] for r in rows], [prompts[r] for r in rows], eos=0, max_length=12)
     for _ in range(3):
         e.step(k, draft)
     counts = e.lengths.tolist()
     tokens = [e.tokens[b, : n + 1].tolist() for b, n in enumerate(counts)]
-    return tokens, e.stats.tolist(), [e.cache.kv[:, :, b, :, :n].clone() for b, n in enumerate(counts)]
+    return tokens, e.stats.tolist(), contents(e.cache)
 
 
 @interpreted
-@pytest.mark.parametrize("shape", SHAPES)
-def test_equals_the_reference(shape):
-    """The same tokens and statistics, and a cache within fp32's rounding."""
+@pytest.mark.parametrize(("shape", "kv"), [*((shape, None) for shape in SHAPES), ("flattened", "int8")])
+def test_equals_the_reference(shape, kv):
+    """The same tokens and statistics, and a cache within fp32's rounding, or a step of int8."""
     weights = random_decoder(**SHAPES[shape])
     k = K_INF if shape == "odd" else 2
-    expected, stats, caches = decode("reference", weights, [0, 1, 2], k)
-    tokens, found_stats, found = decode("triton", weights, [0, 1, 2], k)
+    expected, stats, caches = decode("reference", weights, [0, 1, 2], k, kv=kv)
+    tokens, found_stats, found = decode("triton", weights, [0, 1, 2], k, kv=kv)
     assert tokens == expected
     assert found_stats == stats
     for one, other in zip(found, caches, strict=True):
-        torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4)
+        step = other.abs().max() / 127 if kv else 0
+        torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4 + float(step))
 
 
 @interpreted
-def test_row_invariance_bit_for_bit(dtype):
+@pytest.mark.parametrize(("dtype", "kv"), [*((dtype, None) for dtype in DTYPES), (torch.bfloat16, "int8")])
+def test_row_invariance_bit_for_bit(dtype, kv):
     """A row's cache does not depend on drafts or on the other rows."""
     weights = random_decoder(dtype=dtype)
-    tokens, _, caches = decode("triton", weights, [0, 1, 2], draft=False)
-    drafted, _, found = decode("triton", weights, [0, 1, 2])
+    tokens, _, caches = decode("triton", weights, [0, 1, 2], draft=False, kv=kv)
+    drafted, _, found = decode("triton", weights, [0, 1, 2], kv=kv)
     for row in range(3):
         shared = min(len(tokens[row]), len(drafted[row]))
         assert drafted[row][:shared] == tokens[row][:shared]
         assert torch.equal(found[row][..., : shared - 1, :], caches[row][..., : shared - 1, :])
-    alone, _, found = decode("triton", weights, [2], draft=False)
+    alone, _, found = decode("triton", weights, [2], draft=False, kv=kv)
     assert alone == [tokens[2]]
     assert torch.equal(found[0], caches[2])
 
@@ -106,9 +116,10 @@ def test_finished_rows_stay_untouched():
 @interpreted
 @pytest.mark.parametrize("op", ["append_kv", "flat_kv_attention", "lm_head_verify", "accept_and_rollback"])
 def test_opcheck(op):
-    from test_ops_contract import sample
+    from test_ops_contract import int8_sample, sample
 
-    torch.library.opcheck(getattr(torch.ops.kvspn_triton, op).default, (), sample(op))
+    for arguments in filter(None, (sample(op), int8_sample(op))):
+        torch.library.opcheck(getattr(torch.ops.kvspn_triton, op).default, (), arguments)
 
 
 @interpreted

@@ -36,8 +36,12 @@ def compact_kv_kernel(
             tl.store(kept, tl.load(origin, mask=inside), mask=inside)
 
 
-def launch_compact_kv(kv: Tensor, rows: Tensor, source: Tensor, start: Tensor) -> None:
+def launch_compact_kv(
+    kv: Tensor, rows: Tensor, source: Tensor, start: Tensor, kv_scale: Tensor | None = None
+) -> None:
     """As :func:`kvspn.ops.compact_kv`, unchecked."""
+    if kv_scale is not None:
+        launch_compact_kv(kv_scale[..., None], rows, source, start)
     layers, _, batch, heads, capacity, width = kv.shape
     moves = source.shape[1]
     held = kv.new_empty(layers, 2, batch, moves, heads, width)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import SimpleNamespace
 
-from torch import Tensor
-
-from kvspn.ops import DecoderWeights
-from kvspn.ops.decoder_step import step
+from kvspn.ops.decoder_step import composed
 from kvspn.triton_kernels.accept_and_rollback import launch_accept_and_rollback
 from kvspn.triton_kernels.append_kv import launch_append_kv
 from kvspn.triton_kernels.flat_kv_attention import launch_flat_kv_attention
@@ -24,32 +20,4 @@ LAUNCHERS = SimpleNamespace(
     accept_and_rollback=launch_accept_and_rollback,
 )
 
-
-def launch_decoder_step(
-    kv: Tensor,
-    lengths: Tensor,
-    tokens: Tensor,
-    finished: Tensor,
-    stats: Tensor,
-    cross_kv: Tensor,
-    cross_lengths: Tensor,
-    weights: Sequence[Tensor],
-    mask: Tensor | None,
-    k: int,
-    eos: int,
-    max_length: int,
-    use_draft: bool = True,
-    groups: int = 0,
-    last_layer_only: bool = False,
-) -> None:
-    """As :func:`kvspn.ops.decoder_step`, unchecked."""
-    w = DecoderWeights.unflatten(
-        weights, heads=kv.shape[3], num_layers=kv.shape[0], groups=groups, last_layer_only=last_layer_only
-    )
-    step(
-        LAUNCHERS, w, kv, lengths, tokens, finished, stats, cross_kv, cross_lengths, mask,
-        k, eos, max_length, use_draft,
-    )  # fmt: skip
-
-
-decoder_step = register("decoder_step", launch_decoder_step)
+decoder_step = register("decoder_step", composed(LAUNCHERS))

@@ -22,8 +22,16 @@ class TritonEngine(ReferenceEngine):
 
     ops = LAUNCHERS
 
-    def __init__(self, weights: DecoderWeights, *, batch: int, capacity: int, cross_capacity: int) -> None:
-        super().__init__(weights, batch=batch, capacity=capacity, cross_capacity=cross_capacity)
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        *,
+        batch: int,
+        capacity: int,
+        cross_capacity: int,
+        kv: str | None = None,
+    ) -> None:
+        super().__init__(weights, batch=batch, capacity=capacity, cross_capacity=cross_capacity, kv=kv)
         device = self._embed.device
         if device.type != ("cpu" if INTERPRETED else "cuda"):
             needed = "the CPU, where TRITON_INTERPRET=1 runs them" if INTERPRETED else "a GPU"
@@ -65,6 +73,8 @@ class TritonEngine(ReferenceEngine):
             self._eos,
             self._max_length,
             draft,
+            self.cache.kv_scale,
+            self.cache.cross_kv_scale,
         )
 
     def _capture(self, mask: Tensor | None, k: int, draft: bool) -> torch.cuda.CUDAGraph:

@@ -20,9 +20,9 @@ CHUNK = tl.constexpr(64)  # splits that the combination adds at a time
 
 @triton.jit(do_not_specialize=["queries"])
 def attention_split_kernel(
-    q, kv, lengths, sums, extremes,
+    q, kv, kv_scale, lengths, sums, extremes,
     scale, heads, queries, repeat, capacity, per_layer, first_split, splits,
-    q_b, q_h, q_i, kv_n, kv_part, kv_b, kv_h, kv_s,
+    q_b, q_h, q_i, kv_n, kv_part, kv_b, kv_h, kv_s, scale_n, scale_part, scale_b, scale_h,
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -48,6 +48,11 @@ def attention_split_kernel(
         values = tl.load(cache + kv_part + at, mask=written, other=0).to(tl.float32)
 
         scores = dot(query, keys, PRECISION) * scale
+        if kv_scale is not None:
+            scales = kv_scale + layer.to(tl.int64) * scale_n + b.to(tl.int64) * scale_b
+            scales += h.to(tl.int64) * scale_h + position
+            scores *= tl.load(scales, mask=position < last, other=0)[None, :]
+            values *= tl.load(scales + scale_part, mask=position < last, other=0)[:, None]
         scores = tl.where(position[None, :] < end[:, None], scores, float("-inf"))
         largest = tl.max(scores, axis=1)
         weights = tl.exp(scores - tl.where(end > start, largest, 0)[:, None])
@@ -105,6 +110,7 @@ def launch_flat_kv_attention(
     scale: float | None = None,
     tail: Tensor | None = None,
     tail_lengths: Tensor | None = None,
+    kv_scale: Tensor | None = None,
 ) -> Tensor:
     """As :func:`kvspn.ops.flat_kv_attention`, unchecked."""
     batch, query_heads, queries, width = q.shape
@@ -119,15 +125,18 @@ def launch_flat_kv_attention(
     out = result(q, batch, queries, query_heads * width)
     block_d = max(triton.next_power_of_2(width), 16)
 
-    def launch_splits(first: int, keys: Tensor, valid: Tensor, causal: bool) -> None:
+    def launch_splits(
+        first: int, keys: Tensor, valid: Tensor, causal: bool, kv_scale: Tensor | None = None
+    ) -> None:
         """All splits of keys [n, 2, B, H, S, D]."""
         per_layer = triton.cdiv(keys.shape[4], SPLIT)
         launch(
             attention_split_kernel,
             (len(keys) * per_layer, batch * heads, triton.cdiv(repeat * queries, ROWS)),
-            *(q, keys, valid, sums, extremes, width**-0.5 if scale is None else scale),
+            *(q, keys, kv_scale, valid, sums, extremes, width**-0.5 if scale is None else scale),
             *(heads, queries, repeat, keys.shape[4], per_layer, first, splits),
             *(*q.stride()[:3], *keys.stride()[:5]),
+            *((None,) * 4 if kv_scale is None else kv_scale.stride()[:4]),
             CAUSAL=causal,
             D=width,
             BLOCK_D=block_d,
@@ -137,7 +146,7 @@ def launch_flat_kv_attention(
             num_warps=4,
         )
 
-    launch_splits(0, kv, lengths, causal)
+    launch_splits(0, kv, lengths, causal, kv_scale)
     if tail is not None and tail_lengths is not None:
         launch_splits(flat_splits, tail[None], tail_lengths, False)
     launch(

@@ -108,11 +108,16 @@ class Engine {
 
     void bind(const py::object& kv, const py::object& lengths, const py::object& tokens,
               const py::object& finished, const py::object& stats, const py::object& cross_kv,
-              const py::object& cross_lengths) {
+              const py::object& cross_lengths, const py::object& kv_scale, const py::object& cross_kv_scale) {
         Tensors held;
         auto add = [&](const char* name, const py::object& value) {
             held.push_back(std::make_unique<Tensor>(name, value));
             return held.back()->get();
+        };
+        auto scales = [&](const char* name, const py::object& value) -> const kvspn_tensor* {
+            if (value.is_none()) return nullptr;
+            held.push_back(std::make_unique<Tensor>(name, value));
+            return &held.back()->get();
         };
         kvspn_batch batch{sizeof batch,
                           add("kv", kv),
@@ -121,7 +126,9 @@ class Engine {
                           add("finished", finished),
                           add("stats", stats),
                           add("cross_kv", cross_kv),
-                          add("cross_lengths", cross_lengths)};
+                          add("cross_lengths", cross_lengths),
+                          scales("kv_scale", kv_scale),
+                          scales("cross_kv_scale", cross_kv_scale)};
         check(kvspn_engine_bind(engine_.get(), &batch));
         batch_ = std::move(held);
     }
@@ -190,7 +197,8 @@ PYBIND11_MODULE(KVSPN_MODULE, m) {
              py::arg("layers"), py::arg("heads"), py::arg("blocks"), py::arg("groups"),
              py::arg("last_layer_only"), py::arg("threads"))
         .def("bind", &Engine::bind, py::kw_only(), py::arg("kv"), py::arg("lengths"), py::arg("tokens"),
-             py::arg("finished"), py::arg("stats"), py::arg("cross_kv"), py::arg("cross_lengths"))
+             py::arg("finished"), py::arg("stats"), py::arg("cross_kv"), py::arg("cross_lengths"),
+             py::arg("kv_scale") = py::none(), py::arg("cross_kv_scale") = py::none())
         .def("encode", &Engine::encode, py::arg("row"), py::arg("states"))
         .def("prefill", &Engine::prefill, py::arg("row"), py::arg("count"))
         .def("step", &Engine::step, py::arg("mask"), py::kw_only(), py::arg("k"), py::arg("eos"),

@@ -23,14 +23,16 @@ Tensor rows(const Tensor& tensor) {
 }
 
 Tensor flat_kv_attention(Tensor q, Tensor kv, Tensor lengths, bool causal, std::optional<double> scale,
-                         std::optional<Tensor> tail, std::optional<Tensor> tail_lengths) {
+                         std::optional<Tensor> tail, std::optional<Tensor> tail_lengths,
+                         std::optional<Tensor> kv_scale) {
     const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), width = q.size(3);
     const int64_t shape[] = {batch, queries, heads * width};
     Tensor out = torch::stable::new_empty(q, {shape, 3});
     if (!out.numel()) return out;
     kv = rows(kv);
     if (tail) tail = rows(*tail);
-    kvspn_tensor tail_view{}, tail_lengths_view{};
+    if (kv_scale) kv_scale = rows(*kv_scale);
+    kvspn_tensor tail_view{}, tail_lengths_view{}, kv_scale_view{};
     kvspn_attention_params params{};
     params.struct_size = sizeof params;
     params.q = view("q", q);
@@ -39,6 +41,7 @@ Tensor flat_kv_attention(Tensor q, Tensor kv, Tensor lengths, bool causal, std::
     params.out = view("out", out);
     if (tail) params.tail = &(tail_view = view("tail", *tail));
     if (tail_lengths) params.tail_lengths = &(tail_lengths_view = view("tail_lengths", *tail_lengths));
+    if (kv_scale) params.kv_scale = &(kv_scale_view = view("kv_scale", *kv_scale));
     params.scale = scale ? float(*scale) : 1 / std::sqrt(float(width));
     params.causal = causal;
     params.parts = int32_t(std::min<int64_t>(torch::stable::get_num_threads(), batch * heads));

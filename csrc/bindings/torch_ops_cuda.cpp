@@ -105,8 +105,15 @@ std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
     return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
 }
 
+// Of an int8 cache.
+void refuse(const std::optional<Tensor>& kv_scale) {
+    STD_TORCH_CHECK(!kv_scale, "kv must be fp32, bf16 or fp16 on a CUDA device, got int8");
+}
+
 Tensor flat_kv_attention(Tensor q, Tensor kv, Tensor lengths, bool causal, std::optional<double> scale,
-                         std::optional<Tensor> tail, std::optional<Tensor> tail_lengths) {
+                         std::optional<Tensor> tail, std::optional<Tensor> tail_lengths,
+                         std::optional<Tensor> kv_scale) {
+    refuse(kv_scale);
     Place place(q);
     const int64_t shape[] = {q.size(0), q.size(2), q.size(1) * q.size(3)};
     Tensor out = torch::stable::new_empty(q, {shape, 3});
@@ -169,7 +176,9 @@ std::tuple<Tensor, Tensor> lm_head_verify(Tensor x, Tensor weight, Tensor draft,
     return {argmax, rank};
 }
 
-void append_kv(Tensor kv, Tensor k, Tensor v, Tensor lengths, int64_t layer, std::optional<Tensor> finished) {
+void append_kv(Tensor kv, Tensor k, Tensor v, Tensor lengths, int64_t layer, std::optional<Tensor> finished,
+               std::optional<Tensor> kv_scale) {
+    refuse(kv_scale);
     Place place(kv);
     kvspn_append_params params{};
     params.kv = place.view("kv", kv), params.k = place.view("k", k), params.v = place.view("v", v);
@@ -190,7 +199,8 @@ void accept_and_rollback(Tensor tokens, Tensor lengths, Tensor finished, Tensor 
     place.run(&kvspn_accept_and_rollback, params);
 }
 
-void compact_kv(Tensor kv, Tensor rows, Tensor source, Tensor start) {
+void compact_kv(Tensor kv, Tensor rows, Tensor source, Tensor start, std::optional<Tensor> kv_scale) {
+    refuse(kv_scale);
     Place place(kv);
     kvspn_compact_params params{};
     params.kv = place.view("kv", kv), params.rows = place.view("rows", rows);

@@ -1,5 +1,7 @@
 #include "core/batch.h"
 
+#include <tuple>
+
 #include "core/error.h"
 
 namespace kvspn {
@@ -18,7 +20,8 @@ void check_contiguous(const std::string& name, const kvspn_tensor& tensor) {
 
 BatchSizes check_batch(const kvspn_batch& b, const Weights& weights) {
     const int64_t layers = int64_t(weights.layers.size()), heads = weights.heads, width = weights.head_dim;
-    check_tensor("kv", b.kv, {Dtype::fp32, Dtype::bf16, Dtype::fp16}, {layers, 2, -1, heads, -1, width});
+    check_tensor("kv", b.kv, {Dtype::fp32, Dtype::bf16, Dtype::fp16, Dtype::int8},
+                 {layers, 2, -1, heads, -1, width});
     const int64_t rows = b.kv.shape[2], capacity = b.kv.shape[4];
     check_tensor("lengths", b.lengths, {Dtype::int32}, {rows});
     check_tensor("tokens", b.tokens, {Dtype::int32}, {rows, -1});
@@ -38,6 +41,16 @@ BatchSizes check_batch(const kvspn_batch& b, const Weights& weights) {
                                  {"cross_kv", &b.cross_kv},
                                  {"cross_lengths", &b.cross_lengths}})
         check_contiguous(name, *tensor);
+    const bool scaled = b.kv.dtype == KVSPN_INT8;
+    for (auto& [name, tensor, positions] :
+         {std::tuple<const char*, const kvspn_tensor*, int64_t>{"kv_scale", b.kv_scale, capacity},
+          {"cross_kv_scale", b.cross_kv_scale, cross}}) {
+        require(tensor || !scaled, name, " must be given with int8 caches, got a null pointer");
+        require(scaled || !tensor, name, " must be a null pointer without int8 caches, got a tensor");
+        if (!tensor) continue;
+        check_tensor(name, *tensor, {Dtype::fp32}, {layers, 2, rows, heads, positions});
+        check_contiguous(name, *tensor);
+    }
     return {rows, capacity, cross, tokens};
 }
 

@@ -62,17 +62,17 @@ void Engine::bind(const kvspn_batch& b) {
     scores_ = std::move(score), logits_ = std::move(logits), best_ = std::move(best);
     ids_ = std::move(ids), drafts_ = std::move(drafts);
     scores_stride_ = scores;
+    const auto cache = [](const kvspn_tensor& kv, const kvspn_tensor* scale, const kvspn_tensor& lengths) {
+        return Cache{static_cast<char*>(kv.data), scale ? static_cast<float*>(scale->data) : nullptr,
+                     static_cast<int32_t*>(lengths.data), int(kv.shape[4])};
+    };
     batch_ = {Dtype(b.kv.dtype),
-              static_cast<char*>(b.kv.data),
-              static_cast<char*>(b.cross_kv.data),
-              static_cast<int32_t*>(b.lengths.data),
+              cache(b.kv, b.kv_scale, b.lengths),
+              cache(b.cross_kv, b.cross_kv_scale, b.cross_lengths),
               static_cast<int32_t*>(b.tokens.data),
               static_cast<int32_t*>(b.stats.data),
-              static_cast<int32_t*>(b.cross_lengths.data),
               static_cast<uint8_t*>(b.finished.data),
               int(rows),
-              int(capacity),
-              int(cross),
               int(tokens)};
 }
 
@@ -80,7 +80,7 @@ void Engine::encode(int row, const kvspn_tensor& states) {
     check_row(row);
     check_tensor("states", states, {Dtype::fp32, Dtype::bf16, Dtype::fp16}, {-1, weights_.width});
     const int count = int(std::min<int64_t>(states.shape[0], 1 << 24));
-    require(count >= 1 && count <= batch_.cross_capacity, "states must hold 1 to ", batch_.cross_capacity,
+    require(count >= 1 && count <= batch_.cross.capacity, "states must hold 1 to ", batch_.cross.capacity,
             " positions, got ", states.shape[0]);
     const int d = weights_.width, heads = weights_.heads, head_dim = weights_.head_dim;
     Memory x(size_t(count) * width_stride_ * sizeof(float)), y(size_t(count) * 2 * d * sizeof(float));
@@ -93,27 +93,22 @@ void Engine::encode(int row, const kvspn_tensor& states) {
     const Rows rows{x.as<float>(),           width_stride_, count,
                     quantised.as<int16_t>(), width_stride_, scales.as<float>()};
     for (size_t layer = 0; layer < weights_.layers.size(); ++layer) {
-        char* out = layer_kv(batch_.cross_kv, int(layer), batch_.cross_capacity);
         team_.run([&](int thread) {
             auto [first, last] = share(2 * d, thread, team_.size());
             kernels_.linear(weights_.layers[layer].cross_kv, rows, first, last, y.as<float>(), 2 * d, false);
-            for (int n = first; n < last; ++n) {  // [E, 2 * d] -> [2, B, H, E, D]
-                const int part = n / d, head = n % d / head_dim, column = n % head_dim;
-                const int64_t base =
-                    ((int64_t(part) * batch_.rows + row) * heads + head) * batch_.cross_capacity * head_dim +
-                    column;
+            team_.barrier();
+            for (int n = thread; n < 2 * heads; n += team_.size())  // [E, 2, H, D] -> [2, B, H, E, D]
                 for (int e = 0; e < count; ++e)
-                    store(batch_.dtype, out, base + int64_t(e) * head_dim,
-                          y.as<float>()[int64_t(e) * 2 * d + n]);
-            }
+                    write(batch_.cross, int(layer), n / heads, row, n % heads, e,
+                          y.as<float>() + int64_t(e) * 2 * d + n * head_dim);
         });
     }
-    batch_.cross_lengths[row] = count;
+    batch_.cross.lengths[row] = count;
 }
 
 void Engine::prefill(int row, int count) {
     check_row(row);
-    const int limit = std::min({batch_.capacity, batch_.token_capacity, weights_.positions.count});
+    const int limit = std::min({batch_.self.capacity, batch_.token_capacity, weights_.positions.count});
     require(count >= 0 && count <= limit, "count must be 0 to ", limit, ", got ", count);
     check_cross(row);
     const int32_t* ids = batch_.tokens + int64_t(row) * batch_.token_capacity;
@@ -124,11 +119,11 @@ void Engine::prefill(int row, int count) {
         const int queries = std::min(kPrefillChunk, count - first);
         slots_[0] = {row, first, queries, 0};
         slot_count_ = 1, rows_ = queries;
-        batch_.lengths[row] = first;
+        batch_.self.lengths[row] = first;
         embed(ids + first);
         team_.run([this](int thread) { base_pass(thread); });
     }
-    batch_.lengths[row] = prefilled_[row] = count;
+    batch_.self.lengths[row] = prefilled_[row] = count;
 }
 
 void Engine::check_bound() const { require(batch_.rows, "a batch must be bound first, got none"); }
@@ -140,16 +135,16 @@ void Engine::check_row(int row) const {
 
 // The caller owns the lengths: they may hold anything.
 void Engine::check_cross(int row) const {
-    const int cross = batch_.cross_lengths[row];
-    require(cross >= 0 && cross <= batch_.cross_capacity, "cross_lengths[", row, "] must be 0 to ",
-            batch_.cross_capacity, ", got ", cross);
+    const int cross = batch_.cross.lengths[row];
+    require(cross >= 0 && cross <= batch_.cross.capacity, "cross_lengths[", row, "] must be 0 to ",
+            batch_.cross.capacity, ", got ", cross);
 }
 
 void Engine::check_step(const kvspn_step_params& params) const {
     check_bound();
     require(params.k >= 1, "k must be at least 1, got ", params.k);
     require(params.eos >= -1, "eos must be at least -1, got ", params.eos);
-    const int limit = std::min({batch_.capacity, batch_.token_capacity, weights_.positions.count});
+    const int limit = std::min({batch_.self.capacity, batch_.token_capacity, weights_.positions.count});
     require(params.max_length >= 1 && params.max_length <= limit, "max_length must be 1 to ", limit, ", got ",
             params.max_length);
     require(!params.draft || !weights_.blocks.empty(), "draft must be 0 without draft blocks, got 1");
@@ -160,7 +155,7 @@ void Engine::step(const kvspn_step_params& params) {
     slot_count_ = 0;
     for (int row = 0; row < batch_.rows; ++row) {
         if (batch_.finished[row]) continue;
-        const int position = batch_.lengths[row];
+        const int position = batch_.self.lengths[row];
         require(position >= 0 && position < params.max_length, "lengths[", row, "] must be 0 to ",
                 params.max_length - 1, ", got ", position);
         check_cross(row);
@@ -186,7 +181,7 @@ void Engine::step(const kvspn_step_params& params) {
                 for (int i = 0; i < slot_count_; ++i) {
                     Slot& slot = slots_[i];
                     slot.first = first;
-                    slot.queries = slot.position + 1 < batch_.capacity ? 2 : 1;
+                    slot.queries = slot.position + 1 < batch_.self.capacity ? 2 : 1;
                     int32_t* ids = ids_.as<int32_t>() + first;
                     ids[0] = batch_.tokens[int64_t(slot.row) * batch_.token_capacity + slot.position];
                     if (slot.queries == 2) ids[1] = drafts_.as<int32_t>()[i];
@@ -219,16 +214,16 @@ void Engine::generate(const kvspn_generate_params& params) {
 
 void Engine::rollback(int row, int length) {
     check_row(row);
-    require(length >= 0 && length <= batch_.lengths[row], "length must be 0 to ", batch_.lengths[row],
-            ", got ", length);
-    batch_.lengths[row] = length;
+    require(length >= 0 && length <= batch_.self.lengths[row], "length must be 0 to ",
+            batch_.self.lengths[row], ", got ", length);
+    batch_.self.lengths[row] = length;
     batch_.finished[row] = 0;
 }
 
 void Engine::reset() {
     check_bound();
-    std::fill_n(batch_.lengths, batch_.rows, 0);
-    std::fill_n(batch_.cross_lengths, batch_.rows, 0);
+    std::fill_n(batch_.self.lengths, batch_.rows, 0);
+    std::fill_n(batch_.cross.lengths, batch_.rows, 0);
     std::fill_n(batch_.finished, batch_.rows, 1);
     std::fill_n(batch_.stats, 3 * batch_.rows, 0);
     std::fill(prefilled_.begin(), prefilled_.end(), 0);
@@ -242,7 +237,7 @@ void Engine::read_statistics(int row, kvspn_statistics& statistics) const {
     statistics = {sizeof statistics, 0, 0, 0, 0};
     for (int r = row == -1 ? 0 : row; r < (row == -1 ? batch_.rows : row + 1); ++r) {
         const int32_t* stats = batch_.stats + 3 * int64_t(r);
-        statistics.tokens += std::max<int64_t>(int64_t(batch_.lengths[r]) - prefilled_[r], 0);
+        statistics.tokens += std::max<int64_t>(int64_t(batch_.self.lengths[r]) - prefilled_[r], 0);
         statistics.steps += stats[0];
         statistics.drafted += stats[1];
         statistics.accepted += stats[2];
@@ -251,7 +246,8 @@ void Engine::read_statistics(int row, kvspn_statistics& statistics) const {
 
 int Engine::progress(int row, int32_t* tokens, int capacity) const {
     check_row(row);
-    const int first = prefilled_[row] + 1, end = std::min(batch_.lengths[row] + 1, batch_.token_capacity);
+    const int first = prefilled_[row] + 1,
+              end = std::min(batch_.self.lengths[row] + 1, batch_.token_capacity);
     const int count = std::max(end - first, 0);
     std::copy_n(batch_.tokens + int64_t(row) * batch_.token_capacity + first, std::min(count, capacity),
                 tokens);
@@ -279,12 +275,10 @@ void Engine::base_pass(int thread) {
         linear(thread, &layer.self_norm, x, layer.self_qkv, wide, false, false);
         if (thread == 0) append(int(i));
         team_.barrier();
-        attend(thread, layer_kv(batch_.kv, int(i), batch_.capacity), 1, batch_.lengths, batch_.capacity, true,
-               weights_.heads);
+        attend(thread, batch_.self, int(i), 1, true, weights_.heads);
         linear(thread, nullptr, attended, layer.self_out, x, false, true);
         linear(thread, &layer.cross_norm, x, layer.cross_q, wide, false, false);
-        attend(thread, layer_kv(batch_.cross_kv, int(i), batch_.cross_capacity), 1, batch_.cross_lengths,
-               batch_.cross_capacity, false, weights_.heads);
+        attend(thread, batch_.cross, int(i), 1, false, weights_.heads);
         linear(thread, nullptr, attended, layer.cross_out, x, false, true);
         linear(thread, &layer.ffn_norm, x, layer.fc1, hidden, true, false);
         linear(thread, nullptr, hidden, layer.fc2, x, false, true);
@@ -300,13 +294,11 @@ void Engine::propose(int thread) {
         const int end = (i * weights_.groups / blocks + 1) * size,
                   count = weights_.last_layer_only ? 1 : size;
         linear(thread, &block.kv_norm, x, block.kv_q, wide, false, false);
-        attend(thread, layer_kv(batch_.kv, end - count, batch_.capacity), count, batch_.lengths,
-               batch_.capacity, false, block.kv_q.outputs / weights_.head_dim);
+        attend(thread, batch_.self, end - count, count, false, block.kv_q.outputs / weights_.head_dim);
         linear(thread, nullptr, attended, block.kv_out, x, false, true);
         if (block.cross) {
             linear(thread, &block.cross_norm, x, block.cross_q, wide, false, false);
-            attend(thread, layer_kv(batch_.cross_kv, end - 1, batch_.cross_capacity), 1, batch_.cross_lengths,
-                   batch_.cross_capacity, false, block.cross_q.outputs / weights_.head_dim);
+            attend(thread, batch_.cross, end - 1, 1, false, block.cross_q.outputs / weights_.head_dim);
             linear(thread, nullptr, attended, block.cross_out, x, false, true);
         }
         linear(thread, &block.ffn_norm, x, block.fc1, hidden, true, false);
@@ -350,40 +342,51 @@ void Engine::linear(int thread, const Norm* norm, const float* x, const Matrix& 
 
 // Keys and values of the rows of x go to their positions in one layer's cache.
 void Engine::append(int layer) {
-    const int d = weights_.width, head_dim = weights_.head_dim;
-    char* kv = layer_kv(batch_.kv, layer, batch_.capacity);
+    const int heads = weights_.heads;
     for (int i = 0; i < slot_count_; ++i) {
         const Slot& slot = slots_[i];
         for (int q = 0; q < slot.queries; ++q) {
-            const float* from = wide_.as<float>() + int64_t(slot.first + q) * wide_stride_ + d;
-            for (int n = 0; n < 2 * d; ++n) {
-                const int64_t plane =
-                    (int64_t(n / d) * batch_.rows + slot.row) * weights_.heads + n % d / head_dim;
-                store(batch_.dtype, kv,
-                      (plane * batch_.capacity + slot.position + q) * head_dim + n % head_dim, from[n]);
-            }
+            const float* from = wide_.as<float>() + int64_t(slot.first + q) * wide_stride_ + weights_.width;
+            for (int n = 0; n < 2 * heads; ++n)
+                write(batch_.self, layer, n / heads, slot.row, n % heads, slot.position + q,
+                      from + n * weights_.head_dim);
         }
     }
 }
 
+// One head's key (part 0) or value x [D] at one position.
+void Engine::write(const Cache& cache, int layer, int part, int row, int head, int position, const float* x) {
+    const int64_t at = plane(layer, part, row, head) * cache.capacity + position;
+    const int width = weights_.head_dim;
+    if (cache.scales)
+        cache.scales[at] =
+            kernels_.quantise_int8(x, width, reinterpret_cast<int8_t*>(cache.values) + at * width);
+    else
+        for (int c = 0; c < width; ++c) store(batch_.dtype, cache.values, at * width + c, x[c]);
+}
+
 // Queries in `wide_` -> `attended_`; (row, head) pairs are dealt out to the threads, then a barrier.
-void Engine::attend(int thread, const char* kv, int layers, const int32_t* lengths, int capacity, bool causal,
-                    int query_heads) {
-    const int head_dim = weights_.head_dim, heads = weights_.heads, shared = query_heads / heads;
-    const size_t size = size_of(batch_.dtype);
-    const int64_t plane = int64_t(capacity) * head_dim, values = int64_t(batch_.rows) * heads * plane;
+void Engine::attend(int thread, const Cache& cache, int layer, int layers, bool causal, int query_heads) {
+    const int head_dim = weights_.head_dim, shared = query_heads / weights_.heads;
+    const int64_t values = plane(0, 1, 0, 0) * cache.capacity;  // positions from keys to values
+    const int64_t size = int64_t(head_dim) * int64_t(size_of(batch_.dtype));
     float* scores = scores_.as<float>() + int64_t(thread) * kQueries * scores_stride_;
     for (int task = thread; task < slot_count_ * query_heads; task += team_.size()) {
         const Slot& slot = slots_[task / query_heads];
-        const int query_head = task % query_heads, head = query_head / shared;
-        const char* keys = kv + (int64_t(slot.row) * heads + head) * plane * size;
+        const int query_head = task % query_heads;
+        const int64_t keys = plane(layer, 0, slot.row, query_head / shared) * cache.capacity;
         for (int first = 0; first < slot.queries; first += kQueries) {
             Attention a;
             a.dtype = batch_.dtype;
-            a.keys = keys;
-            a.values = keys + values * size;
+            a.keys = cache.values + keys * size;
+            a.values = cache.values + (keys + values) * size;
             a.stride = head_dim;
-            a.layer_stride = 2 * values;
+            a.layer_stride = 2 * values * head_dim;
+            if (cache.scales) {
+                a.key_scales = cache.scales + keys;
+                a.value_scales = a.key_scales + values;
+                a.scale_layer_stride = 2 * values;
+            }
             a.layers = layers;
             a.width = head_dim;
             a.scale = 1 / std::sqrt(float(head_dim));
@@ -391,7 +394,7 @@ void Engine::attend(int thread, const char* kv, int layers, const int32_t* lengt
             a.scores = scores;
             for (int q = 0; q < a.queries; ++q) {
                 const int64_t row = int64_t(slot.first + first + q) * wide_stride_ + query_head * head_dim;
-                a.lengths[q] = causal ? slot.position + first + q + 1 : lengths[slot.row];
+                a.lengths[q] = causal ? slot.position + first + q + 1 : cache.lengths[slot.row];
                 a.q[q] = wide_.as<float>() + row;
                 a.out[q] = attended_.as<float>() + row;
             }
@@ -485,7 +488,7 @@ void Engine::accept() {
         }
         int32_t* tokens = batch_.tokens + int64_t(slot.row) * batch_.token_capacity + slot.position + 1;
         for (int n = 0; n < count; ++n) tokens[n] = emitted[n];
-        batch_.lengths[slot.row] += count;
+        batch_.self.lengths[slot.row] += count;
         batch_.finished[slot.row] = ended || slot.position + 1 + count >= params_->max_length;
         int32_t* stats = batch_.stats + 3 * int64_t(slot.row);
         stats[0] += 1;
@@ -494,9 +497,9 @@ void Engine::accept() {
     }
 }
 
-char* Engine::layer_kv(char* kv, int layer, int capacity) const {
-    const int64_t elements = int64_t(2) * batch_.rows * weights_.heads * capacity * weights_.head_dim;
-    return kv + layer * elements * int64_t(size_of(batch_.dtype));
+// Which [capacity, D] of a cache.
+int64_t Engine::plane(int layer, int part, int row, int head) const {
+    return ((int64_t(layer) * 2 + part) * batch_.rows + row) * weights_.heads + head;
 }
 
 }  // namespace kvspn

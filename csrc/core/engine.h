@@ -36,12 +36,19 @@ class Engine {
         int32_t id;
         int32_t above;  // tokens in front of the draft
     };
+    // [L, 2, B, H, capacity, D], and of int8 the scales [L, 2, B, H, capacity].
+    struct Cache {
+        char* values;
+        float* scales;
+        int32_t* lengths;
+        int capacity;
+    };
     struct Batch {
-        Dtype dtype;
-        char *kv, *cross_kv;
-        int32_t *lengths, *tokens, *stats, *cross_lengths;
+        Dtype dtype;  // of the caches
+        Cache self, cross;
+        int32_t *tokens, *stats;
         uint8_t* finished;
-        int rows, capacity, cross_capacity, token_capacity;
+        int rows, token_capacity;
     };
 
     void check_bound() const;
@@ -57,10 +64,10 @@ class Engine {
     void linear(int thread, const Norm* norm, const float* x, const Matrix& matrix, float* y, bool gelu,
                 bool accumulate);
     void append(int layer);
-    void attend(int thread, const char* kv, int layers, const int32_t* lengths, int capacity, bool causal,
-                int query_heads);
+    void write(const Cache& cache, int layer, int part, int row, int head, int position, const float* x);
+    void attend(int thread, const Cache& cache, int layer, int layers, bool causal, int query_heads);
     void embed(const int32_t* ids);
-    char* layer_kv(char* kv, int layer, int capacity) const;
+    int64_t plane(int layer, int part, int row, int head) const;
 
     Weights weights_;
     Team team_;

@@ -60,10 +60,14 @@ void check_norm(const kvspn_tensor& weight, const kvspn_tensor& bias, float eps,
 }  // namespace
 
 void check(const kvspn_attention_params& p) {
-    check_tensor("kv", p.kv, kFloats, {-1, 2, -1, -1, -1, -1});
+    check_tensor("kv", p.kv, {Dtype::fp32, Dtype::bf16, Dtype::fp16, Dtype::int8}, {-1, 2, -1, -1, -1, -1});
     const int64_t layers = p.kv.shape[0], rows = p.kv.shape[2], heads = p.kv.shape[3], width = p.kv.shape[5];
-    const auto dtype = {Dtype(p.kv.dtype)};
-    check_tensor("q", p.q, dtype, {rows, -1, -1, width});
+    const bool scaled = p.kv.dtype == KVSPN_INT8;
+    if (scaled)
+        check_tensor("q", p.q, kFloats, {rows, -1, -1, width});
+    else
+        check_tensor("q", p.q, {Dtype(p.kv.dtype)}, {rows, -1, -1, width});
+    const auto dtype = {Dtype(p.q.dtype)};
     const int64_t query_heads = p.q.shape[1], queries = p.q.shape[2];
     check_tensor("lengths", p.lengths, {Dtype::int32}, {rows});
     check_tensor("out", p.out, dtype, {rows, queries, query_heads * width});
@@ -73,6 +77,13 @@ void check(const kvspn_attention_params& p) {
             query_heads);
     require(p.tail || !p.tail_lengths, "tail must be given with tail_lengths, got a null pointer");
     require(!p.tail || p.tail_lengths, "tail_lengths must be given with tail, got a null pointer");
+    require(p.kv_scale || !scaled, "kv_scale must be given with an int8 kv, got a null pointer");
+    require(scaled || !p.kv_scale, "kv_scale must be a null pointer without an int8 kv, got a tensor");
+    require(!p.kv_scale || !p.tail, "tail must be a null pointer beside an int8 kv, got a tensor");
+    if (p.kv_scale) {
+        check_tensor("kv_scale", *p.kv_scale, {Dtype::fp32}, {layers, 2, rows, heads, p.kv.shape[4]});
+        check_rows("kv_scale", *p.kv_scale);
+    }
     require(std::isfinite(p.scale), "scale must be finite, got ", p.scale);
     if (p.tail) {
         check_tensor("tail", *p.tail, dtype, {2, rows, heads, -1, width});

@@ -44,6 +44,13 @@ void flat_kv_attention(const kvspn_attention_params& p) {
         a.width = width;
         a.scale = p.scale;
         a.scores = scores.as<float>();
+        if (p.kv_scale) {
+            const int64_t* scale_at = p.kv_scale->strides;
+            a.key_scales =
+                static_cast<const float*>(p.kv_scale->data) + row * scale_at[2] + head * scale_at[3];
+            a.value_scales = a.key_scales + scale_at[1];
+            a.scale_layer_stride = scale_at[0];
+        }
         if (p.tail) {
             const int64_t* tail_at = p.tail->strides;
             const char* tail_keys = static_cast<const char*>(p.tail->data) +
@@ -66,7 +73,8 @@ void flat_kv_attention(const kvspn_attention_params& p) {
             kernels.attend(a);
             for (int i = 0; i < a.queries; ++i) {
                 const int64_t to = row * out_at[0] + (first + i) * out_at[1] + query_head * width * out_at[2];
-                for (int c = 0; c < width; ++c) store(a.dtype, p.out.data, to + c * out_at[2], a.out[i][c]);
+                for (int c = 0; c < width; ++c)
+                    store(Dtype(p.out.dtype), p.out.data, to + c * out_at[2], a.out[i][c]);
             }
         }
     }

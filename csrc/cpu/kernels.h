@@ -52,10 +52,12 @@ struct Rows {
 // Attention of up to kQueries queries, under one softmax, to the keys of `layers` layers and to a tail.
 struct Attention {
     Dtype dtype = Dtype::fp32;
-    const void *keys = nullptr, *values = nullptr;            // of the first layer: [positions, width]
-    const void *tail_keys = nullptr, *tail_values = nullptr;  // [tail_length, width]
-    int64_t stride = 0, tail_stride = 0;                      // elements from a position to the next
-    int64_t layer_stride = 0;                                 // and from a layer to the next
+    const void *keys = nullptr, *values = nullptr;               // of the first layer: [positions, width]
+    const void *tail_keys = nullptr, *tail_values = nullptr;     // [tail_length, width]
+    int64_t stride = 0, tail_stride = 0;                         // elements from a position to the next
+    int64_t layer_stride = 0;                                    // and from a layer to the next
+    const float *key_scales = nullptr, *value_scales = nullptr;  // of int8, without a tail: [positions]
+    int64_t scale_layer_stride = 0;
     int layers = 1, tail_length = 0;
     int width = 0;
     float scale = 1;
@@ -73,6 +75,8 @@ struct Kernels {
                    bool accumulate);
     // x [count] -> int16, zeros behind it up to `padded`; returns the scale.
     float (*quantise)(const float* x, int count, int padded, int16_t* out);
+    // x [count] -> int8; returns the scale.
+    float (*quantise_int8)(const float* x, int count, int8_t* out);
     void (*attend)(const Attention& attention);
     void (*layer_norm)(const float* x, const float* weight, const float* bias, int width, float* y);
     void (*gelu)(float* x, int count);

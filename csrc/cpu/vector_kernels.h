@@ -20,11 +20,16 @@ typedef uint32_t UVec __attribute__((vector_size(64)));
 typedef int16_t Words __attribute__((vector_size(64)));
 typedef int16_t ShortWords __attribute__((vector_size(32)));
 typedef int8_t Bytes __attribute__((vector_size(32)));
+typedef int8_t ShortBytes __attribute__((vector_size(16)));
 typedef uint16_t Shorts __attribute__((vector_size(32)));
 typedef _Float16 Halves __attribute__((vector_size(32)));
 
 struct Bf16 {
     uint16_t bits;
+};
+
+struct Byte {  // a float of an int8 cache
+    int8_t value;
 };
 
 #define INLINE inline __attribute__((always_inline))
@@ -123,6 +128,19 @@ INLINE Vec widen(const Bf16* p) {
 #endif
 }
 INLINE Vec widen(const _Float16* p) { return __builtin_convertvector(load<Halves>(p), Vec); }
+INLINE Vec widen(const Byte* p) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(p)));
+#elif defined(__AVX2__)
+    struct Pair {
+        __m256 low, high;
+    } pair = {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
+              _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
+    return load<Vec>(&pair);
+#else
+    return __builtin_convertvector(load<ShortBytes>(p), Vec);
+#endif
+}
 
 // `count` < 16 elements, zeros behind them.
 template <class T>
@@ -312,7 +330,9 @@ void linear(const Matrix& m, const Rows& rows, int first, int last, float* y, in
     }
 }
 
-float quantise(const float* x, int count, int padded, int16_t* out) {
+// x [count] -> integers of at most `limit`, in vectors of 16; returns the scale.
+template <class Integers, class Integer>
+INLINE float quantise_to(const float* x, int count, float limit, Integer* out) {
     Vec largest = {}, nan = {};
     for (int c = 0; c < count; c += kLanes) {
         const Vec v = load_some(x + c, count - c);
@@ -321,27 +341,38 @@ float quantise(const float* x, int count, int padded, int16_t* out) {
     }
     float most = largest[0];
     for (int i = 1; i < kLanes; ++i) most = largest[i] > most ? largest[i] : most;
-    const float scale = most / 32767.0f + sum(nan), inverse = most > 0.0f ? 32767.0f / most : 0.0f;
+    const float inverse = most > 0.0f ? limit / most : 0.0f;
     for (int c = 0; c < count; c += kLanes) {
         // Rounded to nearest by the addition of 1.5 * 2^23.
         const Vec v = load_some(x + c, count - c) * inverse + 12582912.0f - 12582912.0f;
-        const auto words = __builtin_convertvector(__builtin_convertvector(v, IVec), ShortWords);
-        __builtin_memcpy(out + c, &words, (count - c < kLanes ? count - c : kLanes) * sizeof(int16_t));
+        const auto integers = __builtin_convertvector(__builtin_convertvector(v, IVec), Integers);
+        __builtin_memcpy(out + c, &integers, (count - c < kLanes ? count - c : kLanes) * sizeof(Integer));
     }
+    return most / limit + sum(nan);
+}
+
+float quantise(const float* x, int count, int padded, int16_t* out) {
     for (int c = count; c < padded; ++c) out[c] = 0;
-    return scale;
+    return quantise_to<ShortWords>(x, count, 32767.0f, out);
+}
+
+float quantise_int8(const float* x, int count, int8_t* out) {
+    return quantise_to<ShortBytes>(x, count, 127.0f, out);
 }
 
 // One layer's keys and values, or the tail's.
 template <class T>
 struct Segment {
     const T *keys, *values;
+    const float *key_scales, *value_scales;
     int64_t stride;
     int longest, scores;  // positions that any query sees; where their scores begin
 
     INLINE Segment(const Attention& a, int i, int longest_layer)
         : keys((const T*)a.keys + i * a.layer_stride),
           values((const T*)a.values + i * a.layer_stride),
+          key_scales(a.key_scales + i * a.scale_layer_stride),
+          value_scales(a.value_scales + i * a.scale_layer_stride),
           stride(a.stride),
           longest(longest_layer),
           scores(i * padded(longest_layer)) {
@@ -377,8 +408,10 @@ INLINE void blend(const Attention& a, int longest, int total, const float* inver
     }
 }
 
-template <class T, int Queries>
+// Width: the most usual one, known to the compiler; or 0.
+template <class T, int Queries, int Width>
 void attend_queries(const Attention& a) {
+    const int width = Width ? Width : a.width;
     const IVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     int longest = 0;
     for (int i = 0; i < Queries; ++i) longest = a.lengths[i] > longest ? a.lengths[i] : longest;
@@ -389,21 +422,22 @@ void attend_queries(const Attention& a) {
         const Segment<T> segment(a, s, longest);
         for (int t = 0; t < segment.longest; t += kLanes) {
             Vec products[Queries][kLanes];
-            for (int j = 0; j < kLanes; ++j) {
+            const T* key = segment.keys + t * segment.stride;
+            const bool whole = t + kLanes <= segment.longest;
+            for (int j = 0; j < kLanes; ++j, key += segment.stride) {
                 Vec acc[Queries] = {};
-                if (t + j < segment.longest) {
-                    const T* key = segment.keys + (t + j) * segment.stride;
-                    for (int c = 0; c < a.width; c += kLanes) {
-                        Vec k = load_some(key + c, a.width - c);
-                        for (int i = 0; i < Queries; ++i)
-                            acc[i] = fma(k, load_some(a.q[i] + c, a.width - c), acc[i]);
-                    }
+                for (int c = 0; c < width && (whole || t + j < segment.longest); c += kLanes) {
+                    const Vec k = load_some(key + c, width - c);
+                    for (int i = 0; i < Queries; ++i)
+                        acc[i] = fma(k, load_some(a.q[i] + c, width - c), acc[i]);
                 }
                 for (int i = 0; i < Queries; ++i) products[i][j] = acc[i];
             }
             for (int i = 0; i < Queries; ++i) {
                 const int length = s < a.layers ? a.lengths[i] : a.tail_length;
-                Vec score = select(lane + t < length, sums(products[i]) * a.scale, fill(-__builtin_inff()));
+                Vec score = sums(products[i]) * a.scale;
+                if (a.key_scales) score *= load_some(segment.key_scales + t, segment.longest - t);
+                score = select(lane + t < length, score, fill(-__builtin_inff()));
                 store(a.scores + (int64_t)i * total + segment.scores + t, score);
                 maximum[i] = larger(maximum[i], score);
             }
@@ -423,24 +457,36 @@ void attend_queries(const Attention& a) {
             denominator += p;
         }
         inverse[i] = keys ? 1.0f / sum(denominator) : 0.0f;
+        for (int s = 0; a.value_scales && s < a.layers; ++s) {
+            const Segment<T> segment(a, s, longest);
+            for (int t = 0; t < longest; t += kLanes) {
+                float* p = scores + segment.scores + t;
+                store(p, load<Vec>(p) * load_some(segment.value_scales + t, longest - t));
+            }
+        }
     }
     int c = 0;
     for (; c + 4 * kLanes <= a.width; c += 4 * kLanes) blend<T, Queries, 4>(a, longest, total, inverse, c);
     for (; c < a.width; c += kLanes) blend<T, Queries, 1>(a, longest, total, inverse, c);
 }
 
-template <class T>
-void attend_of(const Attention& a) {
+template <class T, int Width>
+void attend_width(const Attention& a) {
     switch (a.queries) {
         case 1:
-            return attend_queries<T, 1>(a);
+            return attend_queries<T, 1, Width>(a);
         case 2:
-            return attend_queries<T, 2>(a);
+            return attend_queries<T, 2, Width>(a);
         case 3:
-            return attend_queries<T, 3>(a);
+            return attend_queries<T, 3, Width>(a);
         default:
-            return attend_queries<T, 4>(a);
+            return attend_queries<T, 4, Width>(a);
     }
+}
+
+template <class T>
+void attend_of(const Attention& a) {
+    return a.width == 64 ? attend_width<T, 64>(a) : attend_width<T, 0>(a);
 }
 
 void attend(const Attention& a) {
@@ -449,6 +495,8 @@ void attend(const Attention& a) {
             return attend_of<Bf16>(a);
         case Dtype::fp16:
             return attend_of<_Float16>(a);
+        case Dtype::int8:
+            return attend_of<Byte>(a);
         default:
             return attend_of<float>(a);
     }
@@ -491,6 +539,6 @@ void gelu(float* x, int count) {
 }  // namespace
 
 extern const Kernels KVSPN_KERNELS;
-const Kernels KVSPN_KERNELS = {KVSPN_KERNELS_NAME, linear, quantise, attend, layer_norm, gelu};
+const Kernels KVSPN_KERNELS = {KVSPN_KERNELS_NAME, linear, quantise, quantise_int8, attend, layer_norm, gelu};
 
 }  // namespace kvspn

@@ -151,6 +151,7 @@ cuda::Table Engine::upload(const Table& table) {
 
 void Engine::bind(const kvspn_batch& b) {
     const auto [rows, capacity, cross, ids] = check_batch(b, weights_);
+    require(b.kv.dtype != KVSPN_INT8, "kv must be fp32, bf16 or fp16 on a CUDA device, got int8");
     require(rows <= cuda::kMaxBatch, "kv must have at most ", cuda::kMaxBatch, " rows, got ", rows);
     const int64_t head_bytes = weights_.head_dim * int64_t(size_of(Dtype(b.kv.dtype)));
     require(head_bytes % 16 == 0 && head_bytes <= cuda::kMaxHeadBytes, "kv must have heads of 16 to ",

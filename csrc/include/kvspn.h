@@ -62,8 +62,8 @@ typedef struct kvspn_engine_params {
     int32_t threads; /* the caller's among them; 0: as many as there are cores */
 } kvspn_engine_params;
 
-/* Everything that a batch is, each with the letters of its shape. kv and cross_kv: one dtype, FP32, BF16 or
- * FP16; all contiguous. Row b holds lengths[b] + 1 tokens; the newest is not in the cache yet. */
+/* Everything that a batch is, each with the letters of its shape. kv and cross_kv: one dtype, FP32, BF16,
+ * FP16 or INT8; all contiguous. Row b holds lengths[b] + 1 tokens; the newest is not in the cache yet. */
 typedef struct kvspn_batch {
     uint32_t struct_size;
     kvspn_tensor kv;            /* [L, 2, B, H, S, D] */
@@ -73,6 +73,9 @@ typedef struct kvspn_batch {
     kvspn_tensor stats;         /* int32 [B, 3]: steps, drafted, accepted */
     kvspn_tensor cross_kv;      /* [L, 2, B, H, E, D] */
     kvspn_tensor cross_lengths; /* int32 [B] */
+    /* FP32 [L, 2, B, H, S] and [L, 2, B, H, E], what the D values of a position are times; or NULL, but
+     * where the caches are INT8. */
+    const kvspn_tensor *kv_scale, *cross_kv_scale;
 } kvspn_batch;
 
 typedef struct kvspn_step_params {
@@ -110,10 +113,10 @@ KVSPN_API const char* kvspn_last_error(void);
  *
  * "cuda" in the library for CUDA devices, which is the same but for this: the tensors of a batch, the encoder
  * states and the masks are in the device's memory, the weights in the host's, int4 in groups of 8, 16, 32,
- * ...; work is put on the default stream, step and generate without on_step do not wait for it, and an error
- * of the device may come out of a later call; a row whose length is out of bounds is left alone. The
- * environment variable KVSPN_CUDA_STEP says how steps run there: "persistent" (the default: one launch, for
- * all the steps of generate too), "graph" or "kernels". */
+ * ..., caches are not INT8; work is put on the default stream, step and generate without on_step do not wait
+ * for it, and an error of the device may come out of a later call; a row whose length is out of bounds is
+ * left alone. The environment variable KVSPN_CUDA_STEP says how steps run there: "persistent" (the default:
+ * one launch, for all the steps of generate too), "graph" or "kernels". */
 KVSPN_API const char* kvspn_instruction_set(void);
 
 /* Packs the weights, which may be freed afterwards. Names and shapes are those of kvspn/ops/weights.py:
@@ -168,7 +171,8 @@ typedef struct kvspn_stream {
     void* context;
 } kvspn_stream;
 
-/* Queries over the keys of several layers as one sequence. One dtype: FP32, BF16 or FP16. */
+/* Queries over the keys of several layers as one sequence. One dtype: FP32, BF16 or FP16; on the CPU kv may
+ * be INT8. */
 typedef struct kvspn_attention_params {
     uint32_t struct_size;
     kvspn_tensor q;                   /* [B, Hq, Q, D] */
@@ -180,6 +184,7 @@ typedef struct kvspn_attention_params {
     float scale;                      /* of the scores; usually D ** -0.5 */
     int32_t causal;                   /* query i sees lengths[b] + i + 1 positions instead of lengths[b] */
     int32_t part, parts;              /* this call's share of the work; threads of the caller take one each */
+    const kvspn_tensor* kv_scale;     /* FP32 [n, 2, B, H, S] of an INT8 kv, which has no tail; or NULL */
     const kvspn_stream* stream;       /* CUDA, where part is 0 of 1; or NULL */
 } kvspn_attention_params;
 

@@ -131,7 +131,9 @@ class Batch {
             tensor("finished", finished_, KVSPN_BOOL, {kRows}),
             tensor("stats", stats_, KVSPN_INT32, {kRows, 3}),
             tensor("cross_kv", cross_.data(), KVSPN_FP32, {kLayers, 2, kRows, kHeads, kStates, head}),
-            tensor("cross_lengths", cross_lengths_, KVSPN_INT32, {kRows})};
+            tensor("cross_lengths", cross_lengths_, KVSPN_INT32, {kRows}),
+            nullptr,
+            nullptr};
         CHECK(kvspn_engine_bind(engine, &batch) == KVSPN_OK);
         Noise noise;
         for (float& value : states_) value = noise.next();

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvspn.cli.common import whole_numbers, write_json
+from kvspn.cli.common import KV, whole_numbers, write_json
 
 if TYPE_CHECKING:
     from kvspn.comparison import Change
@@ -69,6 +69,7 @@ def bench(
             show_default="the shape's own",
         ),
     ] = None,
+    kv: KV = None,
     peers: Annotated[
         bool,
         typer.Option("--peers", help="Also transformers, CTranslate2, OpenVINO and ONNX Runtime."),
@@ -170,6 +171,7 @@ def bench(
             batches=many,
             lengths=long,
             cold=cold,
+            kv=[kv] if kv else (),
         )
         rows: list[Row] = found["rows"]
         document: dict[str, Any] = {**found, "rows": [asdict(row) for row in rows]}
@@ -249,7 +251,7 @@ def _table(title: str, rows: list[Row]) -> Table:
         digits = 3 if "/" in row.what else 2
         table.add_row(
             _case_name(row),
-            f"{row.backend} {row.weights}",
+            f"{row.backend} {row.weights}{f', {row.kv} KV' if row.kv else ''}",
             *(f"{value:.{digits}f}" for value in (row.ms_median, row.ms_min, row.ms_max)),
             f"{row.gb_per_s:.1f}",
             f"{row.percent_of_measured_peak:.0f}%",

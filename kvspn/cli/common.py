@@ -63,6 +63,16 @@ Weights = Annotated[
     ),
 ]
 
+KV = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        metavar="FORMAT",
+        help="The decoder's caches of keys and values: int8, half the bytes of bf16.",
+        show_default="that of the embeddings",
+    ),
+]
+
 Model = Annotated[
     Path | None,
     typer.Option(
@@ -112,10 +122,12 @@ def silence_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def open_translator(model: Path | None, backend: str | None, weights: str | None = None) -> Translator:
+def open_translator(
+    model: Path | None, backend: str | None, weights: str | None = None, kv: str | None = None
+) -> Translator:
     """The model of the --model option, with a note on the terminal while it loads."""
     with Console(stderr=True).status("Loading the model"):
         from kvspn.translator import Translator
 
         silence_transformers()
-        return Translator.from_folder(model, backend, weights)
+        return Translator.from_folder(model, backend, weights, kv)

@@ -27,7 +27,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from kvspn.cli.common import Backend, Model, Weights, open_translator, parse_k, silence_transformers
+from kvspn.cli.common import KV, Backend, Model, Weights, open_translator, parse_k, silence_transformers
 
 if TYPE_CHECKING:
     from kvspn.assets import SpokenSentence
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from kvspn.translator import Translator
 
     Outputs = Mapping[int | str, Sequence[Output]]
-    Opened = tuple[Path | None, str | None, str | None]  # model, backend, weights: what a worker opens again
+    # model, backend, weights, kv: what a worker opens again
+    Opened = tuple[Path | None, str | None, str | None, str | None]
 
 _worker_decoder: ClipDecoder  # of a worker process
 
@@ -78,6 +79,7 @@ def evaluate(
     model: Model = None,
     backend: Backend = None,
     weights: Weights = None,
+    kv: KV = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -97,7 +99,8 @@ def evaluate(
         raise ValueError(f"{output}: no such folder to write to")
     names = [each.value for each in sets or TestSet]
     chosen = {name: read_manifest(name)[:limit] for name in names}
-    translator = open_translator(model, backend, weights)
+    opened = (model, backend, weights, kv)
+    translator = open_translator(*opened)
     rows: list[Row] = []
     progress = Progress(
         TextColumn("{task.description}"),
@@ -108,7 +111,7 @@ def evaluate(
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
-    with _decoder(translator, (model, backend, weights), ks, workers) as decode, progress:
+    with _decoder(translator, opened, ks, workers) as decode, progress:
         for name, clips in chosen.items():
             rows += score(name, progress.track(decode(clips), len(clips), description=name))
     Console().print(_table(rows))
@@ -176,6 +179,7 @@ def _machine(translator: Translator, model: Path | None) -> dict[str, Any]:
         "parameters": translator.model.num_parameters(),
         "backend": translator.backend,
         "weights": translator.weights or "fp32",
+        "kv": translator.kv,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "cpu": cpu(),

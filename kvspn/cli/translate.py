@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from kvspn.cli.common import Backend, K, Model, Weights, muted_stderr, open_translator, print_error
+from kvspn.cli.common import KV, Backend, K, Model, Weights, muted_stderr, open_translator, print_error
 
 if TYPE_CHECKING:
     from kvspn.translator import Translation
@@ -46,6 +46,7 @@ def translate(
     model: Model = None,
     backend: Backend = None,
     weights: Weights = None,
+    kv: KV = None,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="Print one JSON document: a list with text and figures of each file."),
@@ -59,7 +60,7 @@ def translate(
     """
     from kvspn.audio import AudioError, load_audio
 
-    translator = open_translator(model, backend, weights)
+    translator = open_translator(model, backend, weights, kv)
     for code in {target, source} - {"auto"}:
         translator.check_language(code)
     live = sys.stdout.isatty() and not as_json  # text as it comes; the progress bar is for the other cases

@@ -39,7 +39,12 @@ class GenerationMixin:
     """Replaces Whisper's `generate`."""
 
     def engine(
-        self, batch: int, cross_capacity: int, backend: str | None = None, weights: str | None = None
+        self,
+        batch: int,
+        cross_capacity: int,
+        backend: str | None = None,
+        weights: str | None = None,
+        kv: str | None = None,
     ) -> Engine:
         """An engine with this model's present weights; may be handed to `generate` again and again.
 
@@ -48,6 +53,7 @@ class GenerationMixin:
             cross_capacity: encoder positions that a row may hold.
             backend: a name from `kvspn.engines.backends`; None is the fastest that is here.
             weights: "bf16", "int8/int4", ... (see `kvspn.quantisation.quantise`); None leaves them.
+            kv: "int8" for int8 caches; None for those of the embeddings' dtype.
         """
         named = decoder_weights(self)
         return engine(
@@ -56,6 +62,7 @@ class GenerationMixin:
             batch=batch,
             capacity=self.config.max_target_positions,
             cross_capacity=cross_capacity,
+            kv=kv,
         )
 
     @torch.no_grad()

@@ -47,6 +47,15 @@ class Shapes:
         if sizes[-1] > 1 and value.stride(-1) != 1:
             raise ValueError(f"{name} must be contiguous in its last dimension, got strides {value.stride()}")
 
+    def cache(self, name: str, value: object, scale: object, shape: str) -> None:
+        """Check a cache, and its scales: fp32, one for each position and head of an int8 cache, else None."""
+        self.tensor(name, value, shape, (*FLOATS, torch.int8))
+        assert isinstance(value, Tensor)
+        if value.dtype == torch.int8:
+            self.tensor(f"{name}_scale", scale, shape.rpartition(" ")[0], (torch.float32,))
+        elif scale is not None:
+            raise ValueError(f"{name}_scale must be None beside a {short(value.dtype)} {name}, got a tensor")
+
     def _fits(self, letter: str, size: int) -> bool:
         if letter == "?":
             return True
@@ -82,6 +91,11 @@ def same_dtype(name: str, value: Tensor, owner: str, dtype: torch.dtype) -> None
     """Check that ``value`` has the dtype of another argument, ``owner``."""
     if value.dtype != dtype:
         raise TypeError(f"{name} must be {short(dtype)} like {owner}, got {short(value.dtype)}")
+
+
+def part(kv_scale: Tensor | None, *index: slice | int) -> Tensor | None:
+    """The scales of a part of a cache."""
+    return None if kv_scale is None else kv_scale[index]
 
 
 def short(dtype: torch.dtype) -> str:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvspn.ops._checks import FLOATS, INT32, Shapes
+from kvspn.ops._checks import INT32, Shapes
 from kvspn.ops._library import register
 
 
-def check(kv: Tensor, rows: Tensor, source: Tensor, start: Tensor) -> None:
+def check(kv: Tensor, rows: Tensor, source: Tensor, start: Tensor, kv_scale: Tensor | None = None) -> None:
     shapes = Shapes()
-    shapes.tensor("kv", kv, "L 2 B H S D", FLOATS)
+    shapes.cache("kv", kv, kv_scale, "L 2 B H S D")
     shapes.tensor("rows", rows, "B", INT32)
     shapes.tensor("source", source, "B M", INT32)
     shapes.tensor("start", start, "B", INT32)
 
 
-def reference(kv: Tensor, rows: Tensor, source: Tensor, start: Tensor) -> None:
+def reference(
+    kv: Tensor, rows: Tensor, source: Tensor, start: Tensor, kv_scale: Tensor | None = None
+) -> None:
     """Position start[b] + m of row b takes what position source[b, m] of row rows[b] held before the call.
 
     In every layer, keys and values alike. All reads come before all writes, so sources and targets may
@@ -24,9 +26,10 @@ def reference(kv: Tensor, rows: Tensor, source: Tensor, start: Tensor) -> None:
     positions; for beams, rows names the parents, start = 0 and source = 0, 1, 2 ... . Lengths do not move.
 
     Args:
-        kv: the cache [L, 2, B, H, S, D], fp32, bf16 or fp16; changed in place.
+        kv: the cache [L, 2, B, H, S, D], fp32, bf16, fp16 or int8; changed in place.
         rows: int32 [B]. source: int32 [B, M]. start: int32 [B].
             A move with an index outside the cache, at its source or target, is left out: -1 in source pads.
+        kv_scale: fp32 [L, 2, B, H, S], of an int8 cache; moved with it.
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is written.
@@ -39,14 +42,15 @@ def reference(kv: Tensor, rows: Tensor, source: Tensor, start: Tensor) -> None:
         pairs = [(p, first + m) for m, p in enumerate(source[b].tolist())]
         pairs = [(p, t) for p, t in pairs if 0 <= p < capacity and 0 <= t < capacity]
         read, write = [p for p, _ in pairs], [t for _, t in pairs]
-        moves.append((b, write, kv[:, :, row, :, read]))
-    for b, write, held in moves:
-        kv[:, :, b, :, write] = held
+        for buffer in (kv,) if kv_scale is None else (kv, kv_scale):
+            moves.append((buffer, b, write, buffer[:, :, row, :, read]))
+    for buffer, b, write, held in moves:
+        buffer[:, :, b, :, write] = held
 
 
 compact_kv = register(
-    "compact_kv(Tensor(a!) kv, Tensor rows, Tensor source, Tensor start) -> ()",
+    "compact_kv(Tensor(a!) kv, Tensor rows, Tensor source, Tensor start, Tensor(b!)? kv_scale=None) -> ()",
     check=check,
-    fake=lambda kv, rows, source, start: None,
+    fake=lambda kv, rows, source, start, kv_scale=None: None,
     reference=reference,
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvspn.ops._checks import BOOL, FLOATS, INT32, Shapes, boolean, integer, same_dtype
+from kvspn.ops._checks import BOOL, FLOATS, INT32, Shapes, boolean, integer, part, same_dtype
 from kvspn.ops._library import register
 from kvspn.ops.accept_and_rollback import reference as accept_and_rollback
 from kvspn.ops.append_kv import reference as append_kv
@@ -30,6 +30,8 @@ REFERENCE = SimpleNamespace(
 )
 """The ops that a step is composed of; a backend brings its own by these names."""
 
+_ALL = (slice(None), slice(None))  # layers, and keys and values alike
+
 
 def check(
     kv: Tensor,
@@ -47,14 +49,16 @@ def check(
     use_draft: bool = True,
     groups: int = 0,
     last_layer_only: bool = False,
+    kv_scale: Tensor | None = None,
+    cross_kv_scale: Tensor | None = None,
 ) -> None:
     shapes = Shapes()
-    shapes.tensor("kv", kv, "L 2 B H S D", FLOATS)
+    shapes.cache("kv", kv, kv_scale, "L 2 B H S D")
     shapes.tensor("lengths", lengths, "B", INT32)
     shapes.tensor("tokens", tokens, "B N", INT32)
     shapes.tensor("finished", finished, "B", BOOL)
     shapes.tensor("stats", stats, "B 3", INT32)
-    shapes.tensor("cross_kv", cross_kv, "L 2 B H E D", FLOATS)
+    shapes.cache("cross_kv", cross_kv, cross_kv_scale, "L 2 B H E D")
     same_dtype("cross_kv", cross_kv, "kv", kv.dtype)
     shapes.tensor("cross_lengths", cross_lengths, "B", INT32)
     w = DecoderWeights.unflatten(
@@ -62,7 +66,8 @@ def check(
     )
     shapes.sizes |= {"V": w.embed_tokens.shape[0], "H*D": shapes["H"] * shapes["D"]}
     shapes.tensor("weights[0] (embed_tokens)", w.embed_tokens, "V H*D", FLOATS)
-    same_dtype("weights[0] (embed_tokens)", w.embed_tokens, "kv", kv.dtype)
+    if kv_scale is None:
+        same_dtype("weights[0] (embed_tokens)", w.embed_tokens, "kv", kv.dtype)
     if mask is not None:
         shapes.tensor("mask", mask, "V", FP32)
     integer("k", k, 1, K_INF)
@@ -89,6 +94,8 @@ def reference(
     use_draft: bool = True,
     groups: int = 0,
     last_layer_only: bool = False,
+    kv_scale: Tensor | None = None,
+    cross_kv_scale: Tensor | None = None,
 ) -> None:
     """One step of KVSPN decoding ("Parasitic dual-scale modelling", arXiv 2508.11189), all in place.
 
@@ -97,15 +104,17 @@ def reference(
     the lengths roll back what was rejected. Without a draft: one plain greedy step.
 
     Args:
-        kv: [L, 2, B, H, S, D], fp32, bf16 or fp16; the positions of this step are written.
+        kv: [L, 2, B, H, S, D], fp32, bf16, fp16 or int8; the positions of this step are written.
         lengths, tokens, finished, stats: as in :func:`accept_and_rollback`.
         cross_kv: [L, 2, B, H, E, D] in kv's dtype, with cross_lengths int32 [B].
-        weights: ``DecoderWeights.flatten()``, embeddings in kv's dtype.
+        weights: ``DecoderWeights.flatten()``, embeddings in kv's dtype unless that is int8.
         mask: fp32 [V], added to the logits of base model and draft network alike.
         k, eos, max_length: as in :func:`accept_and_rollback`; max_length is at most S and the number of
             positions too.
         use_draft: False for a plain greedy step.
         groups, last_layer_only: as in ``DecoderWeights``.
+        kv_scale, cross_kv_scale: fp32 [L, 2, B, H, S] and [L, 2, B, H, E], of int8 caches; kv_scale is
+            written with kv.
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is written.
@@ -114,8 +123,9 @@ def reference(
         weights, heads=kv.shape[3], num_layers=kv.shape[0], groups=groups, last_layer_only=last_layer_only
     )
     step_rows(
-        w, kv, lengths, tokens, finished, stats, cross_kv, cross_lengths, mask, k, eos, max_length, use_draft
-    )
+        w, kv, lengths, tokens, finished, stats, cross_kv, cross_lengths, mask, k, eos, max_length, use_draft,
+        kv_scale, cross_kv_scale,
+    )  # fmt: skip
 
 
 def step_rows(
@@ -132,6 +142,8 @@ def step_rows(
     eos: int,
     max_length: int,
     use_draft: bool,
+    kv_scale: Tensor | None = None,
+    cross_kv_scale: Tensor | None = None,
 ) -> None:
     """The step on named weights, unchecked: each unfinished row alone, as a batch of one."""
     for b, done in enumerate(finished.tolist()):
@@ -153,6 +165,8 @@ def step_rows(
             eos,
             max_length,
             use_draft,
+            part(kv_scale, *_ALL, row),
+            part(cross_kv_scale, *_ALL, row),
         )
 
 
@@ -171,14 +185,16 @@ def step(
     eos: int,
     max_length: int,
     use_draft: bool,
+    kv_scale: Tensor | None = None,
+    cross_kv_scale: Tensor | None = None,
 ) -> None:
     """The step of all rows together, unchecked, composed from the ops of a backend; nothing is read back."""
     newest = tokens.gather(1, lengths[:, None].long())
     draft = newest[:, :0]
     if use_draft:
-        draft = propose(w, newest, kv, lengths, cross_kv, cross_lengths, mask, ops)
+        draft = propose(w, newest, kv, lengths, cross_kv, cross_lengths, mask, ops, kv_scale, cross_kv_scale)
     ids = torch.cat([newest, draft], dim=1)
-    x = base_pass(w, ids, kv, lengths, cross_kv, cross_lengths, finished, ops)
+    x = base_pass(w, ids, kv, lengths, cross_kv, cross_lengths, finished, ops, kv_scale, cross_kv_scale)
     argmax, rank = ops.lm_head_verify(x, w.head.weight, draft, mask, w.head.scale, *w.norm)
     ops.accept_and_rollback(tokens, lengths, finished, stats, draft, argmax, rank, k, eos, max_length)
 
@@ -202,12 +218,14 @@ def composed(ops: Any) -> Callable[..., None]:
         use_draft: bool = True,
         groups: int = 0,
         last_layer_only: bool = False,
+        kv_scale: Tensor | None = None,
+        cross_kv_scale: Tensor | None = None,
     ) -> None:
         w = DecoderWeights.unflatten(
             weights, heads=kv.shape[3], num_layers=kv.shape[0], groups=groups, last_layer_only=last_layer_only
         )
         state = kv, lengths, tokens, finished, stats, cross_kv, cross_lengths
-        step(ops, w, *state, mask, k, eos, max_length, use_draft)
+        step(ops, w, *state, mask, k, eos, max_length, use_draft, kv_scale, cross_kv_scale)
 
     return kernel
 
@@ -221,6 +239,8 @@ def base_pass(
     cross_lengths: Tensor,
     finished: Tensor | None = None,
     ops: Any = REFERENCE,
+    kv_scale: Tensor | None = None,
+    cross_kv_scale: Tensor | None = None,
 ) -> Tensor:
     """Run tokens int32 [B, Q] at positions lengths[b] ... through the base model's layers.
 
@@ -230,11 +250,12 @@ def base_pass(
     x = embed(w, ids, lengths)
     for i, layer in enumerate(w.layers):
         q, k, v = split_heads(linear(ops, x, layer.self_qkv, layer.self_norm), 3, w.heads)
-        ops.append_kv(kv, k, v, lengths, i, finished)
-        heads = ops.flat_kv_attention(q, kv[i : i + 1], lengths, True)
+        here = slice(i, i + 1)
+        ops.append_kv(kv, k, v, lengths, i, finished, kv_scale)
+        heads = ops.flat_kv_attention(q, kv[here], lengths, True, kv_scale=part(kv_scale, here))
         x = linear(ops, heads, layer.self_out, residual=x)
-        cross = cross_kv[i : i + 1]
-        x = attend(ops, x, layer.cross_norm, layer.cross_q, layer.cross_out, cross, cross_lengths)
+        cross, scale = cross_kv[here], part(cross_kv_scale, here)
+        x = attend(ops, x, layer.cross_norm, layer.cross_q, layer.cross_out, cross, cross_lengths, scale)
         x = feed_forward(ops, x, layer.ffn_norm, layer.fc1, layer.fc2)
     return x
 
@@ -248,15 +269,19 @@ def propose(
     cross_lengths: Tensor,
     mask: Tensor | None,
     ops: Any = REFERENCE,
+    kv_scale: Tensor | None = None,
+    cross_kv_scale: Tensor | None = None,
 ) -> Tensor:
     """The draft network's guess int32 [B, 1] of what follows the newest token int32 [B, 1]."""
     x = embed(w, newest, lengths)
     for i, block in enumerate(w.blocks):
         layers = w.group(i)
-        x = attend(ops, x, block.kv_norm, block.kv_q, block.kv_out, kv[layers], lengths)
+        scale = part(kv_scale, layers)
+        x = attend(ops, x, block.kv_norm, block.kv_q, block.kv_out, kv[layers], lengths, scale)
         if block.cross_norm and block.cross_q and block.cross_out:
-            cross = cross_kv[layers.stop - 1 : layers.stop]
-            x = attend(ops, x, block.cross_norm, block.cross_q, block.cross_out, cross, cross_lengths)
+            last = slice(layers.stop - 1, layers.stop)
+            cross, scale = cross_kv[last], part(cross_kv_scale, last)
+            x = attend(ops, x, block.cross_norm, block.cross_q, block.cross_out, cross, cross_lengths, scale)
         x = feed_forward(ops, x, block.ffn_norm, block.fc1, block.fc2)
     if mask is not None and w.draft_ids is not None:
         mask = mask[w.draft_ids]
@@ -272,10 +297,20 @@ def embed(w: DecoderWeights, ids: Tensor, lengths: Tensor) -> Tensor:
     return F.embedding(ids, w.embed_tokens) + F.embedding(positions, w.embed_positions)
 
 
-def attend(ops: Any, x: Tensor, norm: Norm, q: Linear, out: Linear, kv: Tensor, lengths: Tensor) -> Tensor:
+def attend(
+    ops: Any,
+    x: Tensor,
+    norm: Norm,
+    q: Linear,
+    out: Linear,
+    kv: Tensor,
+    lengths: Tensor,
+    kv_scale: Tensor | None,
+) -> Tensor:
     """x [B, Q, d] plus its attention to all the keys of ``kv``."""
     (query,) = split_heads(linear(ops, x, q, norm), 1, q.weight.shape[0] // kv.shape[-1])
-    return linear(ops, ops.flat_kv_attention(query, kv, lengths, False), out, residual=x)
+    heads = ops.flat_kv_attention(query, kv, lengths, False, kv_scale=kv_scale)
+    return linear(ops, heads, out, residual=x)
 
 
 def feed_forward(ops: Any, x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> Tensor:
@@ -307,7 +342,8 @@ def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
 decoder_step = register(
     "decoder_step(Tensor(a!) kv, Tensor(b!) lengths, Tensor(c!) tokens, Tensor(d!) finished, "
     "Tensor(e!) stats, Tensor cross_kv, Tensor cross_lengths, Tensor[] weights, Tensor? mask, "
-    "int k, int eos, int max_length, bool use_draft=True, int groups=0, bool last_layer_only=False) -> ()",
+    "int k, int eos, int max_length, bool use_draft=True, int groups=0, bool last_layer_only=False, "
+    "Tensor(f!)? kv_scale=None, Tensor? cross_kv_scale=None) -> ()",
     check=check,
     fake=lambda *args, **kwargs: None,
     reference=reference,

@@ -17,11 +17,13 @@ def check(
     scale: float | None = None,
     tail: Tensor | None = None,
     tail_lengths: Tensor | None = None,
+    kv_scale: Tensor | None = None,
 ) -> None:
     shapes = Shapes()
-    shapes.tensor("kv", kv, "n 2 B H S D", FLOATS)
+    shapes.cache("kv", kv, kv_scale, "n 2 B H S D")
     shapes.tensor("q", q, "B Hq Q D", FLOATS)
-    same_dtype("q", q, "kv", kv.dtype)
+    if kv_scale is None:
+        same_dtype("q", q, "kv", kv.dtype)
     if shapes["n"] < 1:
         raise ValueError("kv must hold at least one layer, got 0")
     if shapes["H"] < 1 or shapes["Hq"] % shapes["H"]:
@@ -36,6 +38,8 @@ def check(
             f"{missing} must be given with its counterpart, got None: tail and tail_lengths go together"
         )
     if tail is not None:
+        if kv_scale is not None:
+            raise ValueError("tail must be None beside an int8 kv, got a tensor")
         shapes.tensor("tail", tail, "2 B H S' D", FLOATS)
         same_dtype("tail", tail, "kv", kv.dtype)
         shapes.tensor("tail_lengths", tail_lengths, "B", INT32)
@@ -49,6 +53,7 @@ def reference(
     scale: float | None = None,
     tail: Tensor | None = None,
     tail_lengths: Tensor | None = None,
+    kv_scale: Tensor | None = None,
 ) -> Tensor:
     """Q queries over the keys of n layers x T_b positions under one softmax, and an optional tail.
 
@@ -58,13 +63,15 @@ def reference(
 
     Args:
         q: [B, Hq, Q, D], fp32, bf16 or fp16. Hq is a multiple of H; query head h reads key head h * H // Hq.
-        kv: [n, 2, B, H, S, D] in q's dtype: a slice of the cache.
+        kv: [n, 2, B, H, S, D] in q's dtype, or int8: a slice of the cache.
         lengths: int32 [B]. Row b sees T_b = lengths[b] positions of each layer; if causal, query i sees
             lengths[b] + i + 1, the Q queries' own positions being appended already. T_b is kept in 0 .. S.
         causal: see lengths.
         scale: factor on the scores, D ** -0.5 if None.
-        tail: [2, B, H, S', D], further keys and values that every query sees (the draft's own).
+        tail: [2, B, H, S', D], further keys and values that every query sees (the draft's own); none beside
+            an int8 cache.
         tail_lengths: int32 [B], valid positions of the tail, kept in 0 .. S'.
+        kv_scale: fp32 [n, 2, B, H, S], of an int8 cache, whose keys and values are kv times it.
 
     Returns:
         [B, Q, Hq * D] in q's dtype: scores, softmax and sum in fp32, rounded once. A query without keys
@@ -83,6 +90,8 @@ def reference(
             if causal or i == 0:
                 valid = min(max(length + (i + 1 if causal else 0), 0), capacity)
                 flat = _fresh(kv[:, :, b, :, :valid].permute(1, 2, 0, 3, 4)).flatten(2, 3)
+                if kv_scale is not None:
+                    flat *= kv_scale[:, :, b, :, :valid].permute(1, 2, 0, 3).flatten(2)[..., None]
                 if tail is not None:
                     flat = torch.cat([flat, _fresh(tail[:, b, :, : max(tails[b], 0)])], dim=2)
                 keys, values = flat if heads == kv_heads else flat.repeat_interleave(heads // kv_heads, dim=1)
@@ -106,13 +115,14 @@ def fake(
     scale: float | None = None,
     tail: Tensor | None = None,
     tail_lengths: Tensor | None = None,
+    kv_scale: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1] * q.shape[3])
 
 
 flat_kv_attention = register(
     "flat_kv_attention(Tensor q, Tensor kv, Tensor lengths, bool causal, float? scale=None, "
-    "Tensor? tail=None, Tensor? tail_lengths=None) -> Tensor",
+    "Tensor? tail=None, Tensor? tail_lengths=None, Tensor? kv_scale=None) -> Tensor",
     check=check,
     fake=fake,
     reference=reference,
