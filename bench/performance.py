@@ -20,7 +20,8 @@ names its own. How the figures are taken, and what their fields mean, is in [ben
 
 ## The decoder step on a CPU
 
-[step-cpu.json](../bench/results/step-cpu.json), by `kvspn bench --peers --weights {formats} --json ...`:
+[step-cpu.json](../bench/results/step-cpu.json), by
+`kvspn bench --peers --weights {formats} --kv int8 --json ...`:
 {machine}. Batch 1, {kv_length} positions in the self-attention cache, 1,500 of the encoder, random weights.
 "Of peak" is a bare read of as many bytes in the same rounds over the step. The machine is shared and its
 bandwidth swings, so that ratios within a run say more than milliseconds.
@@ -86,7 +87,7 @@ _RATIOS = {
 
 
 RECORDS = {  # and what makes each
-    "step-cpu": "kvspn bench --peers --weights fp32,bf16,int8,int8/int4,int4 --json",
+    "step-cpu": "kvspn bench --peers --weights fp32,bf16,int8,bf16/int4,int8/int4,int4 --kv int8 --json",
     "profile-cpu": "kvspn profile --json",
     "miniature": "kvspn evaluate --k 1,2,3,inf --json",
 }
@@ -120,7 +121,7 @@ def performance() -> str:
             (
                 (
                     row["backend"],
-                    row["weights"],
+                    row["weights"] + (f", {row['kv']} KV" if row["kv"] else ""),
                     f"{row['what']}, {row['rows']} rows" if row["rows"] > 1 else row["what"],
                     f"{row['ms_median']:.2f}",
                     f"{row['ms_min']:.2f}",

@@ -76,12 +76,19 @@ def bench_plots(document: dict[str, Any]) -> dict[str, str]:
     return plots
 
 
+_CASE = ("backend", "weights", "kv", "what", "rows")
+
+
 def _grouped(rows: Iterable[dict[str, Any]], fields: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    names = {"batch": "batch ", "kv_length": "T = "}
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(", ".join(f"{names.get(name, '')}{row[name]}" for name in fields), []).append(row)
+        groups.setdefault(_named(row, fields), []).append(row)
     return groups
+
+
+def _named(row: dict[str, Any], fields: Sequence[str]) -> str:
+    forms = {"batch": "batch {}", "kv_length": "T = {}", "kv": "{} KV", "rows": "rows: {}"}
+    return ", ".join(forms.get(name, "{}").format(row[name]) for name in fields if row[name] is not None)
 
 
 def _rooflines(document: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -110,7 +117,7 @@ def _roofline(axes: Axes, title: str, rows: list[dict[str, Any]], machine: dict[
             linewidth=1,
             label=f"measured: {measured['read_gb_per_s']} GB/s, {fmt} {peak:,.0f} GFLOP/s",
         )
-    for name, group in _grouped(rows, ("backend", "weights")).items():
+    for name, group in _grouped(rows, ("backend", "weights", "kv")).items():
         x = [row["flops"] / row["bytes"] for row in group]
         axes.plot(x, [row["gflop_per_s"] for row in group], "o", markersize=4, label=name)
     reads = [row["flops"] / median(row["read_ms"]) / 1e6 for row in rows]
@@ -130,7 +137,7 @@ def _milliseconds(rows: list[dict[str, Any]]) -> str:
     for y, row in enumerate(rows):
         axes.plot([row["ms_min"], row["ms_max"]], [y, y], color="0.6", linewidth=1)
     axes.plot([row["ms_median"] for row in rows], range(len(rows)), "o", markersize=4)
-    names = [f"{row['backend']} {row['weights']}, {row['what']}, rows: {row['rows']}" for row in rows]
+    names = [_named(row, _CASE) for row in rows]
     axes.set_yticks(range(len(rows)), names, fontsize="x-small")
     axes.set_xscale("log")
     axes.set_xlabel("milliseconds")
@@ -139,7 +146,7 @@ def _milliseconds(rows: list[dict[str, Any]]) -> str:
 
 def _along(field: str, rows: list[dict[str, Any]]) -> str:
     figure, axes = _figure()
-    for name, group in _grouped(rows, ("backend", "weights", "what", "rows")).items():
+    for name, group in _grouped(rows, _CASE).items():
         points = sorted((row[field], row["ms_median"]) for row in group)
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
     axes.set_xscale("log", base=2)
@@ -183,6 +190,7 @@ _COLUMNS: dict[str, tuple[str, str]] = {  # a row's field: heading and format
     "shape": ("shape", "{}"),
     "backend": ("backend", "{}"),
     "weights": ("weights", "{}"),
+    "kv": ("KV", "{}"),
     "cache": ("cache", "{}"),
     "batch": ("batch", "{}"),
     "rows": ("rows", "{}"),

@@ -21,6 +21,7 @@ CASE = {
     "kv_length": 64,
     "device": "cpu",
     "cache": "warm",
+    "kv": None,
 }
 
 

@@ -39,6 +39,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "shape": "whisperM2M",
         "backend": "native",
         "weights": "int8",
+        "kv": None,
         "batch": 1,
         "rows": 2,
         "kv_length": 64,
@@ -55,7 +56,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "whisperM2M/native/int8": {"step_2": {"fastest_peer": "openvino", "over_fastest_peer": 1.5}}
         },
     }
-    rows = [row, {**row, "batch": 4, "ms_median": 77.7}]
+    rows = [row, {**row, "kv": "int8"}, {**row, "batch": 4, "ms_median": 77.7}]
     point = {
         "length": 64,
         "step": 10.0,
@@ -90,6 +91,7 @@ def test_written(folders: Path) -> None:
     assert "| native | int8 | step, 2 rows | 6.54 | 6.00 | 48.7 | 90% | yes |" in page
     assert "| whisperM2M/native/int8 | step 2 | openvino | 1.50 | – | – |" in page
     assert "costs 8% to 8% more" in page and "int4 it falls" not in page  # there is no such row
+    assert "| native | int8, int8 KV | step, 2 rows | 6.54 |" in page
     assert "77.7" not in page  # the tables are of batch 1
     assert "| 64 | 10.00 | 12.00 | 20% | 3.0 |" in page and "33.3" in page
     assert {file.stem for file in (folders / "docs/plots").iterdir()} == set(performance.plots())
