@@ -170,7 +170,9 @@ class CachedEngine(Engine):
             self._first_mask = None
             self._step(first, k, False)
             steps -= 1
-        if steps:
+        if steps == 1:
+            self._step(self._mask, k, draft)
+        elif steps:
             self._run(self._mask, k, draft, steps)
 
     @abc.abstractmethod
@@ -186,9 +188,9 @@ class CachedEngine(Engine):
         """One checked step of every unfinished row."""
 
     def _run(self, mask: Tensor | None, k: int, draft: bool, steps: int) -> None:
-        """That many checked steps, fewer where every row has finished."""
+        """Two checked steps or more, fewer where every row has finished."""
         for _ in range(steps):
-            if steps > 1 and self.finished.all():
+            if self.finished.all():
                 break
             self._step(mask, k, draft)
 

@@ -65,11 +65,12 @@ class NativeEngine(CachedEngine):
         self._engine.prefill(row, count)
 
     def _step(self, mask: Tensor | None, k: int, draft: bool) -> None:
-        self._run(mask, k, draft, 1)
+        mask = None if mask is None else mask.contiguous()
+        self._engine.step(mask, k=k, eos=self._eos, max_length=self._max_length, draft=draft)
 
     def _run(self, mask: Tensor | None, k: int, draft: bool, steps: int) -> None:
         mask = None if mask is None else mask.contiguous()
-        self._engine.step(mask, k=k, eos=self._eos, max_length=self._max_length, draft=draft, steps=steps)
+        self._engine.run(mask, k=k, eos=self._eos, max_length=self._max_length, draft=draft, steps=steps)
 
     def progress(self, row: int) -> list[int]:
         """The tokens that steps have given one row since start(): on a CUDA device also while run() runs."""

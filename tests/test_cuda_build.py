@@ -24,14 +24,10 @@ pytestmark = pytest.mark.skipif(
 
 
 def tool(name: str) -> str:
-    """A binary of the CUDA toolkit, or of the wheels that hold it alone."""
-    found = shutil.which(name)
-    spec = importlib.util.find_spec("nvidia")
-    for folder in [] if found or spec is None else spec.submodule_search_locations or []:
-        for path in Path(folder).glob(f"*/bin/{name}"):
-            path.chmod(0o755)
-            found = str(path)
-    return found or pytest.skip(f"no {name} here")
+    """A binary of the CUDA toolkit, or the one in Triton's wheel."""
+    spec = importlib.util.find_spec("triton")
+    wheel = Path(spec.origin).parent / "backends/nvidia/bin" if spec and spec.origin else Path()
+    return shutil.which(name) or shutil.which(name, path=wheel) or pytest.skip(f"no {name} here")
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

@@ -172,7 +172,7 @@ def test_export(tmp_path: Path):
     assert {re.sub(r"_fp16_\d+\.cubin", "", name) for name in files} >= set(names.split())
     compiler, root = shutil.which("cc"), Path(find_spec("triton").origin).parent
     if compiler:  # the example needs a GPU to run, and finds its kernel in the header before it asks for one
-        example, program = Path(__file__).parents[1] / "csrc/examples/launch_cubin.c", tmp_path / "example"
+        example, program = Path(__file__).parents[1] / "examples/launch_cubin.c", tmp_path / "example"
         headers = [f"-I{folder}" for folder in (tmp_path, root / "backends/nvidia/include")]
         subprocess.run([compiler, "-Wall", "-Werror", *headers, example, "-ldl", "-o", program], check=True)
         ran = subprocess.run([program, tmp_path], capture_output=True, text=True)

@@ -152,7 +152,12 @@ class Engine {
         check(status);
     }
 
-    void step(const py::object& mask, int k, int eos, int max_length, bool draft, int steps) {
+    // One argument fewer than run: pybind11 keeps six without allocating.
+    void step(const py::object& mask, int k, int eos, int max_length, bool draft) {
+        run(mask, k, eos, max_length, draft, 1);
+    }
+
+    void run(const py::object& mask, int k, int eos, int max_length, bool draft, int steps) {
         std::unique_ptr<Tensor> held;
         if (!mask.is_none()) {
             held = std::make_unique<Tensor>("mask", mask);
@@ -202,6 +207,8 @@ PYBIND11_MODULE(KVSPN_MODULE, m) {
         .def("encode", &Engine::encode, py::arg("row"), py::arg("states"))
         .def("prefill", &Engine::prefill, py::arg("row"), py::arg("count"))
         .def("step", &Engine::step, py::arg("mask"), py::kw_only(), py::arg("k"), py::arg("eos"),
-             py::arg("max_length"), py::arg("draft"), py::arg("steps") = 1)
+             py::arg("max_length"), py::arg("draft"))
+        .def("run", &Engine::run, py::arg("mask"), py::kw_only(), py::arg("k"), py::arg("eos"),
+             py::arg("max_length"), py::arg("draft"), py::arg("steps"))
         .def("progress", &Engine::progress, py::arg("row"));
 }

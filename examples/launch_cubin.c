@@ -2,7 +2,7 @@
  * libraries.
  *
  *     kvspn export-kernels --target cuda:90 out
- *     cc -I out -I <a folder with cuda.h> csrc/examples/launch_cubin.c -ldl -o launch_cubin
+ *     cc -I out -I <a folder with cuda.h> examples/launch_cubin.c -ldl -o launch_cubin
  *     ./launch_cubin out
  *
  * The kernel is accept_and_rollback: of a row of two tokens, with the draft 7 confirmed, it makes four. */
