@@ -29,7 +29,7 @@ def test_size_and_format():
     assert sum(file.stat().st_size for file in weights) <= 25e6
     model = WhisperM2MForConditionalGeneration.from_pretrained(bundled_model())
     assert model.dtype == torch.float16
-    assert (model.config.text_encoder_layers, model.config.kvspn_blocks) == (6, 3)
+    assert (model.config.text_encoder_layers, model.config.kvspn_blocks) == (6, 2)
 
 
 @pytest.mark.parametrize("name", ["demo", "unseen", "hard"])
