@@ -47,7 +47,7 @@ def attention_split_kernel(
         keys = tl.load(cache + at, mask=written, other=0).to(tl.float32)
         values = tl.load(cache + kv_part + at, mask=written, other=0).to(tl.float32)
 
-        scores = dot(query, keys, PRECISION) * scale
+        scores = dot(query, keys, tl.zeros((ROWS, SPLIT), tl.float32), PRECISION) * scale
         if kv_scale is not None:
             scales = kv_scale + layer.to(tl.int64) * scale_n + b.to(tl.int64) * scale_b
             scales += h.to(tl.int64) * scale_h + position
@@ -56,7 +56,7 @@ def attention_split_kernel(
         scores = tl.where(position[None, :] < end[:, None], scores, float("-inf"))
         largest = tl.max(scores, axis=1)
         weights = tl.exp(scores - tl.where(end > start, largest, 0)[:, None])
-        out = dot(weights, tl.trans(values), PRECISION)
+        out = dot(weights, tl.trans(values), tl.zeros((ROWS, BLOCK_D), tl.float32), PRECISION)
 
         flat = tl.program_id(1).to(tl.int64) * repeat * queries + row
         at = flat * splits + first_split + tl.program_id(0)

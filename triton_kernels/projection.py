@@ -38,18 +38,18 @@ def project(
             if norm_bias is not None:
                 tile += tl.load(norm_bias + at, mask=at < K, other=0).to(tl.float32)[None, :]
         matrix = _load(weight, weight_stride, scale, scale_stride, group, column, columns, at, K)
-        sums += dot(tile, matrix, PRECISION)
+        sums = dot(tile, matrix, sums, PRECISION)
     return sums
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr):
-    """a @ b.T; elementwise in the interpreter, since NumPy's BLAS treats the rows of a tile unalike."""
+def dot(a, b, sums, PRECISION: tl.constexpr):
+    """sums + a @ b.T; elementwise in the interpreter: NumPy's BLAS treats the rows of a tile unalike."""
     if PRECISION == "elementwise":
-        product = tl.sum(a[:, None, :] * b[None, :, :], axis=2)
+        sums += tl.sum(a[:, None, :] * b[None, :, :], axis=2)
     else:
-        product = tl.dot(a, tl.trans(b), input_precision=PRECISION)
-    return product
+        sums = tl.dot(a, tl.trans(b), sums, input_precision=PRECISION)
+    return sums
 
 
 @triton.jit
