@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from kvspn.training.optimizer import MuonAdamW
+
 Batch = Mapping[str, Tensor]
 Losses = Callable[[Any, Batch], dict[str, Tensor]]
 
@@ -26,6 +28,12 @@ class LossTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         self._losses = losses
         self._parts: dict[str, list[float]] = defaultdict(list)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> MuonAdamW:
+        """Muon and AdamW, whatever the arguments name."""
+        if self.optimizer is None:
+            self.optimizer = MuonAdamW((model or self.model).named_parameters(), self.args.learning_rate)
+        return self.optimizer
 
     def compute_loss(
         self,
@@ -75,7 +83,7 @@ def fit(
     learning_rate: float,
     seed: int,
 ) -> None:
-    """Trains in place: AdamW, linear warm-up and cosine decay, bf16 autocast.
+    """Trains in place: Muon and AdamW, linear warm-up and cosine decay, bf16 autocast.
 
     Keeps checkpoints in `folder`, each evaluated on the `held_out` batches, and goes on from the last one.
     """
@@ -86,8 +94,6 @@ def fit(
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, steps // 12),
-        adam_beta2=0.98,
-        weight_decay=0.01,
         max_grad_norm=1.0,
         bf16=True,
         use_cpu=not torch.cuda.is_available(),
