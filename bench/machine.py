@@ -14,6 +14,7 @@ import torch
 
 import kvspn
 from kvspn.machine import cpu
+from kvspn.timing import synchronise
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -43,17 +44,12 @@ def copy_gb_per_s(device: str, size: int = 1 << 28) -> float:
     target = torch.empty_like(source)
     seconds = []
     for _ in range(10):
-        synchronize(device)
+        synchronise(device)
         begin = time.perf_counter()
         target.copy_(source)
-        synchronize(device)
+        synchronise(device)
         seconds.append(time.perf_counter() - begin)
     return 2 * size / median(seconds) / 1e9
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

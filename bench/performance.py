@@ -36,11 +36,25 @@ Against the fastest peer of the same weight width in the same run:
 
 {limit}
 
+### A cheaper draft network
+
+[step-cpu-cheap-draft.json](../bench/results/step-cpu-cheap-draft.json): the draft network in int4, with a
+short list of {vocabulary:,} of the 51,865 tokens (`kvspn_draft_vocab_size`) and attention to every {stride}
+encoder's positions (`kvspn_encoder_stride`). What KVSPN adds to a plain step (c), so and as in the table above:
+
+{cheap}
+
 ## The miniature
 
 [miniature.json](../bench/results/miniature.json), by `kvspn evaluate --k 1,2,3,inf --json ...`:
 
 {miniature}
+
+Weight formats, caches and other draft networks on the same base, each on the unseen sentences at k = 1 and
+recorded beside it as miniature-....json (`kvspn evaluate --set unseen --k 1`, with `--weights`, `--kv` or
+`--model`):
+
+{variants}
 
 ## Long sequences
 
@@ -52,9 +66,11 @@ A KVSPN step pays off as soon as its acceptance is above the share at which it b
 ![A step at growing lengths](plots/steps.svg)
 
 One group's attention (4 layers, one query), in ms: flattened as kvspn reads it, where it lies; the keys
-concatenated first and given to torch's `scaled_dot_product_attention`; layer by layer, merged; and two
-thinner reads of the same cache, cheaper but at the price of acceptance (the miniature's ablation measures the
-last layer alone; a strided read is not measured, as its utterances are too short to need one).
+concatenated first and given to torch's `scaled_dot_product_attention`; layer by layer, merged; and cheaper
+reads at the price of acceptance: the last layer alone; int8, with a scale for each head and position; the
+newest 64 positions and every fourth of the older ones, or the means of four of them ("pooled").
+
+{accepted}
 
 {attention}
 
@@ -90,6 +106,8 @@ RECORDS = {  # and what makes each
     "step-cpu": "kvspn bench --peers --weights fp32,bf16,int8,bf16/int4,int8/int4,int4 --kv int8 --json",
     "profile-cpu": "kvspn profile --json",
     "miniature": "kvspn evaluate --k 1,2,3,inf --json",
+    "step-cpu-cheap-draft": "kvspn bench --shape whisperM2M --weights bf16/int4,int8/int4 --kv int8"
+    " --draft-vocabulary 12288 --encoder-stride 4 --json",
 }
 
 
@@ -107,7 +125,7 @@ def performance() -> str:
     Raises:
         FileNotFoundError: a record is missing. KeyError: one is of an older version.
     """
-    bench, profile, miniature = map(_record, RECORDS)
+    bench, profile, miniature, cheap = map(_record, RECORDS)
     rows = [row for row in bench["rows"] if row["shape"] != "miniature" and row["batch"] == 1]
     rows = [row for row in rows if row["kv_length"] == rows[0]["kv_length"]]
     summary = bench["summary"]
@@ -154,7 +172,22 @@ def performance() -> str:
             ),
         ),
         limit=_limit(summary),
+        vocabulary=cheap["draft"]["vocabulary"],
+        stride=f"{cheap['draft']['encoder_stride']}th of the",
+        cheap=table(
+            ("", "a second row", "c", "c as above"),
+            (
+                (
+                    key,
+                    f"{cheap['summary']['two_row_cost'][key] - 1:.1%}",
+                    f"{overhead:.1%}",
+                    f"{summary['draft_overhead'][key]:.1%}" if key in summary["draft_overhead"] else "–",
+                )
+                for key, overhead in cheap["summary"]["draft_overhead"].items()
+            ),
+        ),
         miniature=_miniature(miniature["rows"]),
+        variants=_variants(),
         profile=f"{profile['shape']}, {profile['weights']}, {_machine(profile['machine'] | profile)}",
         long=table(
             ("T", "step, ms", "KVSPN step, ms", "breaks even at", "KV, MB"),
@@ -169,6 +202,7 @@ def performance() -> str:
                 for point in profile["points"]
             ),
         ),
+        accepted=_accepted(profile["acceptance"]),
         attention=table(
             ("T", *profile["points"][0]["attention"]),
             (
@@ -225,6 +259,33 @@ def _miniature(rows: Iterable[dict[str, Any]]) -> str:
             )
             for row in rows
         ),
+    )
+
+
+def _variants() -> str:
+    records = sorted(RESULTS.glob("miniature-*.json"))
+    return table(
+        ("variant", "BLEU", "acceptance", "tokens per step", "outputs as in fp32"),
+        (
+            (
+                name,
+                f"{row['bleu']:.1f}",
+                f"{row['acceptance']:.1%}",
+                f"{row['tokens_per_step']:.2f}",
+                "–" if row["identical_to_full"] is None else f"{row['identical_to_full']:.1%}",
+            )
+            for name, row in (
+                (file.stem.partition("-")[2], json.loads(file.read_text("utf-8"))["rows"][0])
+                for file in records
+            )
+        ),
+    )
+
+
+def _accepted(acceptance: dict[str, float | None]) -> str:
+    """What each way to read does to the miniature's drafts."""
+    return "Drafts accepted on the miniature at k = 1: " + "; ".join(
+        f"{name} {'not measured' if value is None else f'{value:.1%}'}" for name, value in acceptance.items()
     )
 
 

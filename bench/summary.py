@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.performance import table
+from kvspn.benchmark import miniature
 
 _PAGE = """\
 # {device}
@@ -133,10 +134,14 @@ def _group(rows: list[dict[str, Any]]) -> str:
     )
 
 
-if __name__ == "__main__":
-    from kvspn import benchmark
+def write_summary(folder: Path) -> None:
+    """summary.json and summary.md beside the records, by the shipped miniature's tokens a step."""
+    figures = miniature()
+    assert figures is not None, "bench/results/miniature.json is missing"
+    found = summary(folder, figures["tokens_per_step"])
+    (folder / "summary.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+    (folder / "summary.md").write_text(page(found), "utf-8")
 
-    out = Path(sys.argv[1])
-    found = summary(out, benchmark._tokens_per_step())
-    (out / "summary.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
-    (out / "summary.md").write_text(page(found), "utf-8")
+
+if __name__ == "__main__":
+    write_summary(Path(sys.argv[1]))

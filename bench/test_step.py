@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from bench.conftest import foreign
-from kvspn import benchmark
-from kvspn.benchmark import step_bytes
+from kvspn.benchmark import begin, capacities, faint_draft, step_bytes
 from kvspn.engines import backends, engine
 from kvspn.ops import K_INF, DecoderWeights
 from kvspn.peers import Problem, Skipped, load
@@ -41,25 +40,14 @@ def made(shape, fmt) -> DecoderWeights:
 
 
 @functools.lru_cache(maxsize=2)
-def weights(shape, fmt, device, faint_draft: bool) -> DecoderWeights:
+def weights(shape, fmt, device, faint: bool) -> DecoderWeights:
     found = made(shape, fmt)
-    if faint_draft:
-        found = benchmark._faint_draft(found)
-    tensors = [tensor.to(device) for tensor in found.flatten()]
-    return DecoderWeights.unflatten(
-        tensors,
-        heads=shape.heads,
-        num_layers=shape.layers,
-        groups=found.groups,
-        last_layer_only=found.last_layer_only,
-    )
+    return (faint_draft(found) if faint else found).to(device)
 
 
 @functools.lru_cache(maxsize=1)
 def problem(shape, device) -> Problem:
-    tensors = [tensor.to(device) for tensor in shape.weights().flatten()]
-    w = DecoderWeights.unflatten(tensors, heads=shape.heads, num_layers=shape.layers)
-    return Problem(w, shape.length, shape.encoder_positions)
+    return Problem(shape.weights().to(device), shape.length, shape.encoder_positions)
 
 
 def heading(kind: str, batch: int) -> str:
@@ -98,11 +86,7 @@ def test_step(timed, request, monkeypatch, device, shape, dtype, backend, kind, 
     int8 = request.config.getoption("--int8")
     dtype = torch.bfloat16 if int8 else dtype
     w = weights(shape, "int8" if int8 else _FORMATS[dtype], device, kind == "two rows")
-    capacity = shape.length + 8
-    runner = engine(name, w, batch=batch, capacity=capacity, cross_capacity=shape.encoder_positions)
-    states = torch.randn(batch, shape.encoder_positions, shape.width, dtype=dtype, device=device)
-    prompt = torch.randint(shape.vocabulary, (batch, shape.length + 1)).tolist()
-    runner.start(states, prompt, eos=-1, max_length=capacity)
+    runner = begin(engine(name, w, batch=batch, **capacities(shape)), shape)
     k, draft = K_INF if kind == "k=inf" else 1, kind != "greedy"
     size = step_bytes(w, shape, batch, kind in ("k=1", "k=inf"))
 

@@ -17,6 +17,7 @@ class Engine:
         groups: int,
         last_layer_only: bool,
         threads: int,
+        encoder_stride: int = 1,
     ) -> None: ...
     def bind(
         self,

@@ -41,6 +41,8 @@ class Shape:
     encoder_positions: int
     length: int  # T, positions in the self-attention cache
     head_dim: int = 64
+    short_list: int = 0  # tokens that the draft network chooses from; 0: all
+    encoder_stride: int = 1  # of the positions that it attends to
 
     @property
     def width(self) -> int:
@@ -56,6 +58,8 @@ class Shape:
             ffn=self.ffn,
             vocabulary=self.vocabulary,
             positions=POSITIONS,
+            short_list=self.short_list,
+            encoder_stride=self.encoder_stride,
         )
 
 
@@ -66,7 +70,7 @@ SHAPES = {
 UNPRUNED = {"whisperM2M": ("whisper-medium", replace(SHAPES["whisperM2M"], layers=24))}
 
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
-_RECORD = Path(__file__).parents[1] / "bench/results/miniature.json"
+_RESULTS = Path(__file__).parents[1] / "bench/results"
 _ROOM = 8  # tokens that an engine can still take
 MAX_LENGTH = POSITIONS - _ROOM
 DERIVED = ("draft", "token")  # rows whose times follow from others'
@@ -85,6 +89,8 @@ def run(
     lengths: Sequence[int] = (),
     cold: bool = False,
     kv: Sequence[str] = (),
+    short_list: int = 0,
+    encoder_stride: int = 1,
 ) -> dict[str, Any]:
     """Times the cases: {"machine", "rows", "summary"} of docs/benchmark.md, with a list of Row.
 
@@ -100,15 +106,23 @@ def run(
         lengths: T, positions in the self-attention cache, 1 to MAX_LENGTH; by default the shape's own.
         cold: with the caches emptied before each timing; peers cannot have that.
         kv: formats of the caches beside that of the embeddings, for kvspn's steps: "int8".
+        short_list: tokens that the draft network chooses from; 0 for the vocabulary.
+        encoder_stride: it attends to every n-th of the encoder's positions.
 
     Raises:
-        ValueError: another format; a length out of range; peers and cold.
+        ValueError: another format; a length, short list or stride out of range; peers and cold.
     """
     if cold and peers:
         raise ValueError("cold must be False with peers, whose steps are timed warm; got True")
     for length in lengths:
         if not 1 <= length <= MAX_LENGTH:
             raise ValueError(f"lengths must be from 1 to {MAX_LENGTH}, got {length}")
+    bases = {}
+    for name in shapes:
+        base = SHAPES[name]
+        if not 0 <= short_list <= base.vocabulary:
+            raise ValueError(f"short_list must be from 0 to {base.vocabulary}, got {short_list}")
+        bases[name] = replace(base, short_list=short_list, encoder_stride=encoder_stride)
     bench = _Bench(rounds, cold, progress, skipped)
     modules = {}
     for peer in peers:
@@ -119,8 +133,7 @@ def run(
     widths: dict[str, list[str]] = {}
     for fmt in formats:
         widths.setdefault(_width(fmt), []).append(fmt)
-    for name in shapes:
-        base = SHAPES[name]
+    for name, base in bases.items():
         progress(f"{name}: random weights")
         made = base.weights()
         first, *_ = lengths or (base.length,)
@@ -133,7 +146,10 @@ def run(
                     for backend in backends:
                         progress(f"{name}: {backend}, {fmt}, batch {batch}, T = {length}")
                         for caches in (None, *kv):
-                            cases += bench.own_cases(name, shape, made, backend, fmt, batch, caches)
+                            cases += _own_cases(
+                                *(name, shape, made, backend, fmt, batch, caches, cold),
+                                bench.tokens_per_step,
+                            )
                 if (batch, length) == (1, first):
                     cases += bench.peer_cases(modules, problem, name, shape, width)
                 bench.time(cases)
@@ -147,7 +163,8 @@ def run(
             problem = Problem(shape.weights(), shape.length, shape.encoder_positions)
             transformers = {"transformers": modules["transformers"]}
             bench.time(list(bench.peer_cases(transformers, problem, name, shape, "fp32")))
-    return bench.document()
+    draft = {"vocabulary": short_list or None, "encoder_stride": encoder_stride}
+    return bench.document() | {"draft": draft}
 
 
 class _Bench:
@@ -156,24 +173,12 @@ class _Bench:
     def __init__(
         self, rounds: int, cold: bool, progress: Callable[[str], None], skipped: Callable[[str], None]
     ) -> None:
-        self._rounds, self._cold = Rounds(rounds, cold), cold
+        self._rounds = Rounds(rounds, cold)
         self._progress, self._skipped = progress, skipped
         self._rows: list[Row] = []
         self._costs: dict[str, dict[str, float]] = {"two_row_cost": {}, "draft_overhead": {}}
         figures = miniature()
-        self._tokens_per_step: float | None = figures["tokens_per_step"] if figures else None
-
-    def own_cases(
-        self,
-        name: str,
-        shape: Shape,
-        made: DecoderWeights,
-        backend: str,
-        fmt: str,
-        batch: int,
-        kv: str | None,
-    ) -> Iterator[Case]:
-        return _own_cases(name, shape, made, backend, fmt, batch, kv, self._cold, self._tokens_per_step)
+        self.tokens_per_step: float | None = figures["tokens_per_step"] if figures else None
 
     def peer_cases(
         self, modules: dict[str, ModuleType], problem: Problem | None, name: str, shape: Shape, fmt: str
@@ -206,8 +211,8 @@ class _Bench:
                 for what, rows in (("step", 1), ("step", 2), ("kvspn_step", 2))
             )
             if case.what == "token":
-                assert self._tokens_per_step
-                case.times = [ms / self._tokens_per_step for ms in whole]
+                assert self.tokens_per_step
+                case.times = [ms / self.tokens_per_step for ms in whole]
             else:
                 case.times = [a - b for a, b in zip(whole, two, strict=True)]
                 self._costs["two_row_cost"][_key(case)] = _ratio(two, one)
@@ -219,7 +224,7 @@ class _Bench:
             "rows": self._rows,
             "summary": {
                 **self._costs,
-                "tokens_per_step": self._tokens_per_step,
+                "tokens_per_step": self.tokens_per_step,
                 "speedup": speedups(self._rows),
             },
         }
@@ -303,7 +308,8 @@ def _cached(shape: Shape, draft: bool) -> int:
     """Values of the caches that a step reads for a row."""
     positions = shape.layers * (shape.length + shape.encoder_positions)
     if draft:
-        positions += shape.layers * shape.length + shape.groups * shape.encoder_positions
+        drafts = -(-shape.encoder_positions // shape.encoder_stride)
+        positions += shape.layers * shape.length + shape.groups * drafts
     return 2 * positions * shape.width
 
 
@@ -316,15 +322,8 @@ def start(
     backend: str, weights: DecoderWeights, shape: Shape, batch: int = 1, kv: str | None = None
 ) -> Engine:
     """An engine of some rows before its next step, ``shape.length`` positions in each one's cache."""
-    device = device_of(backend)
-    weights = DecoderWeights.unflatten(
-        [tensor.to(device) for tensor in weights.flatten()],
-        heads=weights.heads,
-        num_layers=len(weights.layers),
-        groups=weights.groups,
-        last_layer_only=weights.last_layer_only,
-    )
-    return begin(engine(backend, weights, batch=batch, **capacities(shape), kv=kv), shape)
+    on_device = weights.to(device_of(backend))
+    return begin(engine(backend, on_device, batch=batch, **capacities(shape), kv=kv), shape)
 
 
 def capacities(shape: Shape) -> dict[str, int]:
@@ -357,7 +356,7 @@ def _own_cases(
     tokens_per_step: float | None,
 ) -> Iterator[Case]:
     weights = quantisation.quantise(made, fmt)
-    whole, two_row = (start(backend, each, shape, batch, kv) for each in (weights, _faint_draft(weights)))
+    whole, two_row = (start(backend, each, shape, batch, kv) for each in (weights, faint_draft(weights)))
     device = device_of(backend)
 
     def back(engine: Engine) -> None:
@@ -425,7 +424,7 @@ def _allocations(
     return allocations.count(layers, groups, backend, fmt, kv)
 
 
-def _faint_draft(weights: DecoderWeights) -> DecoderWeights:
+def faint_draft(weights: DecoderWeights) -> DecoderWeights:
     """The same decoder with a draft network of next to no cost: a small block, one word to choose from."""
     like = weights.embed_tokens
     block = weights.blocks[0]._replace(
@@ -474,11 +473,16 @@ def _peer_cases(
         )
 
 
-def miniature() -> dict[str, Any] | None:
-    """The shipped miniature's figures on unseen sentences at k = 1; None where their record is not here."""
-    if not _RECORD.exists():
+def miniature(variant: str = "") -> dict[str, Any] | None:
+    """The shipped miniature's figures on unseen sentences at k = 1, or a variant's; None without a record.
+
+    Args:
+        variant: "last-layer", "int8-kv", ...: bench/results/miniature-<variant>.json.
+    """
+    record = _RESULTS / f"miniature{'-' * bool(variant)}{variant}.json"
+    if not record.exists():
         return None
-    rows: list[dict[str, Any]] = json.loads(_RECORD.read_text("utf-8"))["rows"]
+    rows: list[dict[str, Any]] = json.loads(record.read_text("utf-8"))["rows"]
     return next(row for row in rows if (row["set"], row["k"]) == ("unseen", 1))
 
 

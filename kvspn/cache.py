@@ -10,6 +10,14 @@ from kvspn.ops._checks import FLOATS, INT32, Shapes, integer, same_dtype
 from kvspn.ops.append_kv import quantise
 
 
+def draft_first(states: Tensor, stride: int) -> Tensor:
+    """Encoder states [E, d] in the order of the cache: 0, n, 2n, ..., then 1, n + 1, ... for a stride of n.
+
+    To attention an order is nothing; a draft network that attends to every n-th has them in one piece.
+    """
+    return torch.cat([states[first::stride] for first in range(min(stride, len(states)))])
+
+
 class StepCache:
     """One contiguous tensor for all decoder layers, and the encoder's keys and values beside it.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
+import functools
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvspn.cache import StepCache
+from kvspn.cache import StepCache, draft_first
 from kvspn.ops import K_INF, DecoderWeights
 from kvspn.ops._checks import FLOATS, Shapes, integer, part
-from kvspn.ops.decoder_step import REFERENCE, base_pass, step_rows
+from kvspn.ops.decoder_step import REFERENCE, base_pass, step, step_rows
 from kvspn.ops.fused_linear import FP32, dequantise
 
 PREFILL_CHUNK = 16  # query tokens of one pass
@@ -233,7 +234,7 @@ class ReferenceEngine(CachedEngine):
 
     def _cross_kv(self, states: Tensor) -> Tensor:
         """Encoder states [E, d] of one row -> [L, 2, H, E, D]."""
-        states = states.to(torch.float32, copy=True)
+        states = draft_first(states.float(), self._weights.encoder_stride)
         projections = []
         for layer in self._weights.layers:
             weight, bias, scale = layer.cross_kv
@@ -263,7 +264,15 @@ class ReferenceEngine(CachedEngine):
             self.lengths[here] += ids.shape[1]
 
     def _step(self, mask: Tensor | None, k: int, draft: bool) -> None:
-        step_rows(
+        self._call(step_rows, mask, k, draft)
+
+    def _together(self, mask: Tensor | None, k: int, draft: bool) -> None:
+        """The step of all rows at once, by this engine's ops."""
+        self._call(functools.partial(step, self.ops), mask, k, draft)
+
+    def _call(self, made: Callable[..., None], mask: Tensor | None, k: int, draft: bool) -> None:
+        """`step_rows`, or `step` on some ops."""
+        made(
             self._weights,
             self.cache.kv,
             self.lengths,

@@ -49,6 +49,7 @@ def export(model: Any, processor: Any, path: Path, weights: str | None = None) -
         "blocks": len(decoder.blocks),
         "groups": max(decoder.groups, 1),
         "last_layer_only": int(decoder.last_layer_only),
+        "encoder_stride": decoder.encoder_stride,
         "encoder_layers": config.encoder_layers,
         "encoder_heads": config.encoder_attention_heads,
         "encoder_output_positions": int(getattr(config, "encoder_output_positions", False)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,16 +25,8 @@ class NativeEngine(CachedEngine):
     module: ClassVar[ModuleType] = _native
     device: ClassVar[str] = "cpu"
 
-    def __init__(
-        self,
-        weights: DecoderWeights,
-        *,
-        batch: int,
-        capacity: int,
-        cross_capacity: int,
-        kv: str | None = None,
-    ) -> None:
-        super().__init__(weights, batch=batch, capacity=capacity, cross_capacity=cross_capacity, kv=kv)
+    def __init__(self, weights: DecoderWeights, **sizes: Any) -> None:
+        super().__init__(weights, **sizes)
         if self._embed.device.type != self.device:
             raise ValueError(f"weights must be on the device {self.device}, got {self._embed.device}")
         self._engine = self.module.Engine(
@@ -44,6 +36,7 @@ class NativeEngine(CachedEngine):
             blocks=len(weights.blocks),
             groups=weights.groups,
             last_layer_only=weights.last_layer_only,
+            encoder_stride=weights.encoder_stride,
             threads=torch.get_num_threads(),
         )
         self._engine.bind(

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +20,14 @@ from torch.nn import functional as F
 from kvspn.benchmark import SHAPES, miniature
 from kvspn.engines import CachedEngine, engine
 from kvspn.ops import K_INF, flat_kv_attention
+from kvspn.ops.append_kv import quantise as quantise_kv
 from kvspn.quantisation import quantise
 from kvspn.random_decoder import random_decoder
 from kvspn.timing import read_gb_per_s
 
 LENGTHS = tuple(64 << i for i in range(9))  # 64 .. 16,384
-STRIDE = 4  # of the sparse variant
+STRIDE = 4  # of the thinned variants, past the newest positions
+WINDOW = 64
 _CHECK_STEPS = 12
 
 
@@ -63,10 +65,12 @@ class Check:
 
 
 def acceptance() -> dict[str, float | None]:
-    """Of drafts at k = 1 on the miniature, by variant; None where that variant's is not measured."""
-    figures = miniature()
-    measured = figures["acceptance"] if figures else None
-    return {name: measured if name in _SAME_KEYS else None for name in VARIANTS}
+    """Of drafts at k = 1 on the miniature, by variant; None where that variant's is not measured.
+
+    Its utterances end within the window of the thinned ones.
+    """
+    found = {name: miniature(_RECORDS[name]) if name in _RECORDS else None for name in VARIANTS}
+    return {name: figures and figures["acceptance"] for name, figures in found.items()}
 
 
 def speedup(overhead: float, acceptance: float) -> float:
@@ -74,46 +78,97 @@ def speedup(overhead: float, acceptance: float) -> float:
     return (1 + acceptance) / (1 + overhead)
 
 
-def flattened(q: Tensor, kv: Tensor, length: Tensor) -> Tensor:
+class Keys(NamedTuple):
+    """The cache of one group of layers, and what else a variant reads in its place."""
+
+    kv: Tensor  # [n, 2, 1, H, S, D]
+    int8: Tensor  # the same, and its scales [n, 2, 1, H, S]
+    scale: Tensor
+    pooled: Tensor  # [n, 2, 1, H, S / STRIDE, D]: means of neighbours
+
+    @classmethod
+    def of(cls, kv: Tensor) -> Keys:
+        whole = kv[..., : kv.shape[4] // STRIDE * STRIDE, :]
+        return cls(kv, *quantise_kv(kv), whole.unflatten(4, (-1, STRIDE)).mean(5))
+
+
+def flattened(q: Tensor, keys: Keys, length: int) -> Tensor:
     """All layers' keys as one sequence, read where they lie."""
-    return flat_kv_attention(q, kv, length, False)
+    return flat_kv_attention(q, keys.kv, _i32(length), False)
 
 
-def concatenated(q: Tensor, kv: Tensor, length: Tensor) -> Tensor:
+def concatenated(q: Tensor, keys: Keys, length: int) -> Tensor:
     """The same keys copied into one tensor first, then torch's scaled_dot_product_attention."""
-    keys, values = kv[..., : int(length), :].permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
-    return F.scaled_dot_product_attention(q, keys, values).transpose(1, 2).flatten(2)
+    return _attend(q, _one_sequence(keys.kv[..., :length, :]))
 
 
-def merged(q: Tensor, kv: Tensor, length: Tensor) -> Tensor:
+def merged(q: Tensor, keys: Keys, length: int) -> Tensor:
     """Layer by layer, the results weighed by their softmax denominators."""
     outs, denominators = [], []
-    for keys, values in kv[..., : int(length), :]:
-        scores = (q @ keys.transpose(2, 3)).float() * q.shape[-1] ** -0.5
+    for layer, values in keys.kv[..., :length, :]:
+        scores = (q @ layer.transpose(2, 3)).float() * q.shape[-1] ** -0.5
         denominators.append(scores.logsumexp(-1, keepdim=True))
         outs.append(scores.softmax(-1).to(q.dtype) @ values)
     weights = torch.stack(denominators).softmax(0).to(q.dtype)
     return (torch.stack(outs) * weights).sum(0).transpose(1, 2).flatten(2)
 
 
-def last_layer(q: Tensor, kv: Tensor, length: Tensor) -> Tensor:
+def last_layer(q: Tensor, keys: Keys, length: int) -> Tensor:
     """The group's last layer alone: an ablation of the paper's idea."""
-    return flat_kv_attention(q, kv[-1:], length, False)
+    return flat_kv_attention(q, keys.kv[-1:], _i32(length), False)
 
 
-def strided(q: Tensor, kv: Tensor, length: Tensor) -> Tensor:
-    """Every fourth position of every layer, read where it lies."""
-    return flat_kv_attention(q, kv[..., ::STRIDE, :], (length + STRIDE - 1) // STRIDE, False)
+def int8(q: Tensor, keys: Keys, length: int) -> Tensor:
+    """All layers' keys in int8, with a scale for each head and position."""
+    return flat_kv_attention(q, keys.int8, _i32(length), False, kv_scale=keys.scale)
 
 
-_SAME_KEYS = ("flattened", "concatenated", "merged")  # three ways to one result
+def strided(q: Tensor, keys: Keys, length: int) -> Tensor:
+    """The newest positions, copied together, and every fourth of the older ones, where it lies."""
+    return _windowed(q, keys, keys.kv[..., ::STRIDE, :], length)
 
-VARIANTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+
+def pooled(q: Tensor, keys: Keys, length: int) -> Tensor:
+    """The newest positions, copied together, and means of four of the older ones, kept beside the cache."""
+    return _windowed(q, keys, keys.pooled, length)
+
+
+def _windowed(q: Tensor, keys: Keys, thinned: Tensor, length: int) -> Tensor:
+    older = _older(length)
+    window = _one_sequence(keys.kv[..., older:length, :])
+    return flat_kv_attention(
+        q, thinned, _i32(older // STRIDE), False, tail=window, tail_lengths=_i32(window.shape[3])
+    )
+
+
+def _older(length: int) -> int:
+    """Positions before the window of the newest, a multiple of STRIDE."""
+    return max(length - WINDOW, 0) // STRIDE * STRIDE
+
+
+def _one_sequence(kv: Tensor) -> Tensor:
+    """[n, 2, B, H, T, D] -> [2, B, H, n * T, D]."""
+    return kv.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
+
+
+def _attend(q: Tensor, kv: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, *kv).transpose(1, 2).flatten(2)
+
+
+def _i32(length: int) -> Tensor:
+    return torch.tensor([length], dtype=torch.int32)
+
+
+_RECORDS = {"flattened": "", "concatenated": "", "merged": "", "last layer": "last-layer", "int8": "int8-kv"}
+
+VARIANTS: dict[str, Callable[[Tensor, Keys, int], Tensor]] = {
     "flattened": flattened,
     "concatenated": concatenated,
     "merged": merged,
     "last layer": last_layer,
+    "int8": int8,
     "strided": strided,
+    "pooled": pooled,
 }
 
 
@@ -160,12 +215,12 @@ def measure(
     assert isinstance(decoder, CachedEngine)
     decoder.cache.kv.normal_()  # pages that nobody wrote would all be one page of zeros
     group = sizes.layers // sizes.groups
-    kv = decoder.cache.kv[-group:]
+    keys = Keys.of(decoder.cache.kv[-group:])
     points, bandwidth = [], []
     for length in lengths:
         progress(f"{length:,} positions")
         bandwidth.append(read_gb_per_s())
-        points.append(_point(decoder, kv, length, rounds))
+        points.append(_point(decoder, keys, length, rounds))
     progress("checking by real steps")
     checks = [_check(decoder, point, k) for point in _some(points) for k in (1, K_INF)]
     return {
@@ -184,12 +239,11 @@ def _some(points: Sequence[Point]) -> Sequence[Point]:
     return [points[i] for i in sorted({0, len(points) // 2, len(points) - 1})]
 
 
-def _point(decoder: CachedEngine, kv: Tensor, length: int, rounds: int) -> Point:
-    heads, width = kv.shape[3], kv.shape[5]
-    q = torch.randn(1, heads, 1, width).to(kv.dtype)
-    position = torch.tensor([length], dtype=torch.int32)
+def _point(decoder: CachedEngine, keys: Keys, length: int, rounds: int) -> Point:
+    heads, width = keys.kv.shape[3], keys.kv.shape[5]
+    q = torch.randn(1, heads, 1, width).to(keys.kv.dtype)
     cases: dict[str, Callable[[], object]] = {
-        name: lambda variant=variant: variant(q, kv, position)  # type: ignore[misc]
+        name: lambda variant=variant: variant(q, keys, length)  # type: ignore[misc]
         for name, variant in VARIANTS.items()
     }
     cases |= {"step": lambda: decoder.step(1, False), "kvspn_step": lambda: decoder.step(1, True)}
@@ -205,29 +259,45 @@ def _point(decoder: CachedEngine, kv: Tensor, length: int, rounds: int) -> Point
             times[name].append(milliseconds)
     ratios = [ours / plain for plain, ours in zip(times["step"], times["kvspn_step"], strict=True)]
     medians = {name: round(median(each), 4) for name, each in times.items()}
-    layer = 2 * heads * length * width * kv.element_size()
-    read = dict.fromkeys(VARIANTS, len(kv) * layer) | {"last layer": layer}
-    read["strided"] = len(kv) * layer // length * -(-length // STRIDE)
     return Point(
         length,
         medians.pop("step"),
         medians.pop("kvspn_step"),
         round(median(ratios) - 1, 4),
         medians,
-        read,
-        decoder.cache.kv.shape[0] * layer,
-        all(_correct(name, q, kv, position) for name in VARIANTS),
+        {name: _bytes(name, keys, length) for name in VARIANTS},
+        decoder.cache.kv[..., :length, :].numel() * keys.kv.element_size(),
+        all(_correct(name, q, keys, length) for name in VARIANTS),
     )
 
 
-def _correct(name: str, q: Tensor, kv: Tensor, length: Tensor) -> bool:
+def _correct(name: str, q: Tensor, keys: Keys, length: int) -> bool:
     """Against the formula in fp32, on the keys that the variant is to see."""
-    seen = kv[-1:] if name == "last layer" else kv
-    seen = seen[..., : int(length), :]
-    seen = (seen[..., ::STRIDE, :] if name == "strided" else seen).float()
-    exact = concatenated(q.float(), seen, torch.tensor([seen.shape[4]]))
-    error = (VARIANTS[name](q, kv, length).float() - exact).abs().max()
+    exact = _attend(q.float(), _one_sequence(_seen(name, keys, length)))
+    error = (VARIANTS[name](q, keys, length).float() - exact).abs().max()
     return bool(error <= 4 * torch.finfo(q.dtype).eps * exact.abs().max())
+
+
+def _seen(name: str, keys: Keys, length: int) -> Tensor:
+    """The keys and values of a variant, fp32 [n, 2, 1, H, N, D]."""
+    kv = keys.kv[-1:] if name == "last layer" else keys.kv
+    if name == "int8":
+        kv = keys.int8 * keys.scale[..., None]
+    kv = kv[..., :length, :].float()
+    if name not in ("strided", "pooled"):
+        return kv
+    older = _older(length)
+    thinned = kv[..., :older:STRIDE, :] if name == "strided" else keys.pooled[..., : older // STRIDE, :]
+    return torch.cat([thinned.float(), kv[..., older:, :]], dim=4)
+
+
+def _bytes(name: str, keys: Keys, length: int) -> int:
+    """That a variant reads, not counting copies it makes first."""
+    layers, _, _, heads, _, width = keys.kv.shape
+    older = _older(length) if name in ("strided", "pooled") else 0
+    positions = older // STRIDE + length - older
+    each = width + 4 if name == "int8" else width * keys.kv.element_size()
+    return (1 if name == "last layer" else layers) * 2 * heads * positions * each
 
 
 def _check(decoder: CachedEngine, point: Point, k: int) -> Check:

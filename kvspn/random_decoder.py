@@ -22,6 +22,7 @@ def random_decoder(
     positions: int = 24,
     encoder_attention: bool = True,
     last_layer_only: bool = False,
+    encoder_stride: int = 1,
     short_list: int = 0,
     quantised: str | None = None,
     gain: float = 1.5,
@@ -91,4 +92,5 @@ def random_decoder(
         draft_ids=draft_ids if short_list else None,
         groups=groups,
         last_layer_only=last_layer_only,
+        encoder_stride=encoder_stride,
     )

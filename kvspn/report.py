@@ -242,7 +242,7 @@ def profile_plots(document: dict[str, Any]) -> dict[str, str]:
 
     names = list(points[0]["attention"])
     megabytes = {"cache of all layers": [point["kv_bytes"] / 1e6 for point in points]}
-    for name in ("flattened", "strided", "last layer"):
+    for name in ("flattened", "int8", "strided", "last layer"):
         megabytes[f"read for one group: {name}"] = of_group("attention_bytes", name, 1e-6)
     return {
         "steps": plot(

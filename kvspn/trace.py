@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from kvspn.benchmark import SHAPES, begin, capacities, device_of, start
 from kvspn.engines import Engine, ReferenceEngine
-from kvspn.ops.decoder_step import REFERENCE, step
+from kvspn.ops.decoder_step import REFERENCE
 from kvspn.quantisation import quantise
 from kvspn.timing import synchronise
 
@@ -46,10 +46,7 @@ class _SpannedEngine(ReferenceEngine):
     ops = SimpleNamespace(**{name: _spanned(name, op) for name, op in vars(REFERENCE).items()})
 
     def _step(self, mask: Tensor | None, k: int, draft: bool) -> None:
-        cache = self.cache
-        state = (cache.kv, self.lengths, self.tokens, self.finished, self.stats)
-        cross = (cache.cross_kv, cache.cross_lengths)
-        step(self.ops, self._weights, *state, *cross, mask, k, self._eos, self._max_length, draft)
+        self._together(mask, k, draft)
 
 
 def write_trace(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.summary import page, summary
+from bench.summary import page, summary, write_summary
 from kvspn.launches import tally
 
 MACHINE = {
@@ -77,6 +77,10 @@ def test_summary_of_a_run(tmp_path: Path) -> None:
     assert costs["two_row_cost"] == pytest.approx(1.1)
     assert costs["draft_overhead"] == pytest.approx(0.5)
     assert (costs["ms_per_token_greedy"], costs["ms_per_token"]) == pytest.approx((2.0, 2.0))
+
+    write_summary(tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text("utf-8"))["rows"] == found["rows"]
+    assert (tmp_path / "summary.md").read_text("utf-8").startswith("# ")
 
     lines = page(found).splitlines()
     assert "| tiny | cuda graph | 4 | 1.10 | 50% | 2.000 | 2.000 |" in lines

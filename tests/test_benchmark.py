@@ -46,7 +46,7 @@ def stub(logits):
 def test_every_field_is_filled(shapes: None) -> None:
     found = benchmark.run(["tiny"], [BACKEND], ["fp32", "int8", "int8/int4"], rounds=2)
     document = json.loads(json.dumps({**found, "rows": [asdict(row) for row in found["rows"]]}))
-    assert set(document) == {"machine", "rows", "summary"}
+    assert set(document) == {"machine", "rows", "summary", "draft"}
     machine = document["machine"]
     assert machine["read_gb_per_s"] > 0 and machine["memory_gib"] > 0
     assert machine["cpu"]["cores"] >= 1 and machine["versions"]["torch"] and machine["date"]
@@ -66,6 +66,20 @@ def test_every_field_is_filled(shapes: None) -> None:
     for ratio in ("two_row_cost", "draft_overhead"):
         assert set(summary[ratio]) == {f"tiny/{BACKEND}/{fmt}" for fmt in ("fp32", "int8", "int8/int4")}
     assert summary["speedup"] == {}
+
+
+def test_a_cheaper_draft(shapes: None) -> None:
+    """The weights of the head and the encoder's positions that it no longer reads, to the byte."""
+    full, cheap = (
+        benchmark.run(["tiny"], [BACKEND], ["fp32"], rounds=1, short_list=words, encoder_stride=stride)
+        for words, stride in ((0, 1), (40, 3))
+    )
+    assert cheap["draft"] == {"vocabulary": 40, "encoder_stride": 3}
+    before, after = (next(row for row in found["rows"] if row.what == "draft") for found in (full, cheap))
+    assert before.correct and after.correct
+    assert before.bytes - after.bytes == 4 * TINY.width * ((97 - 40) + 2 * (20 - 7))
+    with pytest.raises(ValueError, match="short_list must be from 0 to 97, got 98"):
+        benchmark.run(["tiny"], [BACKEND], ["fp32"], short_list=98)
 
 
 def test_batches_and_lengths(shapes: None) -> None:

@@ -49,6 +49,7 @@ class EngineParams(ctypes.Structure):
         ("groups", c_int32),
         ("last_layer_only", c_int32),
         ("threads", c_int32),
+        ("encoder_stride", c_int32),
     )
 
 

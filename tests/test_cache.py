@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kvspn.cache import StepCache
+from kvspn.cache import StepCache, draft_first
 from kvspn.ops.append_kv import quantise
 
 
@@ -28,6 +28,12 @@ def test_shapes(dtype):
     assert (cache.kv.dtype, cache.cross_kv.dtype) == (dtype, dtype)
     assert cache.lengths.tolist() == cache.cross_lengths.tolist() == [0, 0, 0]
     assert cache.nbytes == (4 * 2 * 3 * 2 * (6 + 5) * 3) * dtype.itemsize + 2 * 3 * 4
+
+
+@pytest.mark.parametrize(("stride", "expected"), [(1, "01234"), (2, "02413"), (3, "03142"), (9, "01234")])
+def test_draft_first(stride, expected):
+    states = torch.arange(5.0)[:, None].expand(5, 2)
+    assert draft_first(states, stride)[:, 0].tolist() == [float(place) for place in expected]
 
 
 def test_a_group_is_a_view():

@@ -21,6 +21,7 @@ SHAPES = {
     "plain": {"blocks": 0},
     "flattened": {"layers": 4, "blocks": 2, "draft_heads": 4, "ffn": 37},
     "ablations": {"layers": 4, "blocks": 2, "last_layer_only": True, "encoder_attention": False},
+    "strided": {"layers": 4, "blocks": 2, "encoder_stride": 3},
     "wide": {"heads": 1, "head_dim": 64, "ffn": 200, "vocabulary": 101},
     "short list": {"heads": 3, "vocabulary": 90, "short_list": 40},
     "int8": {"quantised": "int8", "heads": 1, "head_dim": 64, "ffn": 600},

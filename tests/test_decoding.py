@@ -52,6 +52,7 @@ def tasks(draw):
         vocabulary=VOCABULARY,
         encoder_attention=draw(st.booleans()),
         last_layer_only=draw(st.booleans()),
+        encoder_stride=draw(st.sampled_from([1, 2, 100])),
         short_list=draw(st.sampled_from([0, 12])),
         quantised=draw(st.sampled_from([None, "int8", "int4"])),
         gain=draw(st.sampled_from([0.5, 1.5, 3.0])),

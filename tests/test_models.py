@@ -211,6 +211,7 @@ def test_prompt_ids_come_before_whispers_prompt():
         {"kvspn_groups": 1, "kvspn_blocks": 2},
         {"kvspn_encoder_attention": False},
         {"kvspn_last_layer_only": True},
+        {"kvspn_encoder_stride": 4},
         {"kvspn_draft_vocab_size": 40},
     ],
 )

@@ -54,6 +54,7 @@ def sample(op, dtype=torch.float32):
         "use_draft": True,
         "groups": 1,
         "last_layer_only": False,
+        "encoder_stride": 1,
     }
 
 

@@ -129,7 +129,13 @@ def dense_draft_logits(w, token, position, kv, cross_kv):
             x, block.kv_norm, block.kv_q, block.kv_out, kv[last if w.last_layer_only else first : last + 1]
         )
         if block.cross_norm is not None:
-            x = attend(x, block.cross_norm, block.cross_q, block.cross_out, cross_kv[last : last + 1])
+            x = attend(
+                x,
+                block.cross_norm,
+                block.cross_q,
+                block.cross_out,
+                cross_kv[last : last + 1, :, :, : -(-cross_kv.shape[3] // w.encoder_stride)],
+            )
         x = x + linear(F.gelu(linear(norm(x, block.ffn_norm), block.fc1)), block.fc2)
     return linear(norm(x, w.draft_norm), w.draft_output)
 
@@ -144,6 +150,7 @@ def dense_draft_logits(w, token, position, kv, cross_kv):
         {"layers": 2, "blocks": 4, "groups": 2},
         {"layers": 4, "blocks": 2, "draft_heads": 6},
         {"layers": 4, "blocks": 2, "short_list": 9},
+        {"layers": 4, "blocks": 2, "encoder_stride": 2},
     ],
     ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()),
 )

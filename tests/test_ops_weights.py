@@ -15,6 +15,7 @@ from kvspn.random_decoder import random_decoder
         {"layers": 4, "blocks": 2, "encoder_attention": False},
         {"layers": 4, "blocks": 2, "groups": 4, "short_list": 5, "last_layer_only": True},
         {"quantised": "int8", "draft_heads": 4},
+        {"encoder_stride": 2},
     ],
 )
 def test_flatten_and_back(options):
@@ -26,6 +27,7 @@ def test_flatten_and_back(options):
         num_layers=len(weights.layers),
         groups=weights.groups,
         last_layer_only=weights.last_layer_only,
+        encoder_stride=weights.encoder_stride,
     )
     assert [tensor.data_ptr() for tensor in again.flatten()] == [tensor.data_ptr() for tensor in flat]
     for field in dataclasses.fields(DecoderWeights):

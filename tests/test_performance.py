@@ -73,12 +73,22 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "points": [point],
         "checks": [check],
         "machine": machine,
+        "acceptance": {"flattened": 0.5, "strided": None},
+    }
+    cheap = {
+        "two_row_cost": {"whisperM2M/native/int8": 1.074},
+        "draft_overhead": {"whisperM2M/native/int8": 0.213},
     }
     figures = {"set": "unseen", "k": 1, "bleu": 33.3, "bleu_transcription": 44.4, "acceptance": 0.5}
     for name, record in {
         "step-cpu": {"machine": machine, "rows": rows, "summary": summary},
         "profile-cpu": {**profile, "read_gb_per_s": 51.0},
         "miniature": {"rows": [{**figures, "tokens_per_step": 1.5, "identical_to_greedy": 1.0}]},
+        "miniature-int8": {"rows": [{**figures, "tokens_per_step": 1.4, "identical_to_full": 0.9}]},
+        "step-cpu-cheap-draft": {
+            "summary": cheap,
+            "draft": {"vocabulary": 9000, "encoder_stride": 4},
+        },
     }.items():
         (results / f"{name}.json").write_text(json.dumps(record), "utf-8")
     return tmp_path
@@ -94,6 +104,9 @@ def test_written(folders: Path) -> None:
     assert "| native | int8, int8 KV | step, 2 rows | 6.54 |" in page
     assert "77.7" not in page  # the tables are of batch 1
     assert "| 64 | 10.00 | 12.00 | 20% | 3.0 |" in page and "33.3" in page
+    assert "| int8 | 33.3 | 50.0% | 1.40 | 90.0% |" in page
+    assert "flattened 50.0%; strided not measured" in page
+    assert "list of 9,000 of" in page and "| whisperM2M/native/int8 | 7.4% | 21.3% | 40.0% |" in page
     assert {file.stem for file in (folders / "docs/plots").iterdir()} == set(performance.plots())
 
 

@@ -21,19 +21,19 @@ def test_speedup():
 
 @pytest.mark.parametrize("name", profiling.VARIANTS)
 def test_variants_are_told_from_wrong_ones(name, monkeypatch):
-    q, kv = torch.randn(1, 2, 1, 8), torch.randn(3, 2, 1, 2, 21, 8)
-    length = torch.tensor([18], dtype=torch.int32)
-    assert profiling._correct(name, q, kv, length)
+    q, keys = torch.randn(1, 2, 1, 8), profiling.Keys.of(torch.randn(3, 2, 1, 2, 97, 8))
+    length = 90
+    assert profiling._correct(name, q, keys, length)
     monkeypatch.setitem(
-        profiling.VARIANTS, name, lambda q, kv, length: profiling.flattened(q, kv, length - 2)
+        profiling.VARIANTS, name, lambda q, keys, length: profiling.flattened(q, keys, length - 2)
     )
-    assert not profiling._correct(name, q, kv, length)
+    assert not profiling._correct(name, q, keys, length)
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profile")
-    options = ["--shape", "miniature", "--lengths", "3,70", "--rounds", "1"]
+    options = ["--shape", "miniature", "--lengths", "3,90", "--rounds", "1"]
     files = {"json": "p.json", "html": "p.html", "trace": "t.json"}
     options += [part for option, name in files.items() for part in (f"--{option}", str(folder / name))]
     pytest.importorskip("matplotlib")
@@ -46,15 +46,17 @@ def test_figures(written):
     folder, printed = written
     document = json.loads((folder / "p.json").read_text())
     short, long = document["points"]
-    assert (short["length"], long["length"]) == (3, 70)
+    assert (short["length"], long["length"]) == (3, 90)
     for point in document["points"]:
         assert point["correct"]
         assert set(point["attention"]) == set(point["attention_bytes"]) == set(profiling.VARIANTS)
         assert min(point["step"], point["kvspn_step"], *point["attention"].values()) > 0
     # bf16: layers x K and V x heads x T x width x 2 bytes
-    assert long["kv_bytes"] == 4 * 2 * 3 * 70 * 64 * 2
+    assert long["kv_bytes"] == 4 * 2 * 3 * 90 * 64 * 2
     assert long["attention_bytes"]["flattened"] == 2 * long["attention_bytes"]["last layer"]
-    assert long["attention_bytes"]["strided"] == 2 * 2 * 3 * 18 * 64 * 2
+    assert long["attention_bytes"]["int8"] == 2 * 2 * 3 * 90 * (64 + 4)
+    for name in ("strided", "pooled"):  # 24 older positions
+        assert long["attention_bytes"][name] == 2 * 2 * 3 * (24 // 4 + 66) * 64 * 2
     assert {check["k"] for check in document["checks"]} == {"1", "inf"}
     assert all(check["acceptance"] == 1 for check in document["checks"] if check["k"] == "inf")
     assert "breaks even at" in printed
@@ -69,7 +71,7 @@ def test_page(written):
     for cells, point in zip(cost[1:], document["points"], strict=True):
         assert cells[:3] == [str(point["length"]), f"{point['step']:.2f}", f"{point['kvspn_step']:.2f}"]
         assert cells[5:] == [f"{ms:.3f}" for ms in point["attention"].values()]
-    assert dict(zip(*acceptance, strict=True))["last layer"] == "not measured"
+    assert dict(zip(*acceptance, strict=True))["strided"] == "not measured"
     assert len(checks) == 1 + len(document["checks"])
 
 
@@ -78,10 +80,11 @@ def test_page_in_a_browser(written):
 
 
 def test_acceptance_is_that_of_the_record(monkeypatch):
-    monkeypatch.setattr(profiling, "miniature", lambda: {"acceptance": 0.4})
-    known = {"flattened": 0.4, "concatenated": 0.4, "merged": 0.4, "last layer": None, "strided": None}
-    assert profiling.acceptance() == known
-    monkeypatch.setattr(profiling, "miniature", lambda: None)
+    records = {"": {"acceptance": 0.4}, "int8-kv": {"acceptance": 0.3}}
+    monkeypatch.setattr(profiling, "miniature", records.get)
+    known = {"flattened": 0.4, "concatenated": 0.4, "merged": 0.4, "int8": 0.3}
+    assert profiling.acceptance() == dict.fromkeys(profiling.VARIANTS) | known
+    monkeypatch.setattr(profiling, "miniature", lambda variant: None)
     assert set(profiling.acceptance().values()) == {None}
 
 

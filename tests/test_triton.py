@@ -31,6 +31,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {
     "flattened": {"layers": 4, "blocks": 2},
     "ablations": {"layers": 4, "blocks": 2, "last_layer_only": True, "encoder_attention": False},
+    "strided": {"layers": 4, "blocks": 2, "encoder_stride": 3},
     "odd": {"heads": 3, "head_dim": 5, "ffn": 37, "vocabulary": 301, "draft_heads": 6},
     "short list": {"vocabulary": 150, "short_list": 70},
     "int8": {"quantised": "int8", "vocabulary": 67},

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from kvspn.engines import ReferenceEngine
 from kvspn.ops import DecoderWeights
-from kvspn.ops.decoder_step import step
 from kvspn.triton_kernels.decoder_step import LAUNCHERS
 from kvspn.triton_kernels.launch import INTERPRETED
 
@@ -22,16 +23,8 @@ class TritonEngine(ReferenceEngine):
 
     ops = LAUNCHERS
 
-    def __init__(
-        self,
-        weights: DecoderWeights,
-        *,
-        batch: int,
-        capacity: int,
-        cross_capacity: int,
-        kv: str | None = None,
-    ) -> None:
-        super().__init__(weights, batch=batch, capacity=capacity, cross_capacity=cross_capacity, kv=kv)
+    def __init__(self, weights: DecoderWeights, **sizes: Any) -> None:
+        super().__init__(weights, **sizes)
         device = self._embed.device
         if device.type != ("cpu" if INTERPRETED else "cuda"):
             needed = "the CPU, where TRITON_INTERPRET=1 runs them" if INTERPRETED else "a GPU"
@@ -46,7 +39,7 @@ class TritonEngine(ReferenceEngine):
             self._mask_buffer.copy_(mask)
             mask = self._mask_buffer
         if INTERPRETED:
-            self._launch(mask, k, draft)
+            self._together(mask, k, draft)
             return
         if self._constants != (self._eos, self._max_length):
             self._constants = (self._eos, self._max_length)
@@ -57,33 +50,13 @@ class TritonEngine(ReferenceEngine):
                 self._graphs[kind] = self._capture(mask, k, draft)
             self._graphs[kind].replay()
 
-    def _launch(self, mask: Tensor | None, k: int, draft: bool) -> None:
-        step(
-            self.ops,
-            self._weights,
-            self.cache.kv,
-            self.lengths,
-            self.tokens,
-            self.finished,
-            self.stats,
-            self.cache.cross_kv,
-            self.cache.cross_lengths,
-            mask,
-            k,
-            self._eos,
-            self._max_length,
-            draft,
-            self.cache.kv_scale,
-            self.cache.cross_kv_scale,
-        )
-
     def _capture(self, mask: Tensor | None, k: int, draft: bool) -> torch.cuda.CUDAGraph:
         finished = self.finished.clone()
         self.finished.fill_(True)
-        self._launch(mask, k, draft)  # compiles what is not compiled yet
+        self._together(mask, k, draft)  # compiles what is not compiled yet
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._launch(mask, k, draft)
+            self._together(mask, k, draft)
         self.finished.copy_(finished)
         return graph

@@ -87,7 +87,7 @@ struct Free {
 class Engine {
   public:
     Engine(const py::dict& weights, int layers, int heads, int blocks, int groups, bool last_layer_only,
-           int threads) {
+           int threads, int encoder_stride) {
         Tensors held;
         std::vector<kvspn_tensor> tensors;
         for (auto& [name, value] : weights) {
@@ -95,7 +95,8 @@ class Engine {
                 std::make_unique<Tensor>(py::cast<std::string>(name), py::cast<py::object>(value), kCpu));
             tensors.push_back(held.back()->get());
         }
-        kvspn_engine_params params{sizeof params, layers, heads, blocks, groups, last_layer_only, threads};
+        kvspn_engine_params params{sizeof params, layers,          heads,   blocks,
+                                   groups,        last_layer_only, threads, encoder_stride};
         kvspn_engine* engine = nullptr;
         kvspn_status status;
         {
@@ -198,9 +199,9 @@ PYBIND11_MODULE(KVSPN_MODULE, m) {
     m.def("instruction_set", [] { return std::string(kvspn_instruction_set()); });
     m.attr("ABI_VERSION") = kvspn_abi_version();
     py::class_<Engine>(m, "Engine")
-        .def(py::init<const py::dict&, int, int, int, int, bool, int>(), py::arg("weights"), py::kw_only(),
+        .def(py::init<const py::dict&, int, int, int, int, bool, int, int>(), py::arg("weights"), py::kw_only(),
              py::arg("layers"), py::arg("heads"), py::arg("blocks"), py::arg("groups"),
-             py::arg("last_layer_only"), py::arg("threads"))
+             py::arg("last_layer_only"), py::arg("threads"), py::arg("encoder_stride") = 1)
         .def("bind", &Engine::bind, py::kw_only(), py::arg("kv"), py::arg("lengths"), py::arg("tokens"),
              py::arg("finished"), py::arg("stats"), py::arg("cross_kv"), py::arg("cross_lengths"),
              py::arg("kv_scale") = py::none(), py::arg("cross_kv_scale") = py::none())

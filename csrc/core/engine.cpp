@@ -84,7 +84,12 @@ void Engine::encode(int row, const kvspn_tensor& states) {
             " positions, got ", states.shape[0]);
     const int d = weights_.width, heads = weights_.heads, head_dim = weights_.head_dim;
     Memory x(size_t(count) * width_stride_ * sizeof(float)), y(size_t(count) * 2 * d * sizeof(float));
-    read_rows(states, count, d, x.as<float>(), width_stride_);
+    int at = 0;  // the draft network's positions come first
+    for (int first = 0, stride = weights_.encoder_stride; first < std::min(stride, count); ++first) {
+        const kvspn_tensor rows = every(stride, first, states);
+        read_rows(rows, int(rows.shape[0]), d, x.as<float>() + int64_t(at) * width_stride_, width_stride_);
+        at += int(rows.shape[0]);
+    }
     Memory quantised(size_t(count) * width_stride_ * sizeof(int16_t)), scales(size_t(count) * sizeof(float));
     for (int e = 0; e < count; ++e)
         scales.as<float>()[e] =
@@ -298,7 +303,8 @@ void Engine::propose(int thread) {
         linear(thread, nullptr, attended, block.kv_out, x, false, true);
         if (block.cross) {
             linear(thread, &block.cross_norm, x, block.cross_q, wide, false, false);
-            attend(thread, batch_.cross, end - 1, 1, false, block.cross_q.outputs / weights_.head_dim);
+            attend(thread, batch_.cross, end - 1, 1, false, block.cross_q.outputs / weights_.head_dim,
+                   weights_.encoder_stride);
             linear(thread, nullptr, attended, block.cross_out, x, false, true);
         }
         linear(thread, &block.ffn_norm, x, block.fc1, hidden, true, false);
@@ -365,8 +371,10 @@ void Engine::write(const Cache& cache, int layer, int part, int row, int head, i
         for (int c = 0; c < width; ++c) store(batch_.dtype, cache.values, at * width + c, x[c]);
 }
 
-// Queries in `wide_` -> `attended_`; (row, head) pairs are dealt out to the threads, then a barrier.
-void Engine::attend(int thread, const Cache& cache, int layer, int layers, bool causal, int query_heads) {
+// Queries in `wide_` -> `attended_`; (row, head) pairs are dealt out to the threads, then a barrier. Of what is
+// not causal: to the first of every `stride` positions.
+void Engine::attend(int thread, const Cache& cache, int layer, int layers, bool causal, int query_heads,
+                    int stride) {
     const int head_dim = weights_.head_dim, shared = query_heads / weights_.heads;
     const int64_t values = plane(0, 1, 0, 0) * cache.capacity;  // positions from keys to values
     const int64_t size = int64_t(head_dim) * int64_t(size_of(batch_.dtype));
@@ -394,7 +402,8 @@ void Engine::attend(int thread, const Cache& cache, int layer, int layers, bool 
             a.scores = scores;
             for (int q = 0; q < a.queries; ++q) {
                 const int64_t row = int64_t(slot.first + first + q) * wide_stride_ + query_head * head_dim;
-                a.lengths[q] = causal ? slot.position + first + q + 1 : cache.lengths[slot.row];
+                a.lengths[q] = causal ? slot.position + first + q + 1
+                                      : (cache.lengths[slot.row] + stride - 1) / stride;
                 a.q[q] = wide_.as<float>() + row;
                 a.out[q] = attended_.as<float>() + row;
             }

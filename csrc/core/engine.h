@@ -65,7 +65,8 @@ class Engine {
                 bool accumulate);
     void append(int layer);
     void write(const Cache& cache, int layer, int part, int row, int head, int position, const float* x);
-    void attend(int thread, const Cache& cache, int layer, int layers, bool causal, int query_heads);
+    void attend(int thread, const Cache& cache, int layer, int layers, bool causal, int query_heads,
+                int stride = 1);
     void embed(const int32_t* ids);
     int64_t plane(int layer, int part, int row, int head) const;
 

@@ -59,6 +59,14 @@ void read_rows(const kvspn_tensor& tensor, int64_t rows, int64_t columns, float*
         for (int64_t c = 0; c < columns; ++c) out[r * stride + c] = element(tensor, r * step + c * last);
 }
 
+kvspn_tensor every(int stride, int first, const kvspn_tensor& tensor) {
+    kvspn_tensor rows = tensor;
+    rows.data = static_cast<char*>(tensor.data) +
+                first * tensor.strides[0] * int64_t(size_of(Dtype(tensor.dtype)));
+    rows.shape[0] = (tensor.shape[0] - first + stride - 1) / stride, rows.strides[0] *= stride;
+    return rows;
+}
+
 float bf16_to_float(uint16_t bits) {
     uint32_t wide = uint32_t(bits) << 16;
     float value;

@@ -15,6 +15,8 @@ size_t size_of(Dtype dtype);
 void check_tensor(const std::string& name, const kvspn_tensor& tensor, std::initializer_list<Dtype> dtypes,
                   std::initializer_list<int64_t> shape);
 
+// Every `stride`-th row from the `first`.
+kvspn_tensor every(int stride, int first, const kvspn_tensor& tensor);
 float bf16_to_float(uint16_t bits);
 float element(const kvspn_tensor& tensor, int64_t index);
 void store(Dtype dtype, void* out, int64_t index, float value);  // rounds to nearest

@@ -29,10 +29,15 @@ void Table::add(int row, float* x) const {
 }
 
 Weights::Weights(const kvspn_engine_params& params, const kvspn_tensor* tensors, int count, Layout layout)
-    : heads(params.heads), groups(params.groups), last_layer_only(params.last_layer_only), layout_(layout) {
+    : heads(params.heads),
+      groups(params.groups),
+      last_layer_only(params.last_layer_only),
+      encoder_stride(std::max(params.encoder_stride, 1)),
+      layout_(layout) {
     require(params.layers >= 1, "layers must be at least 1, got ", params.layers);
     require(params.heads >= 1, "heads must be at least 1, got ", params.heads);
     require(params.blocks >= 0, "blocks must be at least 0, got ", params.blocks);
+    require(params.encoder_stride >= 0, "encoder_stride must be at least 0, got ", params.encoder_stride);
     if (params.blocks) {
         require(groups >= 1 && params.layers % groups == 0 && params.blocks % groups == 0,
                 "groups must divide the layers and the blocks, got ", groups);

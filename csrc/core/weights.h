@@ -48,6 +48,7 @@ struct Weights {
     int heads, head_dim, width, vocabulary;
     int groups;
     bool last_layer_only;
+    int encoder_stride;
     Table tokens, positions;
     std::vector<Layer> layers;
     std::vector<Block> blocks;

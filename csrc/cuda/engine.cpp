@@ -117,6 +117,7 @@ Engine::Engine(const kvspn_engine_params& params, const kvspn_tensor* weights, i
     hidden_stride_ = pad(hidden), query_stride_ = pad(query);
     model_.x_stride = pad(w.width);
     model_.width = w.width, model_.heads = w.heads, model_.head_dim = w.head_dim;
+    model_.encoder_stride = w.encoder_stride;
     // The host's copies have arrived, and go.
     cuda::check(cudaStreamSynchronize(nullptr), "the weights");
     w.release();
@@ -300,8 +301,14 @@ void Engine::encode(int row, const kvspn_tensor& states) {
     const int64_t capacity = batch_.cross_kv.shape[4], count = states.shape[0];
     require(count >= 1 && count <= capacity, "states must hold 1 to ", capacity, " positions, got ", count);
     Buffer x(size_t(count * model_.x_stride) * sizeof(float));
-    cuda::launch_to_float(device_, {Dtype(states.dtype), states.data, int32_t(count)}, weights_.width,
-                          states.strides[0], states.strides[1], x.as<float>(), model_.x_stride, nullptr);
+    int64_t at = 0;  // the draft network's positions come first
+    for (int first = 0, stride = weights_.encoder_stride; first < std::min<int64_t>(stride, count); ++first) {
+        const kvspn_tensor rows = every(stride, first, states);
+        cuda::launch_to_float(device_, {Dtype(rows.dtype), rows.data, int32_t(rows.shape[0])}, weights_.width,
+                              rows.strides[0], rows.strides[1], x.as<float>() + at * model_.x_stride,
+                              model_.x_stride, nullptr);
+        at += rows.shape[0];
+    }
     for (size_t i = 0; i < weights_.layers.size(); ++i) {
         add_linear(nullptr, x.as<float>(), model_.x_stride, weights_.layers[i].cross_kv, nullptr, 0, false,
                    false);

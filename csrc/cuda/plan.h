@@ -71,6 +71,7 @@ struct Model {
     Table tokens, positions;
     const int32_t* draft_ids;
     int32_t width, heads, head_dim;
+    int32_t encoder_stride;  // of the positions that the draft network attends to
 
     Dtype kv_dtype;
     int32_t *lengths, *ids, *stats;

@@ -135,6 +135,12 @@ __device__ __forceinline__ void verify(const Model& m, const Stage& s, const Pas
                        shared.slots.count * pass.queries, shared.tally, x, m.shared_floats);
 }
 
+// The encoder's positions of a row that a stage attends to.
+__device__ __forceinline__ int cross_length(const Model& m, const Stage& s, int row) {
+    const int stride = s.draft ? m.encoder_stride : 1;
+    return (m.cross_lengths[row] + stride - 1) / stride;
+}
+
 // The rows of a pass with their queries and what becomes of them.
 struct StagePlace {
     const Model& m;
@@ -143,7 +149,7 @@ struct StagePlace {
     const Slots& slots;
     __device__ __forceinline__ int row(int slot) const { return slots.row[slot]; }
     __device__ __forceinline__ int length(int slot) const {
-        return s.cross ? m.cross_lengths[slots.row[slot]] : slots.position[slot];
+        return s.cross ? cross_length(m, s, slots.row[slot]) : slots.position[slot];
     }
     __device__ __forceinline__ int tail_length(int) const { return 0; }
     __device__ __forceinline__ float4 four(int slot, int query, int head, int column) const {
@@ -225,7 +231,7 @@ __device__ __forceinline__ void prefetch_cross(const Model& m, const Stage& s, c
     for (int i = grid_warp(); i < 2 * slots.count * m.heads * pieces; i += grid_warps()) {
         const int plane = i / pieces, head = plane % m.heads, slot = plane / m.heads % slots.count;
         const int64_t row = int64_t(plane / m.heads / slots.count) * m.batch + slots.row[slot];
-        const int64_t from = i % pieces * kPiece, bytes = m.cross_lengths[slots.row[slot]] * position - from;
+        const int64_t from = i % pieces * kPiece, bytes = cross_length(m, s, slots.row[slot]) * position - from;
         prefetch(s.kv + (row * m.heads + head) * s.capacity * position + from, min(bytes, kPiece), lane());
     }
 }

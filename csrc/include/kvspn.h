@@ -60,6 +60,7 @@ typedef struct kvspn_engine_params {
     int32_t groups; /* of layers; divides layers and blocks */
     int32_t last_layer_only;
     int32_t threads; /* the caller's among them; 0: as many as there are cores */
+    int32_t encoder_stride; /* the draft network attends to every n-th encoder position; 0: to all */
 } kvspn_engine_params;
 
 /* Everything that a batch is, each with the letters of its shape. kv and cross_kv: one dtype, FP32, BF16,

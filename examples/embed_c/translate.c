@@ -57,7 +57,8 @@ int main(int argc, char** argv) {
                                         .heads = model_number(&m, "heads"),
                                         .blocks = model_number(&m, "blocks"),
                                         .groups = model_number(&m, "groups"),
-                                        .last_layer_only = model_number(&m, "last_layer_only")};
+                                        .last_layer_only = model_number(&m, "last_layer_only"),
+                                        .encoder_stride = model_number(&m, "encoder_stride")};
     check(kvspn_engine_create(&params, m.tensors, m.count, &engine));
 
     /* A batch of one. The cache has the dtype of the embeddings, as in Python. */

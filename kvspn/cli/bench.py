@@ -73,6 +73,25 @@ def bench(
         ),
     ] = None,
     kv: KV = None,
+    short_list: Annotated[
+        int,
+        typer.Option(
+            "--draft-vocabulary",
+            min=1,
+            metavar="N",
+            help="Tokens that the draft network chooses from.",
+            show_default="all",
+        ),
+    ] = 0,
+    stride: Annotated[
+        int,
+        typer.Option(
+            "--encoder-stride",
+            min=1,
+            metavar="N",
+            help="The draft network attends to every N-th encoder position.",
+        ),
+    ] = 1,
     peers: Annotated[
         bool,
         typer.Option("--peers", help="Also transformers, CTranslate2, OpenVINO and ONNX Runtime."),
@@ -177,6 +196,8 @@ def bench(
             lengths=long,
             cold=cold,
             kv=[kv] if kv else (),
+            short_list=short_list,
+            encoder_stride=stride,
         )
         rows: list[Row] = found["rows"]
         document: dict[str, Any] = {**found, "rows": [asdict(row) for row in rows]}

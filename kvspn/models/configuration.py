@@ -28,6 +28,8 @@ class WhisperM2MConfig(WhisperConfig):
             cross-attention keys and values of its group's last layer. (The paper is silent.)
         kvspn_last_layer_only: a block reads only its group's last layer instead of the flattened group
             (an ablation).
+        kvspn_encoder_stride: a block attends to every n-th of the encoder's positions, which its neighbours
+            resemble, and reads as much less.
         kvspn_draft_vocab_size: tokens in the draft's short list; None to draft from the whole vocabulary.
     """
 
@@ -50,6 +52,7 @@ class WhisperM2MConfig(WhisperConfig):
     kvspn_ffn_dim: int = 4096
     kvspn_encoder_attention: bool = True
     kvspn_last_layer_only: bool = False
+    kvspn_encoder_stride: int = 1
     kvspn_draft_vocab_size: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -58,6 +61,8 @@ class WhisperM2MConfig(WhisperConfig):
             raise ValueError(f"activation_function must be 'gelu', got {self.activation_function!r}")
         if not self.kvspn_blocks:
             return
+        if self.kvspn_encoder_stride < 1:
+            raise ValueError(f"kvspn_encoder_stride must be at least 1, got {self.kvspn_encoder_stride}")
         heads = self.decoder_attention_heads
         for name, value, divisor, what in (
             ("decoder_layers", self.decoder_layers, self.kvspn_groups, "kvspn_groups"),

@@ -72,6 +72,7 @@ class KVSPN(nn.Module):
         super().__init__()
         self.groups = config.kvspn_groups
         self.last_layer_only = config.kvspn_last_layer_only
+        self.encoder_stride = config.kvspn_encoder_stride
         self.blocks = nn.ModuleList(KVSPNBlock(config) for _ in range(config.kvspn_blocks))
         self.layer_norm = nn.LayerNorm(config.d_model)
         size = config.kvspn_draft_vocab_size
@@ -125,10 +126,12 @@ class KVSPN(nn.Module):
         length = x.shape[1]
         before = torch.ones(length, length, dtype=torch.bool, device=x.device).tril(-1)
         before[0, 0] = True  # row 0 has no key yet: decoding never drafts from it; this only keeps it finite
-        mask = None if encoder_mask is None else encoder_mask[:, None, None, :].bool()
+        stride = self.encoder_stride
+        mask = None if encoder_mask is None else encoder_mask[:, None, None, ::stride].bool()
         for i, block in enumerate(self.blocks):
             layers = self.group(i, len(self_kv))
             keys, values = (torch.cat(part, dim=2) for part in zip(*self_kv[layers], strict=True))
             causal = before.repeat(1, keys.shape[2] // length)
-            x = block(x, (keys, values), causal, cross_kv[layers.stop - 1], mask)
+            cross_keys, cross_values = (part[:, :, ::stride] for part in cross_kv[layers.stop - 1])
+            x = block(x, (keys, values), causal, (cross_keys, cross_values), mask)
         return self.layer_norm(x)

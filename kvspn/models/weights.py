@@ -34,6 +34,7 @@ def decoder_weights(model: WhisperM2MForConditionalGeneration) -> DecoderWeights
             draft_head=None if ids is None else Linear(draft.head_weight(model.proj_out.weight).detach()),
             draft_ids=None if ids is None else ids.to(torch.int32),
             last_layer_only=draft is not None and draft.last_layer_only,
+            encoder_stride=1 if draft is None else draft.encoder_stride,
         )
 
 

@@ -49,6 +49,7 @@ def check(
     use_draft: bool = True,
     groups: int = 0,
     last_layer_only: bool = False,
+    encoder_stride: int = 1,
     kv_scale: Tensor | None = None,
     cross_kv_scale: Tensor | None = None,
 ) -> None:
@@ -62,7 +63,12 @@ def check(
     same_dtype("cross_kv", cross_kv, "kv", kv.dtype)
     shapes.tensor("cross_lengths", cross_lengths, "B", INT32)
     w = DecoderWeights.unflatten(
-        weights, heads=shapes["H"], num_layers=shapes["L"], groups=groups, last_layer_only=last_layer_only
+        weights,
+        heads=shapes["H"],
+        num_layers=shapes["L"],
+        groups=groups,
+        last_layer_only=last_layer_only,
+        encoder_stride=encoder_stride,
     )
     shapes.sizes |= {"V": w.embed_tokens.shape[0], "H*D": shapes["H"] * shapes["D"]}
     shapes.tensor("weights[0] (embed_tokens)", w.embed_tokens, "V H*D", FLOATS)
@@ -94,6 +100,7 @@ def reference(
     use_draft: bool = True,
     groups: int = 0,
     last_layer_only: bool = False,
+    encoder_stride: int = 1,
     kv_scale: Tensor | None = None,
     cross_kv_scale: Tensor | None = None,
 ) -> None:
@@ -112,20 +119,32 @@ def reference(
         k, eos, max_length: as in :func:`accept_and_rollback`; max_length is at most S and the number of
             positions too.
         use_draft: False for a plain greedy step.
-        groups, last_layer_only: as in ``DecoderWeights``.
+        groups, last_layer_only, encoder_stride: as in ``DecoderWeights``.
         kv_scale, cross_kv_scale: fp32 [L, 2, B, H, S] and [L, 2, B, H, E], of int8 caches; kv_scale is
             written with kv.
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is written.
     """
-    w = DecoderWeights.unflatten(
-        weights, heads=kv.shape[3], num_layers=kv.shape[0], groups=groups, last_layer_only=last_layer_only
-    )
+    w = named(weights, kv, groups, last_layer_only, encoder_stride)
     step_rows(
         w, kv, lengths, tokens, finished, stats, cross_kv, cross_lengths, mask, k, eos, max_length, use_draft,
         kv_scale, cross_kv_scale,
     )  # fmt: skip
+
+
+def named(
+    weights: Sequence[Tensor], kv: Tensor, groups: int, last_layer_only: bool, encoder_stride: int
+) -> DecoderWeights:
+    """The op's flat weights, for a cache [L, 2, B, H, S, D]."""
+    return DecoderWeights.unflatten(
+        weights,
+        heads=kv.shape[3],
+        num_layers=kv.shape[0],
+        groups=groups,
+        last_layer_only=last_layer_only,
+        encoder_stride=encoder_stride,
+    )
 
 
 def step_rows(
@@ -218,12 +237,11 @@ def composed(ops: Any) -> Callable[..., None]:
         use_draft: bool = True,
         groups: int = 0,
         last_layer_only: bool = False,
+        encoder_stride: int = 1,
         kv_scale: Tensor | None = None,
         cross_kv_scale: Tensor | None = None,
     ) -> None:
-        w = DecoderWeights.unflatten(
-            weights, heads=kv.shape[3], num_layers=kv.shape[0], groups=groups, last_layer_only=last_layer_only
-        )
+        w = named(weights, kv, groups, last_layer_only, encoder_stride)
         state = kv, lengths, tokens, finished, stats, cross_kv, cross_lengths
         step(ops, w, *state, mask, k, eos, max_length, use_draft, kv_scale, cross_kv_scale)
 
@@ -274,6 +292,8 @@ def propose(
 ) -> Tensor:
     """The draft network's guess int32 [B, 1] of what follows the newest token int32 [B, 1]."""
     x = embed(w, newest, lengths)
+    if w.encoder_stride > 1:
+        cross_lengths = (cross_lengths + (w.encoder_stride - 1)) // w.encoder_stride
     for i, block in enumerate(w.blocks):
         layers = w.group(i)
         scale = part(kv_scale, layers)
@@ -343,7 +363,7 @@ decoder_step = register(
     "decoder_step(Tensor(a!) kv, Tensor(b!) lengths, Tensor(c!) tokens, Tensor(d!) finished, "
     "Tensor(e!) stats, Tensor cross_kv, Tensor cross_lengths, Tensor[] weights, Tensor? mask, "
     "int k, int eos, int max_length, bool use_draft=True, int groups=0, bool last_layer_only=False, "
-    "Tensor(f!)? kv_scale=None, Tensor? cross_kv_scale=None) -> ()",
+    "int encoder_stride=1, Tensor(f!)? kv_scale=None, Tensor? cross_kv_scale=None) -> ()",
     check=check,
     fake=lambda *args, **kwargs: None,
     reference=reference,

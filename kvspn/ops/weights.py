@@ -10,10 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from kvspn.ops._checks import FLOATS, INT32, Shapes, integer, same_dtype
 from kvspn.ops.fused_linear import check_weight
+from kvspn.ops.lm_head_verify import K_INF
 
 
 class Norm(NamedTuple):
@@ -84,6 +86,8 @@ class DecoderWeights:
         groups: groups of consecutive layers, len(layers) / groups each; block i reads group
             i * groups // len(blocks). 0 means one group per block.
         last_layer_only: an ablation: a block reads the last layer of its group alone.
+        encoder_stride: a block attends to every n-th of the encoder's positions alone: the first of the
+            cross-attention cache, where :func:`kvspn.cache.draft_first` puts them.
 
     Raises:
         TypeError, ValueError: naming the field.
@@ -101,6 +105,7 @@ class DecoderWeights:
     draft_ids: Tensor | None = None
     groups: int = 0
     last_layer_only: bool = False
+    encoder_stride: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", self.groups or len(self.blocks))
@@ -116,6 +121,17 @@ class DecoderWeights:
         size = len(self.layers) // self.groups
         end = (block * self.groups // len(self.blocks) + 1) * size
         return slice(end - (1 if self.last_layer_only else size), end)
+
+    def to(self, device: torch.device | str) -> DecoderWeights:
+        """The same on another device."""
+        return DecoderWeights.unflatten(
+            [tensor.to(device) for tensor in self.flatten()],
+            heads=self.heads,
+            num_layers=len(self.layers),
+            groups=self.groups,
+            last_layer_only=self.last_layer_only,
+            encoder_stride=self.encoder_stride,
+        )
 
     def flatten(self) -> list[Tensor]:
         """Every tensor, in the order that :meth:`unflatten` reads; an empty tensor stands for None."""
@@ -139,6 +155,7 @@ class DecoderWeights:
         num_layers: int,
         groups: int = 0,
         last_layer_only: bool = False,
+        encoder_stride: int = 1,
     ) -> DecoderWeights:
         """The inverse of :meth:`flatten`; the number of tensors tells the number of blocks.
 
@@ -169,6 +186,7 @@ class DecoderWeights:
             draft_ids=draft_ids,
             groups=groups,
             last_layer_only=last_layer_only,
+            encoder_stride=encoder_stride,
         )
 
 
@@ -262,6 +280,7 @@ def _check(w: DecoderWeights) -> None:
     integer("groups", w.groups, 1, len(w.layers))
     if len(w.layers) % w.groups:
         raise ValueError(f"groups must divide the {len(w.layers)} layers, got {w.groups}")
+    integer("encoder_stride", w.encoder_stride, 1, K_INF)
     for i, block in enumerate(w.blocks):
         at = f"blocks[{i}]"
         norm(f"{at}.kv_norm", block.kv_norm)

@@ -41,9 +41,10 @@ def train_mini(folder: Path, recipe: Recipe | None = None, log: Log = print) -> 
     return folder / "mini"
 
 
-ABLATIONS = {
+ABLATIONS: dict[str, dict[str, bool | int]] = {
     "draft-without-encoder-attention": {"kvspn_encoder_attention": False},
     "draft-last-layer-only": {"kvspn_last_layer_only": True},
+    "draft-encoder-stride-4": {"kvspn_encoder_stride": 4},
 }
 """Draft networks on the same base and budget, for the record: folder -> fields of the config."""
 

@@ -37,8 +37,8 @@ class Recipe:
     distillation: float = 1.0
     targets: int = 3  # of each clip
     encoder: Stage = field(default_factory=lambda: Stage(5000, 32, 3e-3))
-    parent: Stage = field(default_factory=lambda: Stage(800, 64, 2e-3))
-    base: Stage = field(default_factory=lambda: Stage(3000, 32, 2e-3))
+    parent: Stage = field(default_factory=lambda: Stage(600, 64, 2e-3))
+    base: Stage = field(default_factory=lambda: Stage(2000, 32, 2e-3))
     adapt: Stage = field(default_factory=lambda: Stage(160, 16, 5e-5))
     draft: Stage = field(default_factory=lambda: Stage(700, 32, 2e-3))
 

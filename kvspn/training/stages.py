@@ -156,7 +156,9 @@ def _speech(model: WhisperM2MForConditionalGeneration, batch: Batch) -> tuple[Te
     return model.encode(batch["input_features"]), None
 
 
-def train_draft(folder: Path, recipe: Recipe, corpus: Corpus, name: str = "draft", **kvspn: bool) -> Path:
+def train_draft(
+    folder: Path, recipe: Recipe, corpus: Corpus, name: str = "draft", **kvspn: bool | int
+) -> Path:
     """KVSPN alone, on the frozen base model's distribution. `kvspn`: fields of the config, for ablations."""
     result = folder / name
     if (result / "config.json").exists():
