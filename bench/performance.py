@@ -40,7 +40,7 @@ Against the fastest peer of the same weight width in the same run:
 
 [step-cpu-cheap-draft.json](../bench/results/step-cpu-cheap-draft.json): the draft network in int4, with a
 short list of {vocabulary:,} of the 51,865 tokens (`kvspn_draft_vocab_size`) and attention to every {stride}
-encoder's positions (`kvspn_encoder_stride`). What KVSPN adds to a plain step (c), so and as in the table above:
+encoder's positions (`kvspn_encoder_stride`). What KVSPN adds to a plain step (c), so and as above:
 
 {cheap}
 

@@ -70,7 +70,7 @@ def acceptance() -> dict[str, float | None]:
     Its utterances end within the window of the thinned ones.
     """
     found = {name: miniature(_RECORDS[name]) if name in _RECORDS else None for name in VARIANTS}
-    return {name: figures and figures["acceptance"] for name, figures in found.items()}
+    return {name: figures["acceptance"] if figures else None for name, figures in found.items()}
 
 
 def speedup(overhead: float, acceptance: float) -> float:

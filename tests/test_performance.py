@@ -62,8 +62,8 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "step": 10.0,
         "kvspn_step": 12.0,
         "overhead": 0.2,
-        "attention": {"flattened": 0.5, "strided": 0.1, "last layer": 0.2},
-        "attention_bytes": {"flattened": 8, "strided": 2, "last layer": 2},
+        "attention": {"flattened": 0.5, "int8": 0.3, "strided": 0.1, "last layer": 0.2},
+        "attention_bytes": {"flattened": 8, "int8": 4, "strided": 2, "last layer": 2},
         "kv_bytes": 3_000_000,
     }
     check = {"length": 64, "k": "1", "acceptance": 0.5, "predicted": 1.25, "measured": 1.21}

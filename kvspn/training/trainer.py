@@ -31,9 +31,9 @@ class LossTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> MuonAdamW:
         """Muon and AdamW, whatever the arguments name."""
-        if self.optimizer is None:
-            self.optimizer = MuonAdamW((model or self.model).named_parameters(), self.args.learning_rate)
-        return self.optimizer
+        optimizer = MuonAdamW((model or self.model).named_parameters(), self.args.learning_rate)
+        self.optimizer = optimizer
+        return optimizer
 
     def compute_loss(
         self,
