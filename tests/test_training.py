@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import WhisperFeatureExtractor
 
@@ -24,6 +26,7 @@ from kvspn.training.corpus import LANGUAGES, Phrasebook, Template, split
 from kvspn.training.data import IGNORE, pad, prompt_tokens
 from kvspn.training.losses import accuracy, cross_entropy, ctc, distillation
 from kvspn.training.mini import train_mini
+from kvspn.training.optimizer import MuonAdamW
 from kvspn.training.prepare import draw_clips
 from kvspn.training.recipe import Recipe, Stage
 from kvspn.training.speech import SAMPLING_RATE, TEST_VARIANTS, TRAIN_VARIANTS, Voice, augment, synthesize
@@ -238,3 +241,54 @@ def test_whole_recipe_and_resuming(tmp_path: Path):
     assert (tmp_path / "parent" / "model.safetensors").stat().st_mtime_ns == stamp
     state = json.loads((tmp_path / "draft-checkpoints" / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["global_step"] == 3
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(5, 4),
+            "layers": nn.ModuleList([nn.Linear(4, 6), nn.Linear(6, 4)]),
+            "head": nn.Linear(4, 5),
+        }
+    )
+
+
+def train_a_step(network: nn.Module, optimizer: MuonAdamW) -> None:
+    x = network["embedding"](torch.arange(5))
+    for layer in network["layers"]:
+        x = layer(x).tanh()
+    optimizer.zero_grad()
+    F.cross_entropy(network["head"](x), torch.arange(5)).backward()
+    optimizer.step()
+
+
+def test_optimizer_goes_on_where_it_was():
+    networks = [small_network() for _ in range(2)]
+    optimizers = [MuonAdamW(network.named_parameters(), 0.01) for network in networks]
+    for network, optimizer in zip(networks, optimizers, strict=True):
+        train_a_step(network, optimizer)
+    resumed = small_network()
+    resumed.load_state_dict(networks[1].state_dict())
+    optimizers[1] = MuonAdamW(resumed.named_parameters(), 0.5)
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    train_a_step(networks[0], optimizers[0])
+    train_a_step(resumed, optimizers[1])
+    for name, expected in networks[0].named_parameters():
+        assert torch.equal(resumed.get_parameter(name), expected), name
+
+
+def test_muon_takes_the_matrices_of_the_layers():
+    """Its steps have 0.2 of the learning rate as RMS, AdamW's first one all of it; what is frozen stays."""
+    network = small_network()
+    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    network["head"].bias.requires_grad_(False)
+    optimizer = MuonAdamW(network.named_parameters(), 0.01)
+    muon, adamw = (sum(p.numel() for p in group["params"]) for group in optimizer.param_groups)
+    assert (muon, adamw) == (2 * 24, 20 + 6 + 4 + 20)
+    train_a_step(network, optimizer)
+    for name, parameter in network.named_parameters():
+        step = (parameter.detach() - before[name]).square().mean().sqrt()
+        of_muon = name in ("layers.0.weight", "layers.1.weight")
+        expected = 0.002 if of_muon else 0 if name == "head.bias" else 0.01
+        assert float(step) == pytest.approx(expected, rel=0.4 if of_muon else 0.02), name
