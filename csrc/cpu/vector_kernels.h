@@ -127,7 +127,18 @@ INLINE Vec widen(const Bf16* p) {
     return (Vec)(__builtin_convertvector(load<Shorts>(p), UVec) << 16);
 #endif
 }
-INLINE Vec widen(const _Float16* p) { return __builtin_convertvector(load<Halves>(p), Vec); }
+INLINE Vec widen(const _Float16* p) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtph_ps(load<__m256i>(p));
+#elif defined(__F16C__)
+    struct Pair {
+        __m256 low, high;
+    } pair = {_mm256_cvtph_ps(load<__m128i>(p)), _mm256_cvtph_ps(load<__m128i>(p + 8))};
+    return load<Vec>(&pair);
+#else
+    return __builtin_convertvector(load<Halves>(p), Vec);
+#endif
+}
 INLINE Vec widen(const Byte* p) {
 #if defined(__AVX512F__)
     return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(p)));
@@ -155,7 +166,7 @@ INLINE Vec load_some(const T* p, int count) {
     return count >= kLanes ? widen(p) : load_part(p, count);
 }
 
-// GCC takes conversions of narrow integers apart; only the portable kernels leave it to the compiler.
+// GCC takes conversions of narrow types apart; only the portable kernels leave it to the compiler.
 INLINE Words widen(const int8_t* p) {
 #if defined(__AVX512BW__)
     return (Words)_mm512_cvtepi8_epi16(load<__m256i>(p));
