@@ -1,8 +1,5 @@
 """What tests do to caches, of whatever format."""
 
-from typing import Any
-
-import pytest
 import torch
 from torch import Tensor
 
@@ -20,9 +17,3 @@ def contents(cache: StepCache) -> list[Tensor]:
     """Of each row the valid positions [L, 2, H, T, D], int8 ones times their scales."""
     kv = cache.kv if cache.kv_scale is None else cache.kv * cache.kv_scale[..., None]
     return [kv[:, :, b, :, :length].clone() for b, length in enumerate(cache.lengths.tolist())]
-
-
-def needs_int8(ops: Any) -> None:
-    """Skip where the ops of a backend take no int8 caches."""
-    if not getattr(ops, "int8_caches", True):
-        pytest.skip("no int8 caches on this backend")

@@ -56,7 +56,6 @@ if _TRITON and not torch.cuda.is_available():
     BACKENDS["triton"] = SimpleNamespace(**{name: getattr(kvspn.triton_kernels, name) for name in OPS})
 if emulated.OPS_PATH.exists() and not torch.cuda.is_available():
     BACKENDS["cuda"] = emulated.ops()
-    BACKENDS["cuda"].int8_caches = False
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

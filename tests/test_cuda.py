@@ -1,14 +1,15 @@
 """The CUDA kernels on the host: every way to run a step, with the threads in any order."""
 
-import itertools
 import random
 
 import emulated
 import pytest
 import torch
+from caches import contents, poison
 
 from kvspn.engines import engine
 from kvspn.ops import K_INF, DecoderWeights
+from kvspn.ops.append_kv import quantise
 from kvspn.random_decoder import random_decoder
 
 pytestmark = pytest.mark.skipif(
@@ -43,22 +44,28 @@ def configure(monkeypatch):
     apply("persistent")
 
 
-def decode(backend: str, weights: DecoderWeights, rows: list[int], k: int = 1, draft: bool = True):
+def decode(
+    backend: str,
+    weights: DecoderWeights,
+    rows: list[int],
+    k: int = 1,
+    draft: bool = True,
+    kv: str | None = None,
+):
     """Utterances, of which `rows` are decoded together, in buffers full of NaN: tokens and caches."""
     generator = torch.Generator().manual_seed(5)
     d = weights.embed_tokens.shape[1]
     states = [torch.randn(n, d, generator=generator) for n in (7, 1, 12)]
     prompts = [list(range(3, 15)), list(range(13)), list(range(5, 24))]
-    e = engine(backend, weights, batch=len(rows), capacity=24, cross_capacity=13)
-    e.cache.kv.fill_(torch.nan)
-    e.cache.cross_kv.fill_(torch.nan)
+    e = engine(backend, weights, batch=len(rows), capacity=24, cross_capacity=13, kv=kv)
+    poison(e.cache)
     e.start([states[r] for r in rows], [prompts[r] for r in rows], eos=0, max_length=24)
     draft = draft and bool(weights.blocks)
     while not e.finished.all():
         e.step(k, draft=draft)
     counts = e.lengths.tolist()
     tokens = [e.tokens[b, : n + 1].tolist() for b, n in enumerate(counts)]
-    return tokens, [e.cache.kv[:, :, b, :, :n].clone() for b, n in enumerate(counts)], e.stats.clone()
+    return tokens, contents(e.cache), e.stats.clone()
 
 
 def same_bits(ours, theirs) -> bool:
@@ -68,49 +75,95 @@ def same_bits(ours, theirs) -> bool:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_the_reference(configure, shape):
     """The same tokens and statistics, and a cache within fp32's rounding."""
-    weights = random_decoder(positions=24, **SHAPES[shape])
+    compare_with_reference(configure, random_decoder(positions=24, **SHAPES[shape]))
+
+
+@pytest.mark.parametrize("shape", ["flattened", "ablations", "wide", "int8"])
+def test_int8_caches_equal_the_reference(configure, shape):
+    """Up to one step of int8, where fp32's rounding decides."""
+    weights = random_decoder(positions=24, **({"head_dim": 16} | SHAPES[shape]))
+    compare_with_reference(configure, weights, kv="int8")
+
+
+def compare_with_reference(configure, weights, kv=None):
     for k, mode in zip((1, 2, K_INF), MODES, strict=True):
         configure(mode, seed=k)
-        expected, caches, stats = decode("reference", weights, [0, 1, 2], k)
-        tokens, found, ours = decode("cuda", weights, [0, 1, 2], k)
+        expected, caches, stats = decode("reference", weights, [0, 1, 2], k, kv=kv)
+        tokens, found, ours = decode("cuda", weights, [0, 1, 2], k, kv=kv)
         assert tokens == expected
         assert torch.equal(ours, stats)
         for one, other in zip(found, caches, strict=True):
-            torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4)
+            step = float(other.abs().max()) / 127 if kv else 0
+            torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4 + step)
+
+
+def test_int8_caches_are_those_of_fp32_quantised(configure):
+    """To the bit, where nothing before depends on them: the encoder's, and the first layer's."""
+    configure("kernels")
+    weights = random_decoder(heads=2, head_dim=48, layers=2, positions=40)
+    states, prompts = torch.randn(2, 9, 96), [list(range(29)), [1, 2, 3]]
+    plain, int8 = (
+        engine("cuda", weights, batch=2, capacity=40, cross_capacity=11, kv=kv) for kv in (None, "int8")
+    )
+    for e in (plain, int8):
+        poison(e.cache)
+        e.start(states, prompts, eos=-1, max_length=40)
+    cross = quantise(plain.cache.cross_kv[..., :9, :])
+    assert torch.equal(int8.cache.cross_kv[..., :9, :], cross[0])
+    assert torch.equal(int8.cache.cross_kv_scale[..., :9], cross[1])
+    for row, ids in enumerate(prompts):
+        end = len(ids) - 1
+        values, scale = quantise(plain.cache.kv[0, :, row, :, :end])
+        assert torch.equal(int8.cache.kv[0, :, row, :, :end], values)
+        assert torch.equal(int8.cache.kv_scale[0, :, row, :, :end], scale)
+        assert int8.cache.kv_scale[:, :, row, :, end:].isnan().all()
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [("wide", torch.float32), ("wide", torch.bfloat16), ("wide", torch.float16), ("int4", torch.bfloat16)],
+    ("shape", "dtype", "kv"),
+    [
+        ("wide", torch.float32, None),
+        ("wide", torch.bfloat16, None),
+        ("wide", torch.float16, None),
+        ("wide", torch.bfloat16, "int8"),
+        ("int4", torch.bfloat16, None),
+    ],
 )
-def test_row_invariance_bit_for_bit(configure, shape, dtype):
+def test_row_invariance_bit_for_bit(configure, shape, dtype, kv):
     """Not drafts, other rows, the order of threads, the device's size or the way steps run show in a bit."""
     weights = random_decoder(positions=24, dtype=dtype, **SHAPES[shape])
-    expected = decode("cuda", weights, [0, 2], draft=False)
+    expected = decode("cuda", weights, [0, 2], draft=False, kv=kv)
     settings = ({"seed": 1}, {"multiprocessors": 1}, {"multiprocessors": 5, "shared_bytes": 22 << 10})
     for mode, setting in zip(MODES, settings, strict=True):
         configure(mode, **setting)
-        assert same_bits(decode("cuda", weights, [0, 2]), expected)
+        assert same_bits(decode("cuda", weights, [0, 2], kv=kv), expected)
     tokens, caches, _ = expected
-    assert same_bits(decode("cuda", weights, [2]), (tokens[1:], caches[1:]))
+    assert same_bits(decode("cuda", weights, [2], kv=kv), (tokens[1:], caches[1:]))
 
 
-def test_lengths_at_and_past_every_block(configure):
-    """In fp32 at head width 64 a split is 16 positions: one more and one less, of both caches."""
-    weights = random_decoder(heads=1, head_dim=64, layers=2, blocks=1, positions=40)
-    lengths = (1, 15, 16, 17, 31, 32, 33)
-    for length, cross in itertools.chain(zip(lengths, reversed(lengths), strict=True), ((16, 16), (32, 1))):
+@pytest.mark.parametrize(
+    ("kv", "lengths"),
+    [
+        (None, ((1, 33), (15, 32), (16, 31), (17, 17), (31, 16), (32, 15), (33, 1), (16, 16), (32, 1))),
+        ("int8", ((1, 65), (62, 64), (63, 63), (64, 1), (65, 64))),
+    ],
+)
+def test_lengths_at_and_past_every_block(configure, kv, lengths):
+    """At head width 64 a split is 16 positions in fp32, 64 in int8: one more and one less, of both caches."""
+    weights = random_decoder(heads=1, head_dim=64, layers=2, blocks=1, positions=70)
+    for length, cross in lengths:
         results = []
         for name in ("reference", "cuda"):
-            e = engine(name, weights, batch=1, capacity=length + 3, cross_capacity=cross)
-            e.cache.kv.fill_(torch.nan)
+            e = engine(name, weights, batch=1, capacity=length + 3, cross_capacity=cross, kv=kv)
+            poison(e.cache)
             generator = torch.Generator().manual_seed(length)
             ids = torch.randint(29, (length + 1,), generator=generator).tolist()
             e.start([torch.randn(cross, 64, generator=generator)], [ids], eos=-1, max_length=length + 3)
             e.step(K_INF)
-            results.append((e.tokens, e.cache.kv[..., : length + 2, :]))
+            results.append((e.tokens, contents(e.cache)[0]))
         assert torch.equal(results[0][0], results[1][0])
-        torch.testing.assert_close(results[1][1], results[0][1], rtol=2e-4, atol=2e-4)
+        step = float(results[0][1].abs().max()) / 127 if kv else 0
+        torch.testing.assert_close(results[1][1], results[0][1], rtol=2e-4, atol=2e-4 + step)
 
 
 def test_a_graph_with_rollbacks_equals_single_kernels(configure):

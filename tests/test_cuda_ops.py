@@ -3,7 +3,7 @@
 import emulated
 import pytest
 import torch
-from test_ops_contract import BAD, sample
+from test_ops_contract import BAD, int8_sample, sample
 from test_ops_fused_linear import pack_int4
 
 from kvspn import ops
@@ -44,9 +44,9 @@ def weights(kind, n, k):
 
 def shifted(tensor):
     """The same values at an address that is no multiple of 16 bytes."""
-    buffer = torch.empty(tensor.shape[0], tensor.shape[1] + 1, dtype=tensor.dtype)
-    buffer[:, 1:] = tensor
-    return buffer[:, 1:]
+    buffer = torch.empty(*tensor.shape[:-1], tensor.shape[-1] + 1, dtype=tensor.dtype)
+    buffer[..., 1:] = tensor
+    return buffer[..., 1:]
 
 
 SETTINGS = ({"seed": 1}, {"multiprocessors": 1}, {"multiprocessors": 5, "shared_bytes": 20 << 10})
@@ -72,25 +72,43 @@ def test_one_result_for_every_device_and_address(configure, kind, dtype):
         assert all(map(torch.equal, again, judged))
 
 
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_attention_is_one_for_every_device_and_address(configure, dtype, causal):
+def test_attention_is_one_for_every_device_and_address(configure, dtype, causal, int8):
     """And whether the 18 queries come in one call, which takes several launches, or one by one."""
     layers, heads, capacity, width = 2, 1, 50, 64
     kv = torch.randn(layers, 2, 2, heads, capacity, width).to(dtype)
     tail = torch.randn(2, 2, heads, 17, width).to(dtype)
     q = torch.randn(2, 2 * heads, 18, width).to(dtype)
-    lengths, tail_lengths = torch.tensor([33, 40]).int(), torch.tensor([17, 0]).int()
-    shifted_kv = torch.zeros(kv.numel() + 1, dtype=dtype)[1:].view(kv.shape).copy_(kv)
-    expected = kernel("flat_kv_attention")(q, kv, lengths, causal, None, tail, tail_lengths)
-    reference = ops.flat_kv_attention(q, kv, lengths, causal, tail=tail, tail_lengths=tail_lengths)
-    torch.testing.assert_close(expected, reference)
+    lengths, rest = torch.tensor([33, 40]).int(), (None, tail, torch.tensor([17, 0]).int(), None)
+    if int8:
+        kv, kv_scale = quantise(kv)
+        rest = None, None, None, kv_scale
+    shifted_kv = torch.zeros(kv.numel() + 1, dtype=kv.dtype)[1:].view(kv.shape).copy_(kv)
+    expected = kernel("flat_kv_attention")(q, kv, lengths, causal, *rest)
+    torch.testing.assert_close(expected, ops.flat_kv_attention(q, kv, lengths, causal, *rest))
     for setting, cache in zip(SETTINGS, (kv, shifted_kv, kv), strict=True):
         configure(**setting)
-        again = kernel("flat_kv_attention")(q, cache, lengths, causal, None, tail, tail_lengths)
-        assert torch.equal(again, expected)
+        assert torch.equal(kernel("flat_kv_attention")(q, cache, lengths, causal, *rest), expected)
     for i in (0, 1, 17):
-        one = q[:, :, i : i + 1], kv, lengths + i * causal, causal, None, tail, tail_lengths
-        assert torch.equal(kernel("flat_kv_attention")(*one)[:, 0], expected[:, i])
+        one = kernel("flat_kv_attention")(q[:, :, i : i + 1], kv, lengths + i * causal, causal, *rest)
+        assert torch.equal(one[:, 0], expected[:, i])
+
+
+@pytest.mark.parametrize("width", [40, 64, 512])
+def test_int8_is_one_for_every_device_and_address(configure, dtype, width):
+    """What append_kv writes, to the bit, whatever the lanes of a position and the loads of its columns."""
+    k, v = torch.randn(2, 3, 2, 5, width).to(dtype)
+    lengths = torch.tensor([0, 3, 1], dtype=torch.int32)
+    kv, kv_scale = torch.zeros(1, 2, 3, 2, 7, width, dtype=torch.int8), torch.zeros(1, 2, 3, 2, 7)
+    expected, scales = kv.clone(), kv_scale.clone()
+    ops.append_kv(expected, k, v, lengths, 0, None, scales)
+    for setting, given in zip(SETTINGS, ((k, v), (shifted(k), v), (k, shifted(v))), strict=True):
+        configure(**setting)
+        for cache in (kv.clone(), shifted(kv)):
+            kernel("append_kv")(cache, *given, lengths, 0, None, kv_scale.zero_())
+            assert torch.equal(cache, expected)
+            assert torch.equal(kv_scale, scales)
 
 
 @pytest.mark.parametrize("length", [-(2**31), -3, 2**31 - 1])
@@ -127,16 +145,12 @@ def test_nan_shows():
 def test_opcheck(op):
     for dtype in (torch.float32, torch.bfloat16):
         torch.library.opcheck(kernel(op).default, (), sample(op, dtype))
+    if (arguments := int8_sample(op)) is not None:
+        torch.library.opcheck(kernel(op).default, (), arguments)
 
 
 # The schema takes 2 for True, and True for 1.
-DIRECT = [
-    case
-    for case in BAD
-    if case[0] in emulated.OPS
-    and case[2] not in ({"causal": 2}, {"layer": True})
-    and "kv_scale" not in (case[1], *case[2])  # see below
-]
+DIRECT = [case for case in BAD if case[0] in emulated.OPS and case[2] not in ({"causal": 2}, {"layer": True})]
 
 
 @pytest.mark.parametrize(
@@ -153,13 +167,6 @@ def test_the_kernels_refuse_for_themselves(op, name, wrong):
     assert all(torch.equal(tensors[a], v) for a, v in before.items() if not v.is_meta)
 
 
-@pytest.mark.parametrize("op", ["append_kv", "compact_kv", "flat_kv_attention"])
-def test_int8_caches_are_refused(op):
-    kv, kv_scale = quantise(sample(op)["kv"])
-    with pytest.raises(RuntimeError, match="kv must be fp32, bf16 or fp16 on a CUDA device, got int8"):
-        kernel(op)(**sample(op) | {"kv": kv, "kv_scale": kv_scale})
-
-
 def test_what_does_not_fit_a_device_is_refused(configure):
     x, weight = torch.zeros(1, 9000), torch.zeros(2, 9000)
     configure(shared_bytes=20 << 10)
@@ -171,6 +178,10 @@ def test_what_does_not_fit_a_device_is_refused(configure):
     }
     with pytest.raises(RuntimeError, match=r"kv must have heads of at most 512 bytes, got 800"):
         kernel("flat_kv_attention")(**wide | {"tail": None, "tail_lengths": None})
+    kv, kv_scale = torch.zeros(1, 2, 1, 1, 2, 513, dtype=torch.int8), torch.zeros(1, 2, 1, 1, 2)
+    new = torch.zeros(1, 1, 1, 513)
+    with pytest.raises(RuntimeError, match=r"kv must have heads of at most 512 bytes, got 513"):
+        kernel("append_kv")(kv, new, new, torch.zeros(1, dtype=torch.int32), 0, None, kv_scale)
 
 
 @pytest.mark.parametrize("op", emulated.OPS)

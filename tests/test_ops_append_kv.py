@@ -1,6 +1,5 @@
 import pytest
 import torch
-from caches import needs_int8
 
 from kvspn.ops.append_kv import quantise
 
@@ -55,7 +54,6 @@ def make_int8_cache():
 
 def test_an_int8_cache(ops, dtype):
     """Values, scales and the rest of the buffers, to the bit, with drops and a finished row."""
-    needs_int8(ops)
     buffer, kv, scales, kv_scale = make_int8_cache()
     k, v = torch.randn(2, 3, 2, 2, 4).to(dtype) * 10
     k[1, 0, 0] = 0
@@ -87,7 +85,6 @@ def test_quantisation(dtype):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_shows_in_an_int8_cache(ops, bad):
-    needs_int8(ops)
     _, kv, _, kv_scale = make_int8_cache()
     k, v = torch.randn(2, 3, 2, 1, 4)
     k[0, 1, 0, 2] = bad

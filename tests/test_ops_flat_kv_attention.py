@@ -1,6 +1,5 @@
 import pytest
 import torch
-from caches import needs_int8
 
 from kvspn.ops.append_kv import quantise
 
@@ -87,7 +86,6 @@ def test_against_float64(ops, dtype, case, tail, assert_as_exact_as):
 @pytest.mark.parametrize("case", CASES)
 def test_int8_against_float64(ops, dtype, case, assert_as_exact_as):
     """Exactly what its values and scales say, and nothing past the lengths."""
-    needs_int8(ops)
     arguments = make_int8(case, dtype)
     exact = dense(**dequantised(to(arguments, torch.float64)))
     assert_as_exact_as(ops.flat_kv_attention(**arguments), exact, dense(**dequantised(arguments)))
@@ -125,7 +123,6 @@ def test_row_invariance(ops, dtype, causal, kv_format, set_threads):
     batch, heads, queries, capacity, width = 3, 2, 3, 70, 32
     kv, kv_scale = torch.randn(2, 2, batch, heads, capacity, width).to(dtype), None
     if kv_format == "int8":
-        needs_int8(ops)
         kv, kv_scale = quantise(kv)
     q = torch.randn(batch, heads, queries, width).to(dtype)
     lengths = torch.tensor([5, 66, 31], dtype=torch.int32)

@@ -105,25 +105,21 @@ std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
     return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
 }
 
-// Of an int8 cache.
-void refuse(const std::optional<Tensor>& kv_scale) {
-    STD_TORCH_CHECK(!kv_scale, "kv must be fp32, bf16 or fp16 on a CUDA device, got int8");
-}
-
 Tensor flat_kv_attention(Tensor q, Tensor kv, Tensor lengths, bool causal, std::optional<double> scale,
                          std::optional<Tensor> tail, std::optional<Tensor> tail_lengths,
                          std::optional<Tensor> kv_scale) {
-    refuse(kv_scale);
     Place place(q);
     const int64_t shape[] = {q.size(0), q.size(2), q.size(1) * q.size(3)};
     Tensor out = torch::stable::new_empty(q, {shape, 3});
     const kvspn_tensor tail_view = place.view("tail", tail),
-                       tail_lengths_view = place.view("tail_lengths", tail_lengths);
+                       tail_lengths_view = place.view("tail_lengths", tail_lengths),
+                       kv_scale_view = place.view("kv_scale", kv_scale);
     kvspn_attention_params params{};
     params.q = place.view("q", q), params.kv = place.view("kv", kv);
     params.lengths = place.view("lengths", lengths), params.out = place.view("out", out);
     if (tail) params.tail = &tail_view;
     if (tail_lengths) params.tail_lengths = &tail_lengths_view;
+    if (kv_scale) params.kv_scale = &kv_scale_view;
     params.scale = float(scale ? *scale : 1 / std::sqrt(double(q.size(3))));
     params.causal = causal, params.parts = 1;
     place.run(&kvspn_flat_kv_attention, params);
@@ -178,12 +174,11 @@ std::tuple<Tensor, Tensor> lm_head_verify(Tensor x, Tensor weight, Tensor draft,
 
 void append_kv(Tensor kv, Tensor k, Tensor v, Tensor lengths, int64_t layer, std::optional<Tensor> finished,
                std::optional<Tensor> kv_scale) {
-    refuse(kv_scale);
     Place place(kv);
     kvspn_append_params params{};
     params.kv = place.view("kv", kv), params.k = place.view("k", k), params.v = place.view("v", v);
     params.lengths = place.view("lengths", lengths), params.finished = place.view("finished", finished);
-    params.layer = int32_t(layer);
+    params.layer = int32_t(layer), params.kv_scale = place.view("kv_scale", kv_scale);
     place.run(&kvspn_append_kv, params);
 }
 
@@ -200,11 +195,11 @@ void accept_and_rollback(Tensor tokens, Tensor lengths, Tensor finished, Tensor 
 }
 
 void compact_kv(Tensor kv, Tensor rows, Tensor source, Tensor start, std::optional<Tensor> kv_scale) {
-    refuse(kv_scale);
     Place place(kv);
     kvspn_compact_params params{};
     params.kv = place.view("kv", kv), params.rows = place.view("rows", rows);
     params.source = place.view("source", source), params.start = place.view("start", start);
+    params.kv_scale = place.view("kv_scale", kv_scale);
     place.run(&kvspn_compact_kv, params);
 }
 

@@ -9,6 +9,7 @@ namespace kvspn {
 namespace {
 
 constexpr std::initializer_list<Dtype> kFloats = {Dtype::fp32, Dtype::bf16, Dtype::fp16};
+constexpr std::initializer_list<Dtype> kCaches = {Dtype::fp32, Dtype::bf16, Dtype::fp16, Dtype::int8};
 
 void check_rows(const char* name, const kvspn_tensor& tensor) {
     const int last = tensor.ndim - 1;
@@ -57,13 +58,30 @@ void check_norm(const kvspn_tensor& weight, const kvspn_tensor& bias, float eps,
     require(eps > 0, "eps must be positive, got ", eps);
 }
 
+// Of a cache kv [L, 2, B, H, S, D]: given with int8 alone.
+void check_scale(const kvspn_tensor* scale, const kvspn_tensor& kv) {
+    require(scale || kv.dtype != KVSPN_INT8, "kv_scale must be given with an int8 kv, got none");
+    require(!scale || kv.dtype == KVSPN_INT8, "kv_scale must be given with an int8 kv alone, got one");
+    if (scale)
+        check_given("kv_scale", *scale, {Dtype::fp32},
+                    {kv.shape[0], 2, kv.shape[2], kv.shape[3], kv.shape[4]});
+}
+
+// New keys or values for a cache: to one of int8 any floats.
+void check_new(const char* name, const kvspn_tensor& tensor, const kvspn_tensor& kv,
+               std::initializer_list<int64_t> shape) {
+    if (kv.dtype == KVSPN_INT8)
+        check_given(name, tensor, kFloats, shape);
+    else
+        check_given(name, tensor, {Dtype(kv.dtype)}, shape);
+}
+
 }  // namespace
 
 void check(const kvspn_attention_params& p) {
-    check_tensor("kv", p.kv, {Dtype::fp32, Dtype::bf16, Dtype::fp16, Dtype::int8}, {-1, 2, -1, -1, -1, -1});
+    check_tensor("kv", p.kv, kCaches, {-1, 2, -1, -1, -1, -1});
     const int64_t layers = p.kv.shape[0], rows = p.kv.shape[2], heads = p.kv.shape[3], width = p.kv.shape[5];
-    const bool scaled = p.kv.dtype == KVSPN_INT8;
-    if (scaled)
+    if (p.kv.dtype == KVSPN_INT8)
         check_tensor("q", p.q, kFloats, {rows, -1, -1, width});
     else
         check_tensor("q", p.q, {Dtype(p.kv.dtype)}, {rows, -1, -1, width});
@@ -77,13 +95,8 @@ void check(const kvspn_attention_params& p) {
             query_heads);
     require(p.tail || !p.tail_lengths, "tail must be given with tail_lengths, got a null pointer");
     require(!p.tail || p.tail_lengths, "tail_lengths must be given with tail, got a null pointer");
-    require(p.kv_scale || !scaled, "kv_scale must be given with an int8 kv, got a null pointer");
-    require(scaled || !p.kv_scale, "kv_scale must be a null pointer without an int8 kv, got a tensor");
+    check_scale(p.kv_scale, p.kv);
     require(!p.kv_scale || !p.tail, "tail must be a null pointer beside an int8 kv, got a tensor");
-    if (p.kv_scale) {
-        check_tensor("kv_scale", *p.kv_scale, {Dtype::fp32}, {layers, 2, rows, heads, p.kv.shape[4]});
-        check_rows("kv_scale", *p.kv_scale);
-    }
     require(std::isfinite(p.scale), "scale must be finite, got ", p.scale);
     if (p.tail) {
         check_tensor("tail", *p.tail, dtype, {2, rows, heads, -1, width});
@@ -124,10 +137,11 @@ void check(const kvspn_verify_params& p) {
 }
 
 void check(const kvspn_append_params& p) {
-    check_given("kv", p.kv, kFloats, {-1, 2, -1, -1, -1, -1});
+    check_given("kv", p.kv, kCaches, {-1, 2, -1, -1, -1, -1});
+    check_scale(given(p.kv_scale) ? &p.kv_scale : nullptr, p.kv);
     const int64_t rows = p.kv.shape[2], heads = p.kv.shape[3], width = p.kv.shape[5];
-    check_given("k", p.k, {Dtype(p.kv.dtype)}, {rows, heads, -1, width});
-    check_given("v", p.v, {Dtype(p.kv.dtype)}, {rows, heads, p.k.shape[2], width});
+    check_new("k", p.k, p.kv, {rows, heads, -1, width});
+    check_new("v", p.v, p.kv, {rows, heads, p.k.shape[2], width});
     check_given("lengths", p.lengths, {Dtype::int32}, {rows});
     check_optional("finished", p.finished, {Dtype::boolean}, {rows});
     require(p.layer >= 0 && p.layer < p.kv.shape[0], "layer must be 0 to ", p.kv.shape[0] - 1, ", got ",
@@ -152,7 +166,8 @@ void check(const kvspn_accept_params& p) {
 }
 
 void check(const kvspn_compact_params& p) {
-    check_given("kv", p.kv, kFloats, {-1, 2, -1, -1, -1, -1});
+    check_given("kv", p.kv, kCaches, {-1, 2, -1, -1, -1, -1});
+    check_scale(given(p.kv_scale) ? &p.kv_scale : nullptr, p.kv);
     const int64_t rows = p.kv.shape[2];
     check_given("rows", p.rows, {Dtype::int32}, {rows});
     check_given("source", p.source, {Dtype::int32}, {rows, -1});

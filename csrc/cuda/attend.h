@@ -1,7 +1,8 @@
 // Attention of a few queries to the keys and values of several layers, and to a tail, under one softmax.
 //
 // A place tells where queries come from and results go: row(slot), length(slot), tail_length(slot),
-// four(slot, query, head, column), store(slot, query, head, column, value).
+// four(slot, query, head, column), store(slot, query, head, column, value); and where int8 is still to be
+// written, append(slot, head, first, last) does so for positions first to last - 1.
 #pragma once
 
 #include "cuda/grid.h"
@@ -14,6 +15,7 @@ namespace kvspn::cuda {
 template <class KV, bool kAligned, class Place>
 __device__ __forceinline__ void attend(const Attention& a, const Place& place) {
     constexpr int E = kPerLoad<KV>;
+    constexpr bool kScaled = std::is_same_v<KV, int8_t>;
     const int D = a.width, group = a.lanes, at_once = 32 / group, split = at_once * kLoads;
     const int part = lane() % group, spot = lane() / group;
     const bool used = part * E < D;
@@ -41,11 +43,23 @@ __device__ __forceinline__ void attend(const Attention& a, const Place& place) {
                             : load_elements<KV>(reinterpret_cast<const char*>(from), 16 * part,
                                                 D * int(sizeof(KV)));
         };
+        if constexpr (kScaled) place.append(slot, head, first - spot, min(first - spot + split, end));
         uint4 k[kLoads], v[kLoads];
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) k[i] = load(first + i * at_once, 0);
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) v[i] = load(first + i * at_once, to_values);
+        float key_scale[kLoads], value_scale[kLoads];
+        if constexpr (kScaled) {
+            const float* scales = static_cast<const float*>(a.scales.keys) + layer * a.scales.layer +
+                                  place.row(slot) * a.scales.row + head * a.scales.head;
+#pragma unroll
+            for (int i = 0; i < kLoads; ++i) {
+                const int t = first + i * at_once;
+                key_scale[i] = t < end ? fresh(scales + t) : 0.f;
+                value_scale[i] = t < end ? fresh(scales + a.scales.part + t) : 0.f;
+            }
+        }
         float* partials = a.partials + (int64_t(slot) * a.heads + head) * most * queries * pitch;
         for (int i = 0; i < queries; ++i) {
             const int query = i / a.sharing, query_head = head * a.sharing + i % a.sharing;
@@ -64,7 +78,9 @@ __device__ __forceinline__ void attend(const Attention& a, const Place& place) {
 #pragma unroll
                 for (int e = 0; e < E; ++e) product = fmaf(q[e], key[e], product);
                 for (int mask = group / 2; mask > 0; mask /= 2) product += from_lane_xor(product, mask);
-                score[l] = first + l * at_once < seen ? product * a.scale : -INFINITY;
+                product *= a.scale;
+                if constexpr (kScaled) product *= key_scale[l];
+                score[l] = first + l * at_once < seen ? product : -INFINITY;
                 most_score = fmaxf(most_score, score[l]);
             }
             most_score = max_of_warp(most_score);
@@ -75,8 +91,9 @@ __device__ __forceinline__ void attend(const Attention& a, const Place& place) {
                 unpack(v[l], value, KV{});
                 // Not a product with 0: what a query does not see may be infinite.
                 const bool sees = score[l] != -INFINITY;
-                const float weight = sees ? expf(score[l] - most_score) : 0.f;
+                float weight = sees ? expf(score[l] - most_score) : 0.f;
                 total += weight;
+                if constexpr (kScaled) weight *= value_scale[l];
 #pragma unroll
                 for (int e = 0; e < E; ++e) sum[e] = sees ? fmaf(weight, value[e], sum[e]) : sum[e];
             }

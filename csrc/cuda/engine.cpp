@@ -7,6 +7,7 @@
 
 #include "core/batch.h"
 #include "core/error.h"
+#include "core/ops.h"
 
 namespace kvspn {
 namespace cuda {
@@ -152,14 +153,15 @@ cuda::Table Engine::upload(const Table& table) {
 
 void Engine::bind(const kvspn_batch& b) {
     const auto [rows, capacity, cross, ids] = check_batch(b, weights_);
-    require(b.kv.dtype != KVSPN_INT8, "kv must be fp32, bf16 or fp16 on a CUDA device, got int8");
     require(rows <= cuda::kMaxBatch, "kv must have at most ", cuda::kMaxBatch, " rows, got ", rows);
     const int64_t head_bytes = weights_.head_dim * int64_t(size_of(Dtype(b.kv.dtype)));
     require(head_bytes % 16 == 0 && head_bytes <= cuda::kMaxHeadBytes, "kv must have heads of 16 to ",
             cuda::kMaxHeadBytes, " bytes, a multiple of 16, got ", head_bytes);
-    for (auto& [name, tensor] :
-         {std::pair<const char*, const kvspn_tensor*>{"kv", &b.kv}, {"cross_kv", &b.cross_kv}})
-        require(reinterpret_cast<uintptr_t>(tensor->data) % 16 == 0, name,
+    for (auto& [name, tensor] : {std::pair<const char*, const kvspn_tensor*>{"kv", &b.kv},
+                                 {"cross_kv", &b.cross_kv},
+                                 {"kv_scale", b.kv_scale},
+                                 {"cross_kv_scale", b.cross_kv_scale}})
+        require(!tensor || reinterpret_cast<uintptr_t>(tensor->data) % 16 == 0, name,
                 " must start at a multiple of 16 bytes, got another address");
 
     model_.kv_dtype = Dtype(b.kv.dtype);
@@ -170,6 +172,8 @@ void Engine::bind(const kvspn_batch& b) {
     model_.finished = static_cast<bool*>(b.finished.data);
     model_.batch = int(rows), model_.capacity = int(capacity), model_.id_capacity = int(ids);
     batch_ = b;
+    kv_scale_ = b.kv_scale ? *b.kv_scale : kvspn_tensor{};
+    cross_kv_scale_ = b.cross_kv_scale ? *b.cross_kv_scale : kvspn_tensor{};
 
     const size_t queries = std::max<size_t>(kPrefillChunk, 2 * rows), slots = rows;
     x_ = Buffer(queries * model_.x_stride * sizeof(float));
@@ -179,6 +183,9 @@ void Engine::bind(const kvspn_batch& b) {
     best_ = Buffer(queries * sizeof(uint64_t)), draft_best_ = Buffer(slots * sizeof(uint64_t));
     above_ = Buffer(queries * sizeof(int32_t)), arrived_ = Buffer(slots * weights_.heads * sizeof(int32_t));
     barrier_ = Buffer(sizeof(uint32_t)), control_ = Buffer(sizeof(cuda::Control));
+    states_ = Buffer(size_t(cross * model_.x_stride) * sizeof(float));
+    const int64_t projected = b.kv.dtype == KVSPN_INT8 ? cross * 2 * weights_.width : 0;
+    projected_ = Buffer(size_t(projected) * sizeof(float));
     model_.x = x_.as<float>();
     model_.best = best_.as<uint64_t>(), model_.draft_best = draft_best_.as<uint64_t>();
     model_.above = above_.as<int32_t>(), model_.arrived = arrived_.as<int32_t>();
@@ -197,12 +204,10 @@ void Engine::plan() {
     float *x = x_.as<float>(), *wide = wide_.as<float>(), *attended = attended_.as<float>(),
           *hidden = hidden_.as<float>();
     const int layers = int(w.layers.size()), blocks = int(w.blocks.size());
-    const int capacity = model_.capacity, cross_capacity = int(batch_.cross_kv.shape[4]);
-    auto attention = [&](const Norm& norm, const Matrix& q, const Matrix& out, void* kv, int layer, int count,
-                         bool cross) {
-        const int size = cross ? cross_capacity : capacity;
+    auto attention = [&](const Norm& norm, const Matrix& q, const Matrix& out, bool cross, int layer,
+                         int count) {
         add_linear(&norm, x, model_.x_stride, q, wide, query_stride_, false, false);
-        add_attend(layer_kv(kv, layer, size), count, size, q.outputs / w.head_dim, false, cross);
+        add_attend(cross, layer, count, q.outputs / w.head_dim, false);
         add_linear(nullptr, attended, query_stride_, out, x, model_.x_stride, false, true);
     };
     auto feed_forward = [&](const Norm& norm, const Matrix& fc1, const Matrix& fc2) {
@@ -217,10 +222,8 @@ void Engine::plan() {
         const Block& block = w.blocks[i];
         const int size = layers / w.groups, end = (i * w.groups / blocks + 1) * size,
                   count = w.last_layer_only ? 1 : size;
-        attention(block.kv_norm, block.kv_q, block.kv_out, batch_.kv.data, end - count, count, false);
-        if (block.cross)
-            attention(block.cross_norm, block.cross_q, block.cross_out, batch_.cross_kv.data, end - 1, 1,
-                      true);
+        attention(block.kv_norm, block.kv_q, block.kv_out, false, end - count, count);
+        if (block.cross) attention(block.cross_norm, block.cross_q, block.cross_out, true, end - 1, 1);
         feed_forward(block.ffn_norm, block.fc1, block.fc2);
     }
     if (blocks) add_verify(true, w.draft_norm, w.draft_head);
@@ -229,12 +232,14 @@ void Engine::plan() {
     add_embed(false);
     for (int i = 0; i < layers; ++i) {
         const Layer& layer = w.layers[i];
-        char* kv = layer_kv(batch_.kv.data, i, capacity);
         add_linear(&layer.self_norm, x, model_.x_stride, layer.self_qkv, wide, query_stride_, false, false);
-        stages_.back().kv = kv, stages_.back().kept = w.width, stages_.back().capacity = capacity;
-        add_attend(kv, 1, capacity, w.heads, true, false);
+        if (model_.kv_dtype != Dtype::int8) {
+            Stage& s = stages_.back();
+            s.kv = layer_kv(false, i), s.kept = w.width, s.capacity = model_.capacity;
+        }
+        add_attend(false, i, 1, w.heads, true);
         add_linear(nullptr, attended, query_stride_, layer.self_out, x, model_.x_stride, false, true);
-        attention(layer.cross_norm, layer.cross_q, layer.cross_out, batch_.cross_kv.data, i, 1, true);
+        attention(layer.cross_norm, layer.cross_q, layer.cross_out, true, i, 1);
         feed_forward(layer.ffn_norm, layer.fc1, layer.fc2);
     }
     judge_ = int(stages_.size());
@@ -280,11 +285,12 @@ void Engine::add_linear(const Norm* norm, const float* x, int64_t x_stride, cons
     stages_.push_back(s);
 }
 
-void Engine::add_attend(char* kv, int layers, int capacity, int query_heads, bool causal, bool cross) {
+void Engine::add_attend(bool cross, int layer, int layers, int query_heads, bool causal) {
     Stage s;
     s.kind = Kind::attend, s.dtype = model_.kv_dtype, s.draft = drafting_;
     s.x = wide_.as<float>(), s.y = attended_.as<float>(), s.x_stride = s.y_stride = query_stride_;
-    s.kv = kv, s.layers = layers, s.capacity = capacity, s.query_heads = query_heads;
+    s.kv = layer_kv(cross, layer), s.kv_scale = layer_scale(cross, layer), s.layers = layers;
+    s.capacity = int((cross ? batch_.cross_kv : batch_.kv).shape[4]), s.query_heads = query_heads;
     s.causal = causal, s.cross = cross, s.lanes = 1;
     while (s.lanes * 16 < weights_.head_dim * int(size_of(model_.kv_dtype))) s.lanes *= 2;
     stages_.push_back(s);
@@ -300,25 +306,47 @@ void Engine::encode(int row, const kvspn_tensor& states) {
     check_tensor("states", states, {Dtype::fp32, Dtype::bf16, Dtype::fp16}, {-1, weights_.width});
     const int64_t capacity = batch_.cross_kv.shape[4], count = states.shape[0];
     require(count >= 1 && count <= capacity, "states must hold 1 to ", capacity, " positions, got ", count);
-    Buffer x(size_t(count * model_.x_stride) * sizeof(float));
+    const bool int8 = model_.kv_dtype == Dtype::int8;
+    float* x = states_.as<float>();
+    int32_t* length = static_cast<int32_t*>(batch_.cross_lengths.data) + row;
+    cuda::check(cudaMemsetAsync(length, 0, sizeof *length, nullptr), "encode");
     int64_t at = 0;  // the draft network's positions come first
     for (int first = 0, stride = weights_.encoder_stride; first < std::min<int64_t>(stride, count); ++first) {
         const kvspn_tensor rows = every(stride, first, states);
         cuda::launch_to_float(device_, {Dtype(rows.dtype), rows.data, int32_t(rows.shape[0])}, weights_.width,
-                              rows.strides[0], rows.strides[1], x.as<float>() + at * model_.x_stride,
-                              model_.x_stride, nullptr);
+                              rows.strides[0], rows.strides[1], x + at * model_.x_stride, model_.x_stride,
+                              nullptr);
         at += rows.shape[0];
     }
-    for (size_t i = 0; i < weights_.layers.size(); ++i) {
-        add_linear(nullptr, x.as<float>(), model_.x_stride, weights_.layers[i].cross_kv, nullptr, 0, false,
-                   false);
+    for (int i = 0; i < int(weights_.layers.size()); ++i) {
+        add_linear(nullptr, x, model_.x_stride, weights_.layers[i].cross_kv, projected_.as<float>(),
+                   2 * weights_.width, false, false);
         Stage stage = stages_.back();
         stages_.pop_back();
-        stage.kv = layer_kv(batch_.cross_kv.data, int(i), int(capacity)), stage.capacity = int(capacity);
+        if (!int8) stage.kv = layer_kv(true, i), stage.capacity = int(capacity);
         cuda::launch_stage(device_, model_, stage, {row, 0, int32_t(count)}, nullptr);
+        if (int8) append_cross(i, row, count);
     }
-    set(static_cast<int32_t*>(batch_.cross_lengths.data) + row, int32_t(count));
+    set(length, int32_t(count));
     cuda::check(cudaStreamSynchronize(nullptr), "encode");
+}
+
+// Keys and values [E, 2, H, D] of one layer, the first of a row, to a cache of int8.
+void Engine::append_cross(int layer, int row, int64_t count) {
+    const int64_t heads = weights_.heads, head_dim = weights_.head_dim, width = weights_.width;
+    const kvspn_stream stream{nullptr, nullptr, nullptr};
+    float* made = projected_.as<float>();
+    kvspn_append_params p{};
+    p.kv = batch_.cross_kv, p.kv_scale = cross_kv_scale_;
+    p.kv.data = static_cast<int8_t*>(p.kv.data) + row * p.kv.strides[2];
+    p.kv_scale.data = static_cast<float*>(p.kv_scale.data) + row * p.kv_scale.strides[2];
+    p.kv.shape[2] = p.kv_scale.shape[2] = 1;
+    p.k = {"k", made, KVSPN_FP32, 4, {1, heads, count, head_dim}, {0, head_dim, 2 * width, 1}};
+    p.v = p.k, p.v.name = "v", p.v.data = made + width;
+    p.lengths = batch_.cross_lengths;
+    p.lengths.data = static_cast<int32_t*>(p.lengths.data) + row, p.lengths.shape[0] = 1;
+    p.layer = layer, p.stream = &stream;
+    append_kv(p);
 }
 
 void Engine::prefill(int row, int count) {
@@ -451,9 +479,20 @@ void Engine::set(int32_t* at, int32_t value) {
     cuda::check(cudaMemcpyAsync(at, &value, sizeof value, cudaMemcpyHostToDevice, nullptr), "lengths");
 }
 
-char* Engine::layer_kv(void* kv, int layer, int capacity) const {
-    const int64_t elements = int64_t(2) * model_.batch * weights_.heads * capacity * weights_.head_dim;
-    return static_cast<char*>(kv) + layer * elements * int64_t(size_of(model_.kv_dtype));
+// Of one layer's keys and values.
+int64_t Engine::layer_positions(bool cross) const {
+    return 2 * int64_t(model_.batch) * weights_.heads * (cross ? batch_.cross_kv : batch_.kv).shape[4];
+}
+
+char* Engine::layer_kv(bool cross, int layer) const {
+    const int64_t bytes = weights_.head_dim * int64_t(size_of(model_.kv_dtype));
+    char* kv = static_cast<char*>((cross ? batch_.cross_kv : batch_.kv).data);
+    return kv + layer * layer_positions(cross) * bytes;
+}
+
+float* Engine::layer_scale(bool cross, int layer) const {
+    float* scale = static_cast<float*>((cross ? cross_kv_scale_ : kv_scale_).data);
+    return scale ? scale + layer * layer_positions(cross) : nullptr;
 }
 
 }  // namespace kvspn

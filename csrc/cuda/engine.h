@@ -106,11 +106,14 @@ class Engine {
     void add_embed(bool draft);
     void add_linear(const Norm* norm, const float* x, int64_t x_stride, const Matrix& matrix, float* y,
                     int64_t y_stride, bool gelu, bool accumulate);
-    void add_attend(char* kv, int layers, int capacity, int query_heads, bool causal, bool cross);
+    void add_attend(bool cross, int layer, int layers, int query_heads, bool causal);
     void add_verify(bool draft, const Norm& norm, const Matrix& head);
     void launch_stages(int first, int last, const cuda::Pass& pass, cudaStream_t stream);
+    void append_cross(int layer, int row, int64_t count);
     void set(int32_t* at, int32_t value);
-    char* layer_kv(void* kv, int layer, int capacity) const;
+    char* layer_kv(bool cross, int layer) const;
+    float* layer_scale(bool cross, int layer) const;
+    int64_t layer_positions(bool cross) const;
 
     Mode mode_;
     cuda::Device device_;
@@ -118,13 +121,14 @@ class Engine {
     Weights weights_;  // their pointers are the device's
     cuda::Model model_{};
     kvspn_batch batch_{};
+    kvspn_tensor kv_scale_{}, cross_kv_scale_{};  // those of the batch, which the caller's struct points to
     int vocabulary_, hidden_stride_, query_stride_;
 
     std::vector<cuda::Stage> stages_;  // the draft network's, the base model's, what follows
     int base_ = 0, judge_ = 0;         // where the second and the third begin
     bool drafting_ = false;            // while they are made: for the draft network
     cuda::Buffer plan_, control_, x_, wide_, attended_, hidden_, best_, draft_best_, above_, partials_,
-        arrived_, barrier_;
+        arrived_, barrier_, states_, projected_;
     cuda::Pinned progress_;
     std::vector<int> prefilled_;  // tokens of each row
     cuda::Control present_{};

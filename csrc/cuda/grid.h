@@ -42,9 +42,12 @@ __device__ __forceinline__ void with_float(Dtype dtype, Body body) {
     }
 }
 template <class Body>
+__device__ __forceinline__ void with_kv(Dtype dtype, Body body) {
+    dtype == Dtype::int8 ? body(int8_t{}) : with_float(dtype, body);
+}
+template <class Body>
 __device__ __forceinline__ void with_weight(Dtype dtype, Body body) {
-    if (dtype == Dtype::int8) return body(int8_t{});
-    dtype == Dtype::int4 ? body(Nibbles{}) : with_float(dtype, body);
+    dtype == Dtype::int4 ? body(Nibbles{}) : with_kv(dtype, body);
 }
 
 __device__ __forceinline__ float sum_of_warp(float value, int lanes = 1) {
@@ -80,6 +83,26 @@ __device__ __forceinline__ uint4 load_elements(const char* row, int at, int byte
     for (int i = 0; i < 16; i += sizeof(T))
         if (at + i < bytes)
             words[i / 4] |= uint32_t(*reinterpret_cast<const Bits*>(row + at + i)) << 8 * (i % 4);
+    return {words[0], words[1], words[2], words[3]};
+}
+
+// A position's columns, 16 a lane of the `lanes` that share it -> int8 and their scale, to the bit as
+// quantise() of kvspn/ops/append_kv.py.
+__device__ __forceinline__ uint4 quantise(const float (&x)[16], int lanes, float& scale) {
+    uint32_t bits = 0;  // of the largest: infinity and NaN are larger than numbers
+#pragma unroll
+    for (int i = 0; i < 16; ++i) bits = max(bits, as_bits(x[i]) & 0x7fffffff);
+    for (int mask = lanes / 2; mask > 0; mask /= 2)
+        bits = max(bits, as_bits(from_lane_xor(as_float(bits), mask)));
+    const float largest = as_float(bits), factor = 127.f / largest;
+    scale = largest / 127.f;
+    uint32_t words[4] = {};
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        const float value = x[i] * factor;
+        const int rounded = fabsf(value) < 128.f ? int(rintf(value)) : 0;  // 0 for what is not finite
+        words[i / 4] |= uint32_t(rounded & 255) << 8 * (i % 4);
+    }
     return {words[0], words[1], words[2], words[3]};
 }
 

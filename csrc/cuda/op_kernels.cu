@@ -101,6 +101,7 @@ struct OpPlace {
         const int64_t start = slot * at[0] + (op.first + query) * at[1];
         put(op.out, start + int64_t(head) * op.attention.width + column, value);
     }
+    __device__ __forceinline__ void append(int, int, int, int) const {}
 };
 
 // Calls body(a weight, the rows of a tile, whether rows of weights are aligned) as constants.
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_consta
 __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_constant__ AttentionOp op) {
     let_next_kernel_start();
     wait_for_previous_kernel();
-    with_float(Dtype(op.q.dtype), [&](auto type) {
+    with_kv(op.dtype, [&](auto type) {
         using KV = decltype(type);
         op.aligned ? attend<KV, true>(op.attention, OpPlace{op})
                    : attend<KV, false>(op.attention, OpPlace{op});
@@ -190,23 +191,51 @@ __device__ __forceinline__ int32_t int_at(const kvspn_tensor& tensor, int64_t in
     return static_cast<const int32_t*>(tensor.data)[index];
 }
 
-// Unit by unit of a position's bytes.
+// Unit by unit of a position's bytes; int8 is 16 columns a lane.
 template <class Unit>
-__global__ void append_kernel(const __grid_constant__ kvspn_append_params p, const int size) {
+__global__ void append_kernel(const __grid_constant__ AppendOp op) {
     let_next_kernel_start();
     wait_for_previous_kernel();
-    const int64_t heads = p.kv.shape[3], queries = p.k.shape[2], units = p.kv.shape[5] * size / sizeof(Unit);
-    for (int64_t i = grid_thread(); i < 2 * p.kv.shape[2] * heads * queries * units; i += grid_threads()) {
-        const int64_t unit = i % units, query = i / units % queries, head = i / units / queries % heads;
-        const int64_t plane = i / units / queries / heads, row = plane / 2, part = plane % 2;
-        const int64_t position = int_at(p.lengths, row) + query;
-        if (position < 0 || position >= p.kv.shape[4]) continue;
-        if (p.finished.data && static_cast<const bool*>(p.finished.data)[row]) continue;
+    constexpr bool kQuantise = std::is_same_v<Unit, int8_t>;
+    const kvspn_append_params& p = op.p;
+    const int64_t heads = p.kv.shape[3], queries = p.k.shape[2], width = p.kv.shape[5];
+    const int64_t items = 2 * p.kv.shape[2] * heads * queries * op.units;
+    // By whole warps, since the lanes of a position quantise it together.
+    for (int64_t first = grid_thread() - lane(); first < items; first += grid_threads()) {
+        const int64_t i = min(first + lane(), items - 1), unit = i % op.units, query = i / op.units % queries,
+                      head = i / op.units / queries % heads, plane = i / op.units / queries / heads,
+                      row = plane / 2, part = plane % 2, position = int_at(p.lengths, row) + query;
+        const bool skipped = p.finished.data && static_cast<const bool*>(p.finished.data)[row];
+        const bool written = first + lane() < items && position >= 0 && position < p.kv.shape[4] && !skipped;
         const kvspn_tensor& from = part ? p.v : p.k;
         const int64_t at = row * from.strides[0] + head * from.strides[1] + query * from.strides[2];
         const int64_t to = position_of(p.kv, 2 * p.layer + part, row, head, position);
-        reinterpret_cast<Unit*>(static_cast<char*>(p.kv.data) + to * size)[unit] =
-            reinterpret_cast<const Unit*>(static_cast<const char*>(from.data) + at * size)[unit];
+        if constexpr (kQuantise) {
+            const int column = int(16 * unit);
+            float x[16] = {}, scale;
+#pragma unroll
+            for (int c = 0; c < 16; c += 4) {
+                if (!written || column + c >= width) continue;
+                const float4 v = four_at(from, at, column + c, width, op.by_four);
+                x[c] = v.x, x[c + 1] = v.y, x[c + 2] = v.z, x[c + 3] = v.w;
+            }
+            const uint4 values = quantise(x, op.units, scale);
+            if (!written) continue;
+            int8_t* target = static_cast<int8_t*>(p.kv.data) + to + column;
+            const uint32_t words[4] = {values.x, values.y, values.z, values.w};
+            if (op.aligned && column < width) *reinterpret_cast<uint4*>(target) = values;
+#pragma unroll
+            for (int c = 0; c < 16; ++c)
+                if (!op.aligned && column + c < width) target[c] = int8_t(words[c / 4] >> 8 * (c % 4));
+            const int64_t* strides = p.kv_scale.strides;
+            if (unit == 0)
+                static_cast<float*>(p.kv_scale.data)[p.layer * strides[0] + part * strides[1] +
+                                                     row * strides[2] + head * strides[3] + position] = scale;
+        } else if (written) {
+            const int64_t size = int64_t(sizeof(Unit)) * op.units / width;
+            reinterpret_cast<Unit*>(static_cast<char*>(p.kv.data) + to * size)[unit] =
+                reinterpret_cast<const Unit*>(static_cast<const char*>(from.data) + at * size)[unit];
+        }
     }
 }
 
@@ -265,10 +294,21 @@ __global__ void compact_kernel(const __grid_constant__ kvspn_compact_params p, c
 
 template <class Body>
 void with_unit(int bytes, Body body) {
-    bytes == 16 ? body(uint4{}) : bytes == 4 ? body(uint32_t{}) : body(uint16_t{});
+    switch (bytes) {
+        case 16:
+            return body(uint4{});
+        case 4:
+            return body(uint32_t{});
+        case 2:
+            return body(uint16_t{});
+        default:
+            return body(int8_t{});
+    }
 }
 
-int size_of_element(const kvspn_tensor& tensor) { return tensor.dtype == KVSPN_FP32 ? 4 : 2; }
+int size_of_element(const kvspn_tensor& tensor) {
+    return tensor.dtype == KVSPN_FP32 ? 4 : tensor.dtype == KVSPN_INT8 ? 1 : 2;
+}
 
 // Blocks for one thread an item, several of which share a multiprocessor.
 Grid grid_for(const Device& device, int64_t items) {
@@ -307,11 +347,11 @@ void launch(const Device& device, const AttentionOp& op, cudaStream_t stream) {
     launch("flat_kv_attention", device, &attention_kernel, {device.multiprocessors}, stream, op);
 }
 
-void launch_append(const Device& device, const kvspn_append_params& p, int unit, cudaStream_t stream) {
-    const int size = size_of_element(p.kv);
-    const int64_t items = 2 * p.k.shape[0] * p.k.shape[1] * p.k.shape[2] * p.k.shape[3] * size / unit;
-    with_unit(unit, [&](auto type) {
-        launch("append_kv", device, &append_kernel<decltype(type)>, grid_for(device, items), stream, p, size);
+void launch(const Device& device, const AppendOp& op, cudaStream_t stream) {
+    const int64_t* shape = op.p.k.shape;
+    const Grid grid = grid_for(device, 2 * shape[0] * shape[1] * shape[2] * op.units);
+    with_unit(op.unit, [&](auto type) {
+        launch("append_kv", device, &append_kernel<decltype(type)>, grid, stream, op);
     });
 }
 

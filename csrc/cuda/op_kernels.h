@@ -25,11 +25,19 @@ struct VerifyOp {
 
 struct AttentionOp {
     kvspn_tensor q, out;
+    Dtype dtype;  // of keys and values
     const int32_t *lengths, *tail_lengths;
     Attention attention;  // of some queries, the first of which is
     int32_t first;
     bool aligned;  // positions of the cache and of the tail
     bool by_four;  // elements of q
+};
+
+struct AppendOp {
+    kvspn_append_params p;
+    int32_t unit;           // bytes that are copied at once, which divide a position's; 1: they become int8
+    int32_t units;          // of a position, a thread's each; of int8 16 columns, and a power of two
+    bool aligned, by_four;  // of int8: positions of the cache; elements of k and v
 };
 
 // The present device, with what the ops' kernels may use of it.
@@ -42,10 +50,10 @@ void launch(const Device& device, const LinearOp& op, cudaStream_t stream);
 void launch(const Device& device, const VerifyOp& op, cudaStream_t stream);
 void launch(const Device& device, const AttentionOp& op, cudaStream_t stream);
 
-// `unit`: bytes that are copied at once, which divide a position's.
-void launch_append(const Device& device, const kvspn_append_params& p, int unit, cudaStream_t stream);
+void launch(const Device& device, const AppendOp& op, cudaStream_t stream);
 void launch_accept(const Device& device, const kvspn_accept_params& p, cudaStream_t stream);
-// `held`: [2 L, B, M, H, D], what is on its way.
+// `unit`: bytes that are copied at once, which divide a position's. `held`: [2 L, B, M, H, D], what is on its
+// way.
 void launch_compact(const Device& device, const kvspn_compact_params& p, int unit, char* held,
                     cudaStream_t stream);
 

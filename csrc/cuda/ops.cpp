@@ -48,15 +48,25 @@ bool by_four(const kvspn_tensor& tensor) {
     return fits(tensor, tensor.shape[tensor.ndim - 1], int(4 * size_of(Dtype(tensor.dtype))));
 }
 
-// The widest unit of 16, 4 or 2 bytes that rows of all tensors consist of.
+// The widest unit of 16, 4, 2 or 1 bytes that rows of all tensors consist of.
 int unit_of(std::initializer_list<const kvspn_tensor*> tensors) {
-    for (int unit : {16, 4}) {
+    for (int unit : {16, 4, 2}) {
         bool all = true;
         for (const kvspn_tensor* tensor : tensors)
             all &= fits(*tensor, tensor->shape[tensor->ndim - 1], unit);
         if (all) return unit;
     }
-    return 2;
+    return 1;
+}
+
+// Lanes that share a position, 16 bytes each.
+int lanes_of(const kvspn_tensor& kv) {
+    const int64_t bytes = kv.shape[5] * int64_t(size_of(Dtype(kv.dtype)));
+    require(bytes <= cuda::kMaxHeadBytes, "kv must have heads of at most ", cuda::kMaxHeadBytes,
+            " bytes, got ", bytes);
+    int lanes = 1;
+    while (lanes * 16 < bytes) lanes *= 2;
+    return lanes;
 }
 
 // The weights of a linear op or of verify, and the memory that a block needs for rows of x.
@@ -99,25 +109,24 @@ void flat_kv_attention(const kvspn_attention_params& p) {
     const int64_t rows = p.q.shape[0], queries = p.q.shape[2], heads = p.kv.shape[3], width = p.kv.shape[5];
     require(width <= 1 || p.q.strides[3] == 1, "q must be contiguous in its last dimension, got stride ",
             p.q.strides[3]);
-    const int64_t bytes = width * int64_t(size_of(Dtype(p.kv.dtype))), layers = p.kv.shape[0];
-    require(bytes <= cuda::kMaxHeadBytes, "kv must have heads of at most ", cuda::kMaxHeadBytes,
-            " bytes, got ", bytes);
+    const int64_t layers = p.kv.shape[0];
+    const int lanes = lanes_of(p.kv);
     if (!p.out.shape[0] || !p.out.shape[1] || !p.out.shape[2]) return;
 
     cuda::AttentionOp op{};
-    op.q = p.q, op.out = p.out;
+    op.q = p.q, op.out = p.out, op.dtype = Dtype(p.kv.dtype);
     op.lengths = static_cast<const int32_t*>(p.lengths.data);
     op.aligned = fits(p.kv, width, 16) && (!p.tail || fits(*p.tail, width, 16));
     op.by_four = by_four(p.q);
     cuda::Attention& a = op.attention;
     a.cache = key_values(p.kv, 1);
+    if (p.kv_scale) a.scales = key_values(*p.kv_scale, 1);
     if (p.tail) {
         a.tail = key_values(*p.tail, 0);
         op.tail_lengths = static_cast<const int32_t*>(p.tail_lengths->data);
     }
     a.slots = int(rows), a.heads = int(heads), a.sharing = int(p.q.shape[1] / heads);
-    a.width = int(width), a.layers = int(layers), a.causal = p.causal, a.scale = p.scale;
-    for (a.lanes = 1; a.lanes * 16 < bytes;) a.lanes *= 2;
+    a.width = int(width), a.layers = int(layers), a.lanes = lanes, a.causal = p.causal, a.scale = p.scale;
     const int split = 32 / a.lanes * cuda::kLoads;
     const auto splits_of = [&](int64_t positions) { return (positions + split - 1) / split; };
     const int64_t splits =
@@ -164,7 +173,16 @@ void append_kv(const kvspn_append_params& p) {
     const cudaStream_t stream = handle_of(p.stream);
     const int64_t* shape = p.k.shape;
     if (!shape[0] || !shape[1] || !shape[2] || !shape[3]) return;
-    cuda::launch_append(cuda::open_device_for_ops(), p, unit_of({&p.kv, &p.k, &p.v}), stream);
+    cuda::AppendOp op{};
+    op.p = p;
+    if (p.kv.dtype == KVSPN_INT8) {
+        op.unit = 1, op.units = lanes_of(p.kv);
+        op.aligned = fits(p.kv, shape[3], 16), op.by_four = by_four(p.k) && by_four(p.v);
+    } else {
+        op.unit = unit_of({&p.kv, &p.k, &p.v});
+        op.units = int(shape[3] * int64_t(size_of(Dtype(p.kv.dtype))) / op.unit);
+    }
+    cuda::launch(cuda::open_device_for_ops(), op, stream);
 }
 
 void accept_and_rollback(const kvspn_accept_params& p) {
@@ -173,14 +191,27 @@ void accept_and_rollback(const kvspn_accept_params& p) {
     if (p.tokens.shape[0]) cuda::launch_accept(cuda::open_device_for_ops(), p, stream);
 }
 
-void compact_kv(const kvspn_compact_params& p) {
-    check(p);
+namespace {
+
+void compact(const kvspn_compact_params& p) {
     const cudaStream_t stream = handle_of(p.stream);
     const int64_t* shape = p.kv.shape;
     const int64_t moved = 2 * shape[0] * shape[2] * p.source.shape[1] * shape[3] * shape[5];
     if (!moved) return;
     char* held = allocate<char>(p.stream, moved * int64_t(size_of(Dtype(p.kv.dtype))));
     cuda::launch_compact(cuda::open_device_for_ops(), p, unit_of({&p.kv}), held, stream);
+}
+
+}  // namespace
+
+void compact_kv(const kvspn_compact_params& p) {
+    check(p);
+    compact(p);
+    if (p.kv.dtype != KVSPN_INT8) return;
+    kvspn_compact_params scales = p;  // a cache of one column
+    scales.kv = p.kv_scale;
+    scales.kv.ndim = 6, scales.kv.shape[5] = scales.kv.strides[5] = 1;
+    compact(scales);
 }
 
 }  // namespace kvspn

@@ -30,9 +30,10 @@ struct Stage {
     int32_t groups = 0, group_shift = 0;  // int4: scale is [outputs, groups], of 2^group_shift inputs each
     bool gelu = false, accumulate = false;
 
-    // linear: outputs from `kept` on are keys, then values, and go to the cache of one layer. attend: the
-    // cache of `layers` layers, under one softmax.
+    // linear: outputs from `kept` on are keys, then values, and go to the cache of one layer, unless it is of
+    // int8. attend: the cache of `layers` layers, under one softmax; of int8, a causal one appends first.
     char* kv = nullptr;
+    float* kv_scale = nullptr;                                               // of int8, for each position
     int32_t kept = 0, capacity = 0, layers = 1, query_heads = 0, lanes = 0;  // lanes of a position
     bool causal = false, cross = false;
 };
@@ -45,7 +46,7 @@ struct KeyValues {
 };
 
 struct Attention {
-    KeyValues cache, tail;
+    KeyValues cache, tail, scales;  // scales: of a cache of int8, fp32, one for each position
     int32_t slots, queries, heads, sharing, width, layers;  // sharing: query heads of one head of keys
     int32_t lanes;                                          // of a position
     bool causal;                                            // query i sees length + i + 1 positions

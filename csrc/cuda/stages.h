@@ -159,14 +159,46 @@ struct StagePlace {
     __device__ __forceinline__ void store(int slot, int query, int head, int column, float value) const {
         s.y[(slot * pass.queries + query) * s.y_stride + head * m.head_dim + column] = value;
     }
+    // Keys and values that the pass has made, behind its queries. No other warp reads these positions now.
+    __device__ __forceinline__ void append(int slot, int head, int first, int last) const {
+        if (!s.causal) return;
+        const int position = slots.position[slot], end = min(last, position + pass.queries);
+        const int column = lane() % s.lanes * 16;
+        for (int from = max(first, position); from < end; from += 32 / s.lanes) {
+            const int t = from + lane() / s.lanes;
+            const bool used = t < end && column < m.head_dim;
+            const float* made = s.x + (slot * pass.queries + t - position) * s.x_stride + head * m.head_dim;
+#pragma unroll
+            for (int part = 0; part < 2; ++part) {
+                float x[16] = {}, scale;
+#pragma unroll
+                for (int i = 0; i < 16; i += 4) {
+                    if (!used) continue;
+                    const float* four = made + (1 + part) * m.width + column + i;
+                    const float4 v = fresh(reinterpret_cast<const float4*>(four));
+                    x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
+                }
+                const uint4 values = quantise(x, s.lanes, scale);
+                if (!used) continue;
+                const int64_t plane = (int64_t(part) * m.batch + slots.row[slot]) * m.heads + head;
+                const int64_t at = plane * s.capacity + t;
+                *reinterpret_cast<uint4*>(s.kv + at * m.head_dim + column) = values;
+                if (column == 0) s.kv_scale[at] = scale;
+            }
+        }
+        sync_warp();
+    }
 };
 
 template <class KV>
 __device__ __forceinline__ void attend(const Model& m, const Stage& s, const Pass& pass, Shared& shared) {
-    const int64_t D = m.head_dim, head = s.capacity * D, row = m.heads * head, part = m.batch * row;
-    const KeyValues cache{s.kv, 2 * part, part, row, head, D, s.capacity};
-    attend<KV, true>(Attention{cache,
+    const auto of = [&](const void* keys, int width) {
+        const int64_t head = int64_t(s.capacity) * width, row = m.heads * head, part = m.batch * row;
+        return KeyValues{keys, 2 * part, part, row, head, width, s.capacity};
+    };
+    attend<KV, true>(Attention{of(s.kv, m.head_dim),
                                {},
+                               of(s.kv_scale, 1),
                                shared.slots.count,
                                pass.queries,
                                m.heads,
@@ -175,7 +207,7 @@ __device__ __forceinline__ void attend(const Model& m, const Stage& s, const Pas
                                s.layers,
                                s.lanes,
                                s.causal,
-                               1.f / sqrtf(float(D)),
+                               1.f / sqrtf(float(m.head_dim)),
                                m.partials,
                                m.arrived},
                      StagePlace{m, s, pass, shared.slots});
@@ -222,17 +254,22 @@ __device__ __forceinline__ void prefetch_weights(const Stage& s) {
     prefetch(s.weight + from, min(share, bytes - from), lane());
 }
 
-// So do the encoder's keys and values.
+// So do the encoder's keys and values, and their scales.
 __device__ __forceinline__ void prefetch_cross(const Model& m, const Stage& s, const Slots& slots) {
     constexpr int64_t kPiece = 4096;
     if (!s.cross) return;
-    const int64_t position = int64_t(m.head_dim) * (s.dtype == Dtype::fp32 ? 4 : 2);
+    const int64_t position = int64_t(m.head_dim) * (s.dtype == Dtype::fp32 ? 4 : s.kv_scale ? 1 : 2);
     const int pieces = int((s.capacity * position + kPiece - 1) / kPiece);
     for (int i = grid_warp(); i < 2 * slots.count * m.heads * pieces; i += grid_warps()) {
         const int plane = i / pieces, head = plane % m.heads, slot = plane / m.heads % slots.count;
         const int64_t row = int64_t(plane / m.heads / slots.count) * m.batch + slots.row[slot];
-        const int64_t from = i % pieces * kPiece, bytes = cross_length(m, s, slots.row[slot]) * position - from;
-        prefetch(s.kv + (row * m.heads + head) * s.capacity * position + from, min(bytes, kPiece), lane());
+        const int64_t first = (row * m.heads + head) * s.capacity;
+        const int64_t length = min(cross_length(m, s, slots.row[slot]), s.capacity);
+        const int64_t from = i % pieces * kPiece, bytes = length * position - from;
+        prefetch(s.kv + first * position + from, min(bytes, kPiece), lane());
+        if (!s.kv_scale || from) continue;
+        const int64_t start = first / 4 * 4, end = (first + length) / 4 * 4;
+        prefetch(reinterpret_cast<const char*>(s.kv_scale + start), 4 * (end - start), lane());
     }
 }
 
@@ -242,7 +279,7 @@ __device__ __forceinline__ void run_stage(const Model& m, const Stage& s, const 
     if constexpr (kind == Kind::embed) embed(m, s, pass, shared);
     if constexpr (kind == Kind::accept) accept(m, pass, shared);
     if constexpr (kind == Kind::attend)
-        with_float(s.dtype, [&](auto type) { attend<decltype(type)>(m, s, pass, shared); });
+        with_kv(s.dtype, [&](auto type) { attend<decltype(type)>(m, s, pass, shared); });
     const bool few = shared.slots.count * pass.queries <= 2;  // one row's step, with or without a draft
     if constexpr (kind == Kind::linear)
         with_weight(s.dtype, [&](auto type) {

@@ -114,7 +114,7 @@ KVSPN_API const char* kvspn_last_error(void);
  *
  * "cuda" in the library for CUDA devices, which is the same but for this: the tensors of a batch, the encoder
  * states and the masks are in the device's memory, the weights in the host's, int4 in groups of 8, 16, 32,
- * ..., caches are not INT8; work is put on the default stream, step and generate without on_step do not wait
+ * ...; work is put on the default stream, step and generate without on_step do not wait
  * for it, and an error of the device may come out of a later call; a row whose length is out of bounds is
  * left alone. The environment variable KVSPN_CUDA_STEP says how steps run there: "persistent" (the default:
  * one launch, for all the steps of generate too), "graph" or "kernels". */
@@ -172,8 +172,7 @@ typedef struct kvspn_stream {
     void* context;
 } kvspn_stream;
 
-/* Queries over the keys of several layers as one sequence. One dtype: FP32, BF16 or FP16; on the CPU kv may
- * be INT8. */
+/* Queries over the keys of several layers as one sequence. One dtype: FP32, BF16 or FP16; kv may be INT8. */
 typedef struct kvspn_attention_params {
     uint32_t struct_size;
     kvspn_tensor q;                   /* [B, Hq, Q, D] */
@@ -227,7 +226,8 @@ typedef struct kvspn_verify_params {
 
 KVSPN_API kvspn_status kvspn_lm_head_verify(const kvspn_verify_params* params);
 
-/* Keys and values of new positions of one layer, to lengths[b] ... of row b. One dtype. */
+/* Keys and values of new positions of one layer, to lengths[b] ... of row b. One dtype: FP32, BF16 or FP16;
+ * k and v may be any of them where kv is INT8. */
 typedef struct kvspn_append_params {
     uint32_t struct_size;
     kvspn_tensor kv;       /* [L, 2, B, H, S, D] */
@@ -236,6 +236,7 @@ typedef struct kvspn_append_params {
     kvspn_tensor finished; /* bool [B]; optional */
     int32_t layer;
     const kvspn_stream* stream;
+    kvspn_tensor kv_scale; /* FP32 [L, 2, B, H, S] of an INT8 kv; optional */
 } kvspn_append_params;
 
 KVSPN_API kvspn_status kvspn_append_kv(const kvspn_append_params* params);
@@ -263,6 +264,7 @@ typedef struct kvspn_compact_params {
     kvspn_tensor source; /* int32 [B, M] */
     kvspn_tensor start;  /* int32 [B] */
     const kvspn_stream* stream;
+    kvspn_tensor kv_scale; /* FP32 [L, 2, B, H, S] of an INT8 kv, moved with it; optional */
 } kvspn_compact_params;
 
 KVSPN_API kvspn_status kvspn_compact_kv(const kvspn_compact_params* params);
