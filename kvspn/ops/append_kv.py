@@ -37,8 +37,9 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     largest = x.abs().amax(-1)
-    values = (x * (127 / largest)[..., None]).nan_to_num(0, 0, 0).round()
-    return values.to(torch.int8), largest / 127
+    limit = torch.full_like(largest, 127)  # by or of a number, torch may round twice
+    values = (x * (limit / largest)[..., None]).nan_to_num(0, 0, 0).round()
+    return values.to(torch.int8), largest / limit
 
 
 def reference(
