@@ -74,6 +74,7 @@ __device__ __forceinline__ void attend(const Attention& a, const Place& place) {
 #pragma unroll
             for (int l = 0; l < kLoads; ++l) {
                 float key[E], product = 0;
+                if constexpr (kScaled) forget_origin(k[l]);  // 256 floats of a split would not fit
                 unpack(k[l], key, KV{});
 #pragma unroll
                 for (int e = 0; e < E; ++e) product = fmaf(q[e], key[e], product);
@@ -88,6 +89,7 @@ __device__ __forceinline__ void attend(const Attention& a, const Place& place) {
 #pragma unroll
             for (int l = 0; l < kLoads; ++l) {
                 float value[E];
+                if constexpr (kScaled) forget_origin(v[l]);
                 unpack(v[l], value, KV{});
                 // Not a product with 0: what a query does not see may be infinite.
                 const bool sees = score[l] != -INFINITY;

@@ -67,6 +67,11 @@ __device__ __forceinline__ uint4 load_kv(const void* from) {
     return v;
 }
 
+// What is computed from it is computed again wherever it is needed, not kept in registers.
+__device__ __forceinline__ void forget_origin(uint4& v) {
+    asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
+}
+
 __device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ uint32_t as_bits(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector) {
@@ -156,6 +161,8 @@ inline int from_lane(int value, int lane) { return int(emulation::exchange(uint3
 
 inline uint4 load_weights(const void* from) { return *static_cast<const uint4*>(from); }
 inline uint4 load_kv(const void* from) { return *static_cast<const uint4*>(from); }
+
+inline void forget_origin(uint4&) {}
 
 inline uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector) {
     const uint64_t bytes = uint64_t(high) << 32 | low;
