@@ -19,6 +19,7 @@ class Engine:
         threads: int,
         encoder_stride: int = 1,
     ) -> None: ...
+    def set_stream(self, stream: int) -> None: ...
     def bind(
         self,
         *,

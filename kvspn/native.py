@@ -29,7 +29,7 @@ class NativeEngine(CachedEngine):
         super().__init__(weights, **sizes)
         if self._embed.device.type != self.device:
             raise ValueError(f"weights must be on the device {self.device}, got {self._embed.device}")
-        self._engine = self.module.Engine(
+        self._made = self.module.Engine(
             {name: tensor.cpu() for name, tensor in named_tensors(weights)},
             layers=len(weights.layers),
             heads=weights.heads,
@@ -51,6 +51,11 @@ class NativeEngine(CachedEngine):
             cross_kv_scale=self.cache.cross_kv_scale,
         )
 
+    @property
+    def _engine(self) -> Any:
+        """The C++ object, ready for a call."""
+        return self._made
+
     def _encode(self, row: int, states: Tensor) -> None:
         self._engine.encode(row, states.detach())
 
@@ -67,4 +72,4 @@ class NativeEngine(CachedEngine):
 
     def progress(self, row: int) -> list[int]:
         """The tokens that steps have given one row since start(): on a CUDA device also while run() runs."""
-        return self._engine.progress(row)
+        return self._made.progress(row)

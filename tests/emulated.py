@@ -51,6 +51,21 @@ def ops() -> SimpleNamespace:
     return public
 
 
+def stream() -> int:
+    """A new stream of the module."""
+    make = ctypes.CDLL(str(PATH)).kvspn_emulation_stream
+    make.restype = ctypes.c_void_p
+    return int(make())
+
+
+def streams_used() -> set[int]:
+    """Those of the module that launches, copies and memsets were put on, or that were waited for, since this
+    was last asked; 0 is the default stream."""
+    found = (ctypes.c_void_p * 100)()
+    count = ctypes.CDLL(str(PATH)).kvspn_emulation_used(found, len(found))
+    return {value or 0 for value in found[:count]}
+
+
 def setting(name: str, path: Path = PATH) -> ctypes.c_int32:
     """One of SETTINGS of a module, to read and change by its ``value``."""
     return ctypes.c_int32.in_dll(ctypes.CDLL(str(path)), f"kvspn_emulation_{name}")

@@ -97,17 +97,14 @@ class Statistics(ctypes.Structure):
     _fields_ = (("struct_size", c_uint32), *((name, c_int64) for name in COUNTS))
 
 
-@pytest.fixture(scope="module")
-def lib():
-    from kvspn import _native
-
-    lib = ctypes.CDLL(_native.__file__)
+def library(path) -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(path))
     lib.kvspn_last_error.restype = c_char_p
     lib.kvspn_instruction_set.restype = c_char_p
     lib.kvspn_engine_destroy.argtypes = [c_void_p]
     lib.kvspn_engine_destroy.restype = None
     lib.kvspn_engine_reset.argtypes = [c_void_p]
-    for name in ("bind", "step", "generate"):
+    for name in ("set_stream", "bind", "step", "generate"):
         getattr(lib, f"kvspn_engine_{name}").argtypes = [c_void_p, c_void_p]
     for name in ("encode", "read_statistics"):
         getattr(lib, f"kvspn_engine_{name}").argtypes = [c_void_p, c_int32, c_void_p]
@@ -116,8 +113,19 @@ def lib():
     return lib
 
 
+@pytest.fixture(scope="module")
+def lib():
+    from kvspn import _native
+
+    return library(_native.__file__)
+
+
 @pytest.fixture
 def weights():
+    return random_weights()
+
+
+def random_weights() -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in named_tensors(random_decoder())}
 
 
@@ -243,6 +251,7 @@ def test_refused_calls_change_nothing(lib, started):
     short = generate()
     short.step.struct_size = 4
     for name, arguments, message in (
+        ("set_stream", (1,), b"stream must be a null pointer on the CPU, got one"),
         ("generate", (byref(generate(max_steps=-1)),), b"max_steps must be at least 0, got -1"),
         ("generate", (byref(generate(k=0)),), b"k must be at least 1, got 0"),
         ("generate", (byref(short),), b"params->step->struct_size must be"),
@@ -263,6 +272,7 @@ def test_a_whole_life(lib, weights):
     assert lib.kvspn_instruction_set() in (b"avx512vnni", b"avx512", b"avx2", b"portable")
     status, engine = create(lib, weights)
     assert (status, lib.kvspn_last_error()) == (OK, b"")
+    assert lib.kvspn_engine_set_stream(engine, None) == OK
     values = arrays()
     assert lib.kvspn_engine_bind(engine, byref(batch(values))) == OK
     states = np.random.default_rng(0).standard_normal((4, 16), np.float32)
@@ -281,6 +291,7 @@ def test_null_pointers(lib, weights):
     assert b"params must be given, got a null pointer" in lib.kvspn_last_error()
     assert lib.kvspn_engine_create(byref(params()), None, 3, byref(c_void_p())) == INVALID
     assert lib.kvspn_engine_create(byref(params()), None, 0, None) == INVALID
+    assert lib.kvspn_engine_set_stream(None, None) == INVALID
     calls = (
         ("bind", (None,)),
         ("encode", (0, None)),

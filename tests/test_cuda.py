@@ -1,9 +1,12 @@
 """The CUDA kernels on the host: every way to run a step, with the threads in any order."""
 
 import random
+from ctypes import byref
 
 import emulated
+import numpy as np
 import pytest
+import test_c_abi
 import torch
 from caches import contents, poison
 
@@ -185,6 +188,67 @@ def test_a_graph_with_rollbacks_equals_single_kernels(configure):
             e.finished.fill_(False)
         runs.append(run)
     assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("kv", [None, "int8"])
+@pytest.mark.parametrize("mode", MODES)
+def test_engines_on_streams(configure, monkeypatch, mode, kv):
+    """Each puts all of its work on the current stream, and two that take turns make the tokens of one."""
+    configure(mode)
+    weights, streams = random_decoder(heads=1, head_dim=16), [emulated.stream() for _ in range(2)]
+
+    def start(seed: int, stream: int):
+        monkeypatch.setattr("kvspn.cuda.current_stream", lambda: stream)
+        e = engine("cuda", weights, batch=1, capacity=20, cross_capacity=5, kv=kv)
+        assert 0 not in emulated.streams_used()
+        states = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(seed))
+        e.start(states, [[seed, 2]], eos=-1, max_length=20)
+        assert emulated.streams_used() == {stream}
+        return e
+
+    def step(e, stream: int) -> None:
+        monkeypatch.setattr("kvspn.cuda.current_stream", lambda: stream)
+        e.step()
+        e.run(draft=False, steps=2)
+        assert emulated.streams_used() == {stream}
+
+    emulated.streams_used()
+    alone = []
+    for seed, stream in enumerate(streams):
+        e = start(seed, stream)
+        for _ in range(4):
+            step(e, stream)
+        alone.append(e.tokens)
+    pair = [start(seed, stream) for seed, stream in enumerate(streams)]
+    for _ in range(4):
+        for e, stream in zip(pair, streams, strict=True):
+            step(e, stream)
+    assert all(torch.equal(e.tokens, tokens) for e, tokens in zip(pair, alone, strict=True))
+    assert not torch.equal(*alone)
+
+
+def test_every_call_of_the_c_abi_keeps_to_its_stream():
+    lib = test_c_abi.library(emulated.PATH)
+    status, made = test_c_abi.create(lib, test_c_abi.random_weights())
+    assert status == test_c_abi.OK
+    values, stream = test_c_abi.arrays(), emulated.stream()
+    states = test_c_abi.Tensor.of("states", np.ones((4, 16), np.float32))
+    steps = test_c_abi.generate(first_mask=np.zeros(29, np.float32), max_steps=2, on_step=lambda _: 0)
+    emulated.streams_used()
+    for call, arguments in (
+        ("set_stream", (stream,)),
+        ("bind", (byref(test_c_abi.batch(values)),)),
+        ("encode", (0, byref(states))),
+        ("prefill", (0, 2)),
+        ("step", (byref(test_c_abi.step()),)),
+        ("generate", (byref(steps),)),
+        ("read_statistics", (0, byref(test_c_abi.Statistics(40)))),
+        ("rollback", (0, 2)),
+        ("reset", ()),
+    ):
+        assert getattr(lib, f"kvspn_engine_{call}")(made, *arguments) == test_c_abi.OK, lib.kvspn_last_error()
+        assert emulated.streams_used() == (set() if call == "set_stream" else {stream}), call
+    lib.kvspn_engine_destroy(made)
 
 
 def test_errors_of_the_device_name_the_kernel(configure):

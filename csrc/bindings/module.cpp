@@ -107,6 +107,10 @@ class Engine {
         engine_.reset(engine);
     }
 
+    void set_stream(uintptr_t stream) {
+        check(kvspn_engine_set_stream(engine_.get(), reinterpret_cast<void*>(stream)));
+    }
+
     void bind(const py::object& kv, const py::object& lengths, const py::object& tokens,
               const py::object& finished, const py::object& stats, const py::object& cross_kv,
               const py::object& cross_lengths, const py::object& kv_scale, const py::object& cross_kv_scale) {
@@ -199,9 +203,10 @@ PYBIND11_MODULE(KVSPN_MODULE, m) {
     m.def("instruction_set", [] { return std::string(kvspn_instruction_set()); });
     m.attr("ABI_VERSION") = kvspn_abi_version();
     py::class_<Engine>(m, "Engine")
-        .def(py::init<const py::dict&, int, int, int, int, bool, int, int>(), py::arg("weights"), py::kw_only(),
-             py::arg("layers"), py::arg("heads"), py::arg("blocks"), py::arg("groups"),
+        .def(py::init<const py::dict&, int, int, int, int, bool, int, int>(), py::arg("weights"),
+             py::kw_only(), py::arg("layers"), py::arg("heads"), py::arg("blocks"), py::arg("groups"),
              py::arg("last_layer_only"), py::arg("threads"), py::arg("encoder_stride") = 1)
+        .def("set_stream", &Engine::set_stream, py::arg("stream"))
         .def("bind", &Engine::bind, py::kw_only(), py::arg("kv"), py::arg("lengths"), py::arg("tokens"),
              py::arg("finished"), py::arg("stats"), py::arg("cross_kv"), py::arg("cross_lengths"),
              py::arg("kv_scale") = py::none(), py::arg("cross_kv_scale") = py::none())

@@ -74,6 +74,10 @@ kvspn_status kvspn_engine_create(const kvspn_engine_params* params, const kvspn_
 
 void kvspn_engine_destroy(kvspn_engine* engine) { delete engine; }
 
+kvspn_status kvspn_engine_set_stream(kvspn_engine* engine, void* stream) {
+    return guard([&] { of(engine).set_stream(stream); });
+}
+
 kvspn_status kvspn_engine_bind(kvspn_engine* engine, const kvspn_batch* batch) {
     return guard([&] {
         check_struct("batch", batch);

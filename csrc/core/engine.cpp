@@ -42,6 +42,10 @@ Engine::Engine(const kvspn_engine_params& params, const kvspn_tensor* weights, i
     wide_stride_ = pad(std::max({wide, hidden, attended}));
 }
 
+void Engine::set_stream(void* stream) {
+    require(!stream, "stream must be a null pointer on the CPU, got one");
+}
+
 void Engine::bind(const kvspn_batch& b) {
     const auto [rows, capacity, cross, tokens] = check_batch(b, weights_);
     const int64_t queries = std::max<int64_t>(kPrefillChunk, 2 * rows);

@@ -16,6 +16,7 @@ class Engine {
   public:
     Engine(const kvspn_engine_params& params, const kvspn_tensor* weights, int count);
 
+    void set_stream(void* stream);
     void bind(const kvspn_batch& batch);
     void encode(int row, const kvspn_tensor& states);
     void prefill(int row, int count);

@@ -9,6 +9,7 @@
 #include <memory>
 #include <new>
 #include <random>
+#include <set>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -59,6 +60,26 @@ struct EmulatedStream {
 struct EmulatedGraph {
     std::vector<std::function<void()>> calls;
 };
+
+namespace {
+
+std::set<cudaStream_t> used;  // given work, or waited for
+
+void use(cudaStream_t stream) { used.insert(stream); }
+
+}  // namespace
+
+// For the tests: a new stream; and the streams used since this was last asked, whose number it returns.
+extern "C" {
+__attribute__((visibility("default"))) void* kvspn_emulation_stream() { return new EmulatedStream; }
+__attribute__((visibility("default"))) int32_t kvspn_emulation_used(void** streams, int32_t capacity) {
+    int32_t count = 0;
+    for (cudaStream_t stream : used)
+        if (count++ < capacity) streams[count - 1] = stream;
+    used.clear();
+    return count;
+}
+}
 
 namespace kvspn::emulation {
 namespace {
@@ -239,10 +260,9 @@ cudaError_t emulated_launch(const cudaLaunchConfig_t* config, std::function<void
     auto call = [c, kernel] {
         kvspn::emulation::Grid(int(c.gridDim.x), int(c.blockDim.x), c.dynamicSmemBytes, kernel).run();
     };
-    if (c.stream && c.stream->captured)
-        c.stream->captured->calls.push_back(call);
-    else
-        call();
+    if (c.stream && c.stream->captured) return c.stream->captured->calls.push_back(call), cudaSuccess;
+    use(c.stream);
+    call();
     return cudaSuccess;
 }
 
@@ -279,11 +299,13 @@ cudaError_t cudaMallocHost(void** pointer, size_t bytes) { return cudaMalloc(poi
 
 cudaError_t cudaFreeHost(void* pointer) { return cudaFree(pointer); }
 
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+    use(stream);
     return std::memcpy(to, from, bytes), cudaSuccess;
 }
 
-cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
+cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t stream) {
+    use(stream);
     return std::memset(pointer, value, bytes), cudaSuccess;
 }
 
@@ -293,7 +315,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete stream, cudaSuccess; }
 
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return use(stream), cudaSuccess; }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, int) {
     return stream->captured = new EmulatedGraph, cudaSuccess;
@@ -309,7 +331,8 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsig
     return *exec = new EmulatedGraph(*graph), cudaSuccess;
 }
 
-cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+    use(stream);
     for (auto& call : exec->calls) call();
     return cudaSuccess;
 }

@@ -1,5 +1,6 @@
 // The part of CUDA that csrc/cuda uses, on the host: a thread is a fiber, and which one runs next is drawn by
-// lot whenever one has to wait. Memory on the device is memory, and a graph is a list of calls.
+// lot whenever one has to wait. Memory on the device is memory, and a graph is a list of calls. A stream runs
+// what it is given at once, and is remembered.
 #pragma once
 
 #include <cmath>

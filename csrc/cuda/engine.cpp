@@ -12,15 +12,17 @@
 namespace kvspn {
 namespace cuda {
 
-Buffer::Buffer(size_t bytes) {
+Buffer::Buffer(size_t bytes, cudaStream_t stream) {
     check(cudaMalloc(&data_, std::max<size_t>(bytes, 16)), "device memory");
-    check(cudaMemsetAsync(data_, 0, bytes, nullptr), "device memory");
+    check(cudaMemsetAsync(data_, 0, bytes, stream), "device memory");
 }
 
-Buffer::Buffer(const void* from, size_t bytes) {
+Buffer::Buffer(const void* from, size_t bytes, cudaStream_t stream) {
     check(cudaMalloc(&data_, std::max<size_t>(bytes, 16)), "device memory");
-    check(cudaMemcpyAsync(data_, from, bytes, cudaMemcpyHostToDevice, nullptr), "device memory");
+    check(cudaMemcpyAsync(data_, from, bytes, cudaMemcpyHostToDevice, stream), "device memory");
 }
+
+Stream::Stream() { check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "a stream"); }
 
 Pinned::Pinned(size_t bytes) {
     check(cudaMallocHost(&data_, bytes), "pinned memory");
@@ -30,16 +32,13 @@ Pinned::Pinned(size_t bytes) {
 template <class Body>
 void Graph::launch(Body capture, cudaStream_t on) {
     if (!exec_) {
-        // The default stream cannot be captured.
-        cudaStream_t stream;
+        const Stream stream;  // the default stream cannot be captured
         cudaGraph_t graph;
-        check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "the step's graph");
         check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "the step's graph");
         capture(stream);
         check(cudaStreamEndCapture(stream, &graph), "the step's graph");
         check(cudaGraphInstantiate(&exec_, graph, 0), "the step's graph");
         cudaGraphDestroy(graph);
-        cudaStreamDestroy(stream);
     }
     check(cudaGraphLaunch(exec_, on), "the step's graph");
 }
@@ -63,12 +62,6 @@ int64_t pitch_of(const Matrix& matrix) {
 }
 int groups_of(const Matrix& matrix) { return matrix.dtype == Dtype::int4 ? matrix.inputs / matrix.span : 1; }
 
-// Waits for the device.
-void fetch(void* to, const void* from, size_t bytes) {
-    cuda::check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, nullptr), "the batch");
-    cuda::check(cudaStreamSynchronize(nullptr), "the batch");
-}
-
 }  // namespace
 
 const char* instruction_set() {
@@ -88,6 +81,8 @@ Engine::Engine(const kvspn_engine_params& params, const kvspn_tensor* weights, i
     mode_ = name == "persistent" ? Mode::persistent : name == "graph" ? Mode::graph : Mode::kernels;
     device_ = cuda::open_device();
 
+    const cuda::Stream stream;  // beside what others do on the default stream
+    stream_ = stream;
     Weights& w = weights_;
     int hidden = w.width, query = 3 * w.width;
     const auto widest = [](int& widest, const Matrix& matrix) { widest = std::max(widest, matrix.outputs); };
@@ -114,14 +109,15 @@ Engine::Engine(const kvspn_engine_params& params, const kvspn_tensor* weights, i
     if (!w.blocks.empty()) w.draft_norm = upload(w.draft_norm);
     if (w.draft_ids)
         model_.draft_ids =
-            keep(Buffer(w.draft_ids, size_t(w.draft_head.outputs) * sizeof(int32_t))).as<int32_t>();
+            keep(Buffer(w.draft_ids, size_t(w.draft_head.outputs) * sizeof(int32_t), stream_)).as<int32_t>();
     hidden_stride_ = pad(hidden), query_stride_ = pad(query);
     model_.x_stride = pad(w.width);
     model_.width = w.width, model_.heads = w.heads, model_.head_dim = w.head_dim;
     model_.encoder_stride = w.encoder_stride;
     // The host's copies have arrived, and go.
-    cuda::check(cudaStreamSynchronize(nullptr), "the weights");
+    wait("the weights");
     w.release();
+    stream_ = nullptr;
 }
 
 Buffer& Engine::keep(Buffer buffer) {
@@ -130,13 +126,13 @@ Buffer& Engine::keep(Buffer buffer) {
 }
 
 const float* Engine::upload(const float* values, int count) {
-    return values ? keep(Buffer(values, size_t(count) * sizeof(float))).as<float>() : nullptr;
+    return values ? keep(Buffer(values, size_t(count) * sizeof(float), stream_)).as<float>() : nullptr;
 }
 
 Matrix Engine::upload(const Matrix& matrix) {
     Matrix copy = matrix;
     if (!matrix.weight) return copy;
-    copy.weight = keep(Buffer(matrix.weight, size_t(matrix.outputs * pitch_of(matrix)))).as<void>();
+    copy.weight = keep(Buffer(matrix.weight, size_t(matrix.outputs * pitch_of(matrix)), stream_)).as<void>();
     copy.scale = upload(matrix.scale, matrix.outputs * groups_of(matrix));
     copy.bias = upload(matrix.bias, matrix.outputs);
     return copy;
@@ -148,7 +144,7 @@ Norm Engine::upload(const Norm& norm) {
 
 cuda::Table Engine::upload(const Table& table) {
     const size_t bytes = size_t(table.count) * table.width * size_of(table.dtype);
-    return {table.dtype, keep(Buffer(table.rows, bytes)).as<void>(), table.count};
+    return {table.dtype, keep(Buffer(table.rows, bytes, stream_)).as<void>(), table.count};
 }
 
 void Engine::bind(const kvspn_batch& b) {
@@ -176,16 +172,17 @@ void Engine::bind(const kvspn_batch& b) {
     cross_kv_scale_ = b.cross_kv_scale ? *b.cross_kv_scale : kvspn_tensor{};
 
     const size_t queries = std::max<size_t>(kPrefillChunk, 2 * rows), slots = rows;
-    x_ = Buffer(queries * model_.x_stride * sizeof(float));
-    wide_ = Buffer(queries * query_stride_ * sizeof(float));
-    attended_ = Buffer(queries * query_stride_ * sizeof(float));
-    hidden_ = Buffer(queries * hidden_stride_ * sizeof(float));
-    best_ = Buffer(queries * sizeof(uint64_t)), draft_best_ = Buffer(slots * sizeof(uint64_t));
-    above_ = Buffer(queries * sizeof(int32_t)), arrived_ = Buffer(slots * weights_.heads * sizeof(int32_t));
-    barrier_ = Buffer(sizeof(uint32_t)), control_ = Buffer(sizeof(cuda::Control));
-    states_ = Buffer(size_t(cross * model_.x_stride) * sizeof(float));
+    const auto zeros = [&](size_t bytes) { return Buffer(bytes, stream_); };
+    x_ = zeros(queries * model_.x_stride * sizeof(float));
+    wide_ = zeros(queries * query_stride_ * sizeof(float));
+    attended_ = zeros(queries * query_stride_ * sizeof(float));
+    hidden_ = zeros(queries * hidden_stride_ * sizeof(float));
+    best_ = zeros(queries * sizeof(uint64_t)), draft_best_ = zeros(slots * sizeof(uint64_t));
+    above_ = zeros(queries * sizeof(int32_t)), arrived_ = zeros(slots * weights_.heads * sizeof(int32_t));
+    barrier_ = zeros(sizeof(uint32_t)), control_ = zeros(sizeof(cuda::Control));
+    states_ = zeros(size_t(cross * model_.x_stride) * sizeof(float));
     const int64_t projected = b.kv.dtype == KVSPN_INT8 ? cross * 2 * weights_.width : 0;
-    projected_ = Buffer(size_t(projected) * sizeof(float));
+    projected_ = zeros(size_t(projected) * sizeof(float));
     model_.x = x_.as<float>();
     model_.best = best_.as<uint64_t>(), model_.draft_best = draft_best_.as<uint64_t>();
     model_.above = above_.as<int32_t>(), model_.arrived = arrived_.as<int32_t>();
@@ -259,12 +256,12 @@ void Engine::plan() {
             longest = std::max(longest, pad(stage.inputs, 1024));
         }
     }
-    partials_ = Buffer(partials * sizeof(float));
+    partials_ = Buffer(partials * sizeof(float), stream_);
     model_.partials = partials_.as<float>();
     model_.shared_floats = cuda::shared_floats(device_, int(stages_.size()));
     require(longest <= model_.shared_floats, "weights must be at most ", model_.shared_floats / 1024 * 1024,
             " columns wide on this device, got ", longest);
-    plan_ = Buffer(stages_.data(), stages_.size() * sizeof(Stage));
+    plan_ = Buffer(stages_.data(), stages_.size() * sizeof(Stage), stream_);
 }
 
 void Engine::add_embed(bool draft) {
@@ -309,13 +306,13 @@ void Engine::encode(int row, const kvspn_tensor& states) {
     const bool int8 = model_.kv_dtype == Dtype::int8;
     float* x = states_.as<float>();
     int32_t* length = static_cast<int32_t*>(batch_.cross_lengths.data) + row;
-    cuda::check(cudaMemsetAsync(length, 0, sizeof *length, nullptr), "encode");
+    cuda::check(cudaMemsetAsync(length, 0, sizeof *length, stream_), "encode");
     int64_t at = 0;  // the draft network's positions come first
     for (int first = 0, stride = weights_.encoder_stride; first < std::min<int64_t>(stride, count); ++first) {
         const kvspn_tensor rows = every(stride, first, states);
         cuda::launch_to_float(device_, {Dtype(rows.dtype), rows.data, int32_t(rows.shape[0])}, weights_.width,
                               rows.strides[0], rows.strides[1], x + at * model_.x_stride, model_.x_stride,
-                              nullptr);
+                              stream_);
         at += rows.shape[0];
     }
     for (int i = 0; i < int(weights_.layers.size()); ++i) {
@@ -324,17 +321,17 @@ void Engine::encode(int row, const kvspn_tensor& states) {
         Stage stage = stages_.back();
         stages_.pop_back();
         if (!int8) stage.kv = layer_kv(true, i), stage.capacity = int(capacity);
-        cuda::launch_stage(device_, model_, stage, {row, 0, int32_t(count)}, nullptr);
+        cuda::launch_stage(device_, model_, stage, {row, 0, int32_t(count)}, stream_);
         if (int8) append_cross(i, row, count);
     }
     set(length, int32_t(count));
-    cuda::check(cudaStreamSynchronize(nullptr), "encode");
+    wait("encode");
 }
 
 // Keys and values [E, 2, H, D] of one layer, the first of a row, to a cache of int8.
 void Engine::append_cross(int layer, int row, int64_t count) {
     const int64_t heads = weights_.heads, head_dim = weights_.head_dim, width = weights_.width;
-    const kvspn_stream stream{nullptr, nullptr, nullptr};
+    const kvspn_stream stream{stream_, nullptr, nullptr};
     float* made = projected_.as<float>();
     kvspn_append_params p{};
     p.kv = batch_.cross_kv, p.kv_scale = cross_kv_scale_;
@@ -354,9 +351,9 @@ void Engine::prefill(int row, int count) {
     const int limit = std::min({model_.capacity, model_.id_capacity, model_.positions.count});
     require(count >= 0 && count <= limit, "count must be 0 to ", limit, ", got ", count);
     for (int first = 0; first < count; first += kPrefillChunk)
-        launch_stages(base_, judge_, {row, first, std::min(kPrefillChunk, count - first)}, nullptr);
+        launch_stages(base_, judge_, {row, first, std::min(kPrefillChunk, count - first)}, stream_);
     set(model_.lengths + row, count);
-    cuda::check(cudaStreamSynchronize(nullptr), "prefill");
+    wait("prefill");
     prefilled_[row] = count;
     model_.progress[int64_t(row) * (1 + model_.id_capacity)] = 0;
 }
@@ -393,7 +390,7 @@ void Engine::generate(const kvspn_generate_params& params) {
         fetch(finished.data(), model_.finished, finished.size());
         if (!std::count(finished.begin(), finished.end(), 0)) return;
         run(n ? params.step : first, 1);
-        cuda::check(cudaStreamSynchronize(nullptr), "decoder_step");
+        wait("decoder_step");
         if (params.on_step(params.context)) return;
     }
 }
@@ -404,16 +401,16 @@ void Engine::rollback(int row, int length) {
     fetch(&present, model_.lengths + row, sizeof present);
     require(length >= 0 && length <= present, "length must be 0 to ", present, ", got ", length);
     set(model_.lengths + row, length);
-    cuda::check(cudaMemsetAsync(model_.finished + row, 0, sizeof(bool), nullptr), "rollback");
+    cuda::check(cudaMemsetAsync(model_.finished + row, 0, sizeof(bool), stream_), "rollback");
 }
 
 void Engine::reset() {
     check_bound();
     const size_t rows = size_t(model_.batch);
-    cuda::check(cudaMemsetAsync(model_.lengths, 0, rows * sizeof(int32_t), nullptr), "reset");
-    cuda::check(cudaMemsetAsync(batch_.cross_lengths.data, 0, rows * sizeof(int32_t), nullptr), "reset");
-    cuda::check(cudaMemsetAsync(model_.finished, 1, rows * sizeof(bool), nullptr), "reset");
-    cuda::check(cudaMemsetAsync(model_.stats, 0, 3 * rows * sizeof(int32_t), nullptr), "reset");
+    cuda::check(cudaMemsetAsync(model_.lengths, 0, rows * sizeof(int32_t), stream_), "reset");
+    cuda::check(cudaMemsetAsync(batch_.cross_lengths.data, 0, rows * sizeof(int32_t), stream_), "reset");
+    cuda::check(cudaMemsetAsync(model_.finished, 1, rows * sizeof(bool), stream_), "reset");
+    cuda::check(cudaMemsetAsync(model_.stats, 0, 3 * rows * sizeof(int32_t), stream_), "reset");
     std::fill(prefilled_.begin(), prefilled_.end(), 0);
 }
 
@@ -451,7 +448,7 @@ void Engine::run(const kvspn_step_params& params, int steps) {
         control.eos != present_.eos || control.max_length != present_.max_length) {
         present_ = control;
         cuda::check(
-            cudaMemcpyAsync(control_.as<void>(), &present_, sizeof present_, cudaMemcpyHostToDevice, nullptr),
+            cudaMemcpyAsync(control_.as<void>(), &present_, sizeof present_, cudaMemcpyHostToDevice, stream_),
             "decoder_step");
         controlled_ = true;
     }
@@ -460,14 +457,14 @@ void Engine::run(const kvspn_step_params& params, int steps) {
     switch (mode_) {
         case Mode::persistent:
             return cuda::launch_steps(device_, model_, plan_.as<Stage>() + first, last - first, pass, steps,
-                                      nullptr);
+                                      stream_);
         case Mode::graph:
             while (steps-- > 0)  // one after the last row has finished does nothing
                 graphs_[params.draft ? 1 : 0].launch(
-                    [&](cudaStream_t stream) { launch_stages(first, last, pass, stream); }, nullptr);
+                    [&](cudaStream_t stream) { launch_stages(first, last, pass, stream); }, stream_);
             return;
         case Mode::kernels:
-            while (steps-- > 0) launch_stages(first, last, pass, nullptr);
+            while (steps-- > 0) launch_stages(first, last, pass, stream_);
     }
 }
 
@@ -475,8 +472,16 @@ void Engine::launch_stages(int first, int last, const cuda::Pass& pass, cudaStre
     for (int i = first; i < last; ++i) cuda::launch_stage(device_, model_, stages_[i], pass, stream);
 }
 
+// Waits for it.
+void Engine::fetch(void* to, const void* from, size_t bytes) const {
+    cuda::check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_), "the batch");
+    wait("the batch");
+}
+
+void Engine::wait(const char* what) const { cuda::check(cudaStreamSynchronize(stream_), what); }
+
 void Engine::set(int32_t* at, int32_t value) {
-    cuda::check(cudaMemcpyAsync(at, &value, sizeof value, cudaMemcpyHostToDevice, nullptr), "lengths");
+    cuda::check(cudaMemcpyAsync(at, &value, sizeof value, cudaMemcpyHostToDevice, stream_), "lengths");
 }
 
 // Of one layer's keys and values.

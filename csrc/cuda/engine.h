@@ -17,8 +17,8 @@ namespace cuda {
 class Buffer {
   public:
     Buffer() = default;
-    explicit Buffer(size_t bytes);  // zeros
-    Buffer(const void* from, size_t bytes);
+    Buffer(size_t bytes, cudaStream_t stream);  // zeros
+    Buffer(const void* from, size_t bytes, cudaStream_t stream);
     Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
     Buffer& operator=(Buffer&& other) noexcept {
         std::swap(data_, other.data_);
@@ -56,6 +56,18 @@ class Pinned {
     void* data_ = nullptr;
 };
 
+// One that does not wait for the default stream.
+class Stream {
+  public:
+    Stream();
+    Stream(const Stream&) = delete;
+    ~Stream() { cudaStreamDestroy(stream_); }
+    operator cudaStream_t() const { return stream_; }
+
+  private:
+    cudaStream_t stream_ = nullptr;
+};
+
 // A step captured once, for as long as no address changes.
 class Graph {
   public:
@@ -74,11 +86,12 @@ class Graph {
 
 const char* instruction_set();
 
-// Everything is put on the default stream, and no call waits for the device but the first of a graph.
+// Everything but the weights, which are there once the engine is, is put on the caller's stream.
 class Engine {
   public:
     Engine(const kvspn_engine_params& params, const kvspn_tensor* weights, int count);
 
+    void set_stream(void* stream) { stream_ = static_cast<cudaStream_t>(stream); }
     void bind(const kvspn_batch& batch);
     void encode(int row, const kvspn_tensor& states);
     void prefill(int row, int count);
@@ -109,6 +122,8 @@ class Engine {
     void add_attend(bool cross, int layer, int layers, int query_heads, bool causal);
     void add_verify(bool draft, const Norm& norm, const Matrix& head);
     void launch_stages(int first, int last, const cuda::Pass& pass, cudaStream_t stream);
+    void fetch(void* to, const void* from, size_t bytes) const;
+    void wait(const char* what) const;
     void append_cross(int layer, int row, int64_t count);
     void set(int32_t* at, int32_t value);
     char* layer_kv(bool cross, int layer) const;
@@ -117,6 +132,7 @@ class Engine {
 
     Mode mode_;
     cuda::Device device_;
+    cudaStream_t stream_ = nullptr;
     std::vector<cuda::Buffer> weight_memory_;
     Weights weights_;  // their pointers are the device's
     cuda::Model model_{};

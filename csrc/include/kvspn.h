@@ -114,10 +114,10 @@ KVSPN_API const char* kvspn_last_error(void);
  *
  * "cuda" in the library for CUDA devices, which is the same but for this: the tensors of a batch, the encoder
  * states and the masks are in the device's memory, the weights in the host's, int4 in groups of 8, 16, 32,
- * ...; work is put on the default stream, step and generate without on_step do not wait
- * for it, and an error of the device may come out of a later call; a row whose length is out of bounds is
- * left alone. The environment variable KVSPN_CUDA_STEP says how steps run there: "persistent" (the default:
- * one launch, for all the steps of generate too), "graph" or "kernels". */
+ * ...; work is put on the stream that kvspn_engine_set_stream names, the default stream until then, step and
+ * generate without on_step do not wait for it, and an error of the device may come out of a later call; a row
+ * whose length is out of bounds is left alone. The environment variable KVSPN_CUDA_STEP says how steps run
+ * there: "persistent" (the default: one launch, for all the steps of generate too), "graph" or "kernels". */
 KVSPN_API const char* kvspn_instruction_set(void);
 
 /* Packs the weights, which may be freed afterwards. Names and shapes are those of kvspn/ops/weights.py:
@@ -126,6 +126,11 @@ KVSPN_API const char* kvspn_instruction_set(void);
 KVSPN_API kvspn_status kvspn_engine_create(const kvspn_engine_params* params, const kvspn_tensor* weights,
                                            int32_t count, kvspn_engine** engine);
 KVSPN_API void kvspn_engine_destroy(kvspn_engine* engine);
+
+/* Where the calls below put their work: a cudaStream_t, which the caller keeps; NULL: the default stream.
+ * What is put on different streams is the caller's to order, and engines on different ones are independent.
+ * The CPU has none but NULL. */
+KVSPN_API kvspn_status kvspn_engine_set_stream(kvspn_engine* engine, void* stream);
 
 /* Takes the batch that the calls below work on, in place of the last one. */
 KVSPN_API kvspn_status kvspn_engine_bind(kvspn_engine* engine, const kvspn_batch* batch);
