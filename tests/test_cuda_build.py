@@ -14,7 +14,7 @@ OBJECTS = [FOLDER / "cuda-kernels.o", FOLDER / "cuda-op_kernels.o"]
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120")
 TYPES, TILES = 5, 2  # of weights, of rows
 # 16-byte loads at least, past the L1 cache: four a turn of dot(), and keys and values of a split.
-LINEAR, VERIFY, ATTEND = 4 * TYPES * TILES, 4 * TYPES * (TILES + 1), 2 * 8 * 4
+LINEAR, VERIFY, ATTEND = 4 * TYPES * TILES, 4 * TYPES * (TILES + 1), 2 * (8 * 3 + 4)
 WIDE = {"KindE1": LINEAR, "KindE2": ATTEND, "KindE3": VERIFY, "step_kernel": LINEAR + ATTEND + VERIFY}
 WIDE |= {"linear_kernel": LINEAR, "attention_kernel": ATTEND, "verify_kernel": VERIFY}
 

@@ -16,6 +16,7 @@ template <class KV, bool kAligned, class Place>
 __device__ __forceinline__ void attend(const Attention& a, const Place& place) {
     constexpr int E = kPerLoad<KV>;
     constexpr bool kScaled = std::is_same_v<KV, int8_t>;
+    constexpr int kLoads = kScaled ? kInt8Loads : kFloatLoads;
     const int D = a.width, group = a.lanes, at_once = 32 / group, split = at_once * kLoads;
     const int part = lane() % group, spot = lane() / group;
     const bool used = part * E < D;
@@ -74,7 +75,7 @@ __device__ __forceinline__ void attend(const Attention& a, const Place& place) {
 #pragma unroll
             for (int l = 0; l < kLoads; ++l) {
                 float key[E], product = 0;
-                if constexpr (kScaled) forget_origin(k[l]);  // 256 floats of a split would not fit
+                if constexpr (kScaled) forget_origin(k[l]);  // a split's floats would not fit
                 unpack(k[l], key, KV{});
 #pragma unroll
                 for (int e = 0; e < E; ++e) product = fmaf(q[e], key[e], product);

@@ -248,7 +248,7 @@ void Engine::plan() {
     int longest = 0;  // row of activations, in a block's memory
     for (const Stage& stage : stages_) {
         if (stage.kind == Kind::attend) {
-            const size_t split = size_t(32 / stage.lanes * cuda::kLoads);
+            const size_t split = size_t(32 / stage.lanes * cuda::loads_of(stage.dtype));
             const size_t splits = stage.layers * ((stage.capacity + split - 1) / split);
             const size_t queries = std::max<size_t>(kPrefillChunk, 2 * model_.batch);
             partials = std::max(partials, splits * queries * stage.query_heads * (2 + w.head_dim));

@@ -127,7 +127,7 @@ void flat_kv_attention(const kvspn_attention_params& p) {
     }
     a.slots = int(rows), a.heads = int(heads), a.sharing = int(p.q.shape[1] / heads);
     a.width = int(width), a.layers = int(layers), a.lanes = lanes, a.causal = p.causal, a.scale = p.scale;
-    const int split = 32 / a.lanes * cuda::kLoads;
+    const int split = 32 / a.lanes * cuda::loads_of(op.dtype);
     const auto splits_of = [&](int64_t positions) { return (positions + split - 1) / split; };
     const int64_t splits =
         splits_of(a.tail.capacity) + layers * std::max<int64_t>(1, splits_of(a.cache.capacity));

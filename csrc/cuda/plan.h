@@ -10,9 +10,12 @@ namespace kvspn::cuda {
 constexpr int kThreads =
     256;                   // of a block on the device, one block a multiprocessor: up to 255 registers each
 constexpr int kTile = 16;  // rows that share one reading of the weights
-constexpr int kLoads = 8;  // 16-byte loads of keys, and of values, that a lane has under way
 constexpr int kMaxBatch = 256;      // rows of a batch
 constexpr int kMaxHeadBytes = 512;  // of one position's key: what a warp loads at once
+
+// 16-byte loads of keys, and of values, that a lane has under way: of int8, as many positions as of fp16.
+constexpr int kFloatLoads = 8, kInt8Loads = 4;
+inline int loads_of(Dtype kv) { return kv == Dtype::int8 ? kInt8Loads : kFloatLoads; }
 
 enum class Kind : int32_t { embed, linear, attend, verify, accept };
 
