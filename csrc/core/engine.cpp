@@ -375,8 +375,8 @@ void Engine::write(const Cache& cache, int layer, int part, int row, int head, i
         for (int c = 0; c < width; ++c) store(batch_.dtype, cache.values, at * width + c, x[c]);
 }
 
-// Queries in `wide_` -> `attended_`; (row, head) pairs are dealt out to the threads, then a barrier. Of what is
-// not causal: to the first of every `stride` positions.
+// Queries in `wide_` -> `attended_`; (row, head) pairs are dealt out to the threads, then a barrier. Of what
+// is not causal: to the first of every `stride` positions.
 void Engine::attend(int thread, const Cache& cache, int layer, int layers, bool causal, int query_heads,
                     int stride) {
     const int head_dim = weights_.head_dim, shared = query_heads / weights_.heads;
@@ -406,8 +406,8 @@ void Engine::attend(int thread, const Cache& cache, int layer, int layers, bool 
             a.scores = scores;
             for (int q = 0; q < a.queries; ++q) {
                 const int64_t row = int64_t(slot.first + first + q) * wide_stride_ + query_head * head_dim;
-                a.lengths[q] = causal ? slot.position + first + q + 1
-                                      : (cache.lengths[slot.row] + stride - 1) / stride;
+                a.lengths[q] =
+                    causal ? slot.position + first + q + 1 : (cache.lengths[slot.row] + stride - 1) / stride;
                 a.q[q] = wide_.as<float>() + row;
                 a.out[q] = attended_.as<float>() + row;
             }

@@ -61,8 +61,8 @@ void read_rows(const kvspn_tensor& tensor, int64_t rows, int64_t columns, float*
 
 kvspn_tensor every(int stride, int first, const kvspn_tensor& tensor) {
     kvspn_tensor rows = tensor;
-    rows.data = static_cast<char*>(tensor.data) +
-                first * tensor.strides[0] * int64_t(size_of(Dtype(tensor.dtype)));
+    rows.data =
+        static_cast<char*>(tensor.data) + first * tensor.strides[0] * int64_t(size_of(Dtype(tensor.dtype)));
     rows.shape[0] = (tensor.shape[0] - first + stride - 1) / stride, rows.strides[0] *= stride;
     return rows;
 }

@@ -59,7 +59,7 @@ typedef struct kvspn_engine_params {
     int32_t blocks; /* of the draft network; 0: none */
     int32_t groups; /* of layers; divides layers and blocks */
     int32_t last_layer_only;
-    int32_t threads; /* the caller's among them; 0: as many as there are cores */
+    int32_t threads;        /* the caller's among them; 0: as many as there are cores */
     int32_t encoder_stride; /* the draft network attends to every n-th encoder position; 0: to all */
 } kvspn_engine_params;
 
