@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from bench.device import on_device
-from bench.machine import machine, synchronize
+from bench.machine import machine
 from kvspn import benchmark
 from kvspn.benchmark import Shape
+from kvspn.timing import synchronise
 
 T = TypeVar("T")
 
@@ -101,11 +102,11 @@ def timed(benchmark: Any, request: pytest.FixtureRequest, device: str) -> Callab
     ) -> T:
         def setup() -> None:
             reset()
-            synchronize(device)
+            synchronise(device)
 
         def target() -> T:
             result = call()
-            synchronize(device)
+            synchronise(device)
             return result
 
         what = case or request.node.originalname.removeprefix("test_")
