@@ -122,7 +122,7 @@ def test_int8_caches(shapes: None) -> None:
 
 def test_two_rows_cost_no_more_than_the_whole_step_reads() -> None:
     weights = TINY.weights()
-    faint = benchmark._faint_draft(weights)
+    faint = benchmark.faint_draft(weights)
     assert faint.layers is weights.layers
     assert sum(len(t.flatten()) for t in (faint.blocks[0].fc1.weight, faint.draft_head.weight)) == 17 * 128
 

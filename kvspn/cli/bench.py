@@ -74,7 +74,7 @@ def bench(
     ] = None,
     kv: KV = None,
     short_list: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--draft-vocabulary",
             min=1,
@@ -82,7 +82,7 @@ def bench(
             help="Tokens that the draft network chooses from.",
             show_default="all",
         ),
-    ] = 0,
+    ] = None,
     stride: Annotated[
         int,
         typer.Option(
@@ -196,7 +196,7 @@ def bench(
             lengths=long,
             cold=cold,
             kv=[kv] if kv else (),
-            short_list=short_list,
+            short_list=short_list or 0,
             encoder_stride=stride,
         )
         rows: list[Row] = found["rows"]
