@@ -132,7 +132,8 @@ def test_bench(tmp_path: Path) -> None:
     result = kvspn_("bench", "--shape", "miniature", "--weights", "fp32,int8", "--rounds", 2, "--json", out)
     assert result.exit_code == 0, result.output
     document = json.loads(out.read_text())
-    assert set(document) == {"machine", "rows", "summary"}
+    assert set(document) == {"machine", "rows", "summary", "draft"}
+    assert document["draft"] == {"vocabulary": None, "encoder_stride": 1}
     assert document["machine"]["read_gb_per_s"] > 0
     rows = document["rows"]
     assert [(row["what"], row["rows"], row["weights"]) for row in rows] == [
@@ -146,6 +147,8 @@ def test_bench(tmp_path: Path) -> None:
     assert all(line in result.stdout for line in ("step, 2 rows", "A bare read of memory"))
     assert_one_line(kvspn_("bench", "--shape", "large"), "must be of whisperM2M, miniature; got 'large'")
     assert_one_line(kvspn_("bench", "--weights", "int3"), "or two as base/draft, got 'int3'")
+    cheap = ("bench", "--shape", "miniature", "--draft-vocabulary", 1501, "--encoder-stride", 2)
+    assert_one_line(kvspn_(*cheap), "short_list must be from 0 to 1500, got 1501")
     assert_one_line(kvspn_("bench", "--json", tmp_path / "no" / "x.json"), "no such folder to write to")
 
 
