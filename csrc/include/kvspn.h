@@ -135,7 +135,9 @@ KVSPN_API kvspn_status kvspn_engine_set_stream(kvspn_engine* engine, void* strea
 /* Takes the batch that the calls below work on, in place of the last one. */
 KVSPN_API kvspn_status kvspn_engine_bind(kvspn_engine* engine, const kvspn_batch* batch);
 
-/* Encoder states [E, d] of one row -> its cross-attention keys and values, and cross_lengths[row] = E. */
+/* Encoder states [E, d] of one row -> its cross-attention keys and values, and cross_lengths[row] = E. With
+ * an encoder_stride of n they lie in the order 0, n, 2n, ..., 1, n + 1, ...: what the draft network reads
+ * first. */
 KVSPN_API kvspn_status kvspn_engine_encode(kvspn_engine* engine, int32_t row, const kvspn_tensor* states);
 
 /* Processes the first `count` tokens of one row into the cache: lengths[row] = count. */
