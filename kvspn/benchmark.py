@@ -121,7 +121,9 @@ def run(
     for name in shapes:
         base = SHAPES[name]
         if not 0 <= short_list <= base.vocabulary:
-            raise ValueError(f"short_list must be from 0 to {base.vocabulary}, got {short_list}")
+            raise ValueError(
+                f"short_list (the draft's vocabulary) must be from 0 to {base.vocabulary}, got {short_list}"
+            )
         bases[name] = replace(base, short_list=short_list, encoder_stride=encoder_stride)
     bench = _Bench(rounds, cold, progress, skipped)
     modules = {}
@@ -147,8 +149,7 @@ def run(
                         progress(f"{name}: {backend}, {fmt}, batch {batch}, T = {length}")
                         for caches in (None, *kv):
                             cases += _own_cases(
-                                *(name, shape, made, backend, fmt, batch, caches, cold),
-                                bench.tokens_per_step,
+                                name, shape, made, backend, fmt, batch, caches, cold, bench.tokens_per_step
                             )
                 if (batch, length) == (1, first):
                     cases += bench.peer_cases(modules, problem, name, shape, width)

@@ -30,10 +30,10 @@ class CudaEngine(NativeEngine):
 
     @property
     def _engine(self) -> Any:
-        self._made.set_stream(current_stream())
+        self._made.set_stream(current_stream(self.lengths.device))
         return self._made
 
 
-def current_stream() -> int:
-    """The address of torch's current stream."""
-    return torch.cuda.current_stream().cuda_stream if CudaEngine.device == "cuda" else 0
+def current_stream(device: torch.device) -> int:
+    """The address of torch's current stream on the device."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -270,9 +270,9 @@ class ReferenceEngine(CachedEngine):
         """The step of all rows at once, by this engine's ops."""
         self._call(functools.partial(step, self.ops), mask, k, draft)
 
-    def _call(self, made: Callable[..., None], mask: Tensor | None, k: int, draft: bool) -> None:
-        """`step_rows`, or `step` on some ops."""
-        made(
+    def _call(self, take: Callable[..., None], mask: Tensor | None, k: int, draft: bool) -> None:
+        """`take`: `step_rows`, or `step` on some ops."""
+        take(
             self._weights,
             self.cache.kv,
             self.lengths,

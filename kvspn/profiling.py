@@ -280,10 +280,9 @@ def _correct(name: str, q: Tensor, keys: Keys, length: int) -> bool:
 
 def _seen(name: str, keys: Keys, length: int) -> Tensor:
     """The keys and values of a variant, fp32 [n, 2, 1, H, N, D]."""
-    kv = keys.kv[-1:] if name == "last layer" else keys.kv
     if name == "int8":
-        kv = keys.int8 * keys.scale[..., None]
-    kv = kv[..., :length, :].float()
+        return keys.int8[..., :length, :] * keys.scale[..., :length, None]
+    kv = (keys.kv[-1:] if name == "last layer" else keys.kv)[..., :length, :].float()
     if name not in ("strided", "pooled"):
         return kv
     older = _older(length)

@@ -1,9 +1,22 @@
-"""What tests do to caches, of whatever format."""
+"""What tests do with engines and their caches, of whatever format."""
 
 import torch
 from torch import Tensor
 
 from kvspn.cache import StepCache
+from kvspn.engines import Engine
+from kvspn.ops import DecoderWeights
+
+
+def random_states(weights: DecoderWeights, lengths: tuple[int, ...]) -> list[Tensor]:
+    """The encoder's states of some utterances, [length, d] each; the same each time."""
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(n, weights.embed_tokens.shape[1], generator=generator) for n in lengths]
+
+
+def tokens_of(engine: Engine) -> list[list[int]]:
+    """Each row's tokens, the newest one included."""
+    return [engine.tokens[b, : n + 1].tolist() for b, n in enumerate(engine.lengths.tolist())]
 
 
 def poison(cache: StepCache) -> None:

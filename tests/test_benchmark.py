@@ -78,7 +78,7 @@ def test_a_cheaper_draft(shapes: None) -> None:
     before, after = (next(row for row in found["rows"] if row.what == "draft") for found in (full, cheap))
     assert before.correct and after.correct
     assert before.bytes - after.bytes == 4 * TINY.width * ((97 - 40) + 2 * (20 - 7))
-    with pytest.raises(ValueError, match="short_list must be from 0 to 97, got 98"):
+    with pytest.raises(ValueError, match="must be from 0 to 97, got 98"):
         benchmark.run(["tiny"], [BACKEND], ["fp32"], short_list=98)
 
 

@@ -334,6 +334,7 @@ def test_null_pointers(lib, weights):
         ({"heads": 3}, b"embed_tokens must be a multiple of 3 heads wide, got 16"),
         ({"blocks": -1}, b"blocks must be at least 0, got -1"),
         ({"groups": 0}, b"groups must divide the layers and the blocks, got 0"),
+        ({"encoder_stride": -1}, b"encoder_stride must be at least 0, got -1"),
         ({"threads": -1}, b"threads must be 0 to 1024, got -1"),
     ],
 )

@@ -148,7 +148,7 @@ def test_bench(tmp_path: Path) -> None:
     assert_one_line(kvspn_("bench", "--shape", "large"), "must be of whisperM2M, miniature; got 'large'")
     assert_one_line(kvspn_("bench", "--weights", "int3"), "or two as base/draft, got 'int3'")
     cheap = ("bench", "--shape", "miniature", "--draft-vocabulary", 1501, "--encoder-stride", 2)
-    assert_one_line(kvspn_(*cheap), "short_list must be from 0 to 1500, got 1501")
+    assert_one_line(kvspn_(*cheap), "short_list (the draft's vocabulary) must be from 0 to 1500, got 1501")
     assert_one_line(kvspn_("bench", "--json", tmp_path / "no" / "x.json"), "no such folder to write to")
 
 

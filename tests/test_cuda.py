@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import test_c_abi
 import torch
-from caches import contents, poison
+from caches import contents, poison, random_states, tokens_of
 
 from kvspn.engines import engine
 from kvspn.ops import K_INF, DecoderWeights
@@ -56,9 +56,7 @@ def decode(
     kv: str | None = None,
 ):
     """Utterances, of which `rows` are decoded together, in buffers full of NaN: tokens and caches."""
-    generator = torch.Generator().manual_seed(5)
-    d = weights.embed_tokens.shape[1]
-    states = [torch.randn(n, d, generator=generator) for n in (7, 1, 12)]
+    states = random_states(weights, (7, 1, 12))
     prompts = [list(range(3, 15)), list(range(13)), list(range(5, 24))]
     e = engine(backend, weights, batch=len(rows), capacity=24, cross_capacity=13, kv=kv)
     poison(e.cache)
@@ -66,9 +64,7 @@ def decode(
     draft = draft and bool(weights.blocks)
     while not e.finished.all():
         e.step(k, draft=draft)
-    counts = e.lengths.tolist()
-    tokens = [e.tokens[b, : n + 1].tolist() for b, n in enumerate(counts)]
-    return tokens, contents(e.cache), e.stats.clone()
+    return tokens_of(e), contents(e.cache), e.stats.clone()
 
 
 def same_bits(ours, theirs) -> bool:
@@ -198,7 +194,7 @@ def test_engines_on_streams(configure, monkeypatch, mode, kv):
     weights, streams = random_decoder(heads=1, head_dim=16), [emulated.stream() for _ in range(2)]
 
     def start(seed: int, stream: int):
-        monkeypatch.setattr("kvspn.cuda.current_stream", lambda: stream)
+        monkeypatch.setattr("kvspn.cuda.current_stream", lambda device: stream)
         e = engine("cuda", weights, batch=1, capacity=20, cross_capacity=5, kv=kv)
         assert 0 not in emulated.streams_used()
         states = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(seed))
@@ -207,7 +203,7 @@ def test_engines_on_streams(configure, monkeypatch, mode, kv):
         return e
 
     def step(e, stream: int) -> None:
-        monkeypatch.setattr("kvspn.cuda.current_stream", lambda: stream)
+        monkeypatch.setattr("kvspn.cuda.current_stream", lambda device: stream)
         e.step()
         e.run(draft=False, steps=2)
         assert emulated.streams_used() == {stream}

@@ -150,8 +150,7 @@ def test_decode(backend, dtype, seed):
     """k = 1 is greedy on the GPU, token by token; in fp32 the tokens are the CPU's as well."""
     w = random_decoder(layers=LAYERS, blocks=2, heads=HEADS, head_dim=WIDTH, dtype=dtype, seed=seed)
     states = [torch.randn(length, HEADS * WIDTH, dtype=dtype) for length in (9, 1, 5)]
-    tensors = [tensor.to(DEVICE) for tensor in w.flatten()]
-    there = DecoderWeights.unflatten(tensors, heads=HEADS, num_layers=LAYERS)
+    there = w.to(DEVICE)
 
     greedy = run(backend, there, states, draft=False)
     assert run(backend, there, states, k=1).sequences == greedy.sequences
@@ -164,7 +163,7 @@ def test_no_host_synchronisation_in_a_captured_step():
     """A Triton step that is captured already waits for nothing, whatever it accepts."""
     pytest.importorskip("triton")
     w = random_decoder(layers=LAYERS, blocks=2, heads=HEADS, head_dim=WIDTH)
-    there = DecoderWeights.unflatten([t.to(DEVICE) for t in w.flatten()], heads=HEADS, num_layers=LAYERS)
+    there = w.to(DEVICE)
     e = engine("triton", there, batch=ROWS, capacity=24, cross_capacity=9)
     states = torch.randn(ROWS, 9, HEADS * WIDTH, device=DEVICE)
     e.start(states, [[1, 2, 3], [4], [5, 6]], eos=-1, max_length=24)

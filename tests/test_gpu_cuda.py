@@ -32,13 +32,6 @@ WIDE = {
 }
 
 
-def on_gpu(weights: DecoderWeights) -> DecoderWeights:
-    tensors = [tensor.cuda() for tensor in weights.flatten()]
-    return DecoderWeights.unflatten(
-        tensors, heads=weights.heads, num_layers=len(weights.layers), groups=weights.groups
-    )
-
-
 def run(backend: str, weights: DecoderWeights, rows: list[int], kv: str | None = None, **options: object):
     generator = torch.Generator().manual_seed(0)
     states = [torch.randn(n, weights.embed_tokens.shape[1], generator=generator).cuda() for n in (150, 1, 64)]
@@ -52,7 +45,7 @@ def run(backend: str, weights: DecoderWeights, rows: list[int], kv: str | None =
 @pytest.mark.parametrize(("quantised", "kv"), [(None, None), ("int8", None), ("int4", None), (None, "int8")])
 def test_tokens(monkeypatch, quantised, kv, dtype):
     """k = 1 is greedy, to the bit, in every mode and batch; in fp32 the tokens are the reference's."""
-    weights = on_gpu(random_decoder(dtype=dtype, quantised=quantised, **WIDE))
+    weights = random_decoder(dtype=dtype, quantised=quantised, **WIDE).to("cuda")
     greedy, _ = run("cuda", weights, [0, 1, 2], kv, draft=False)
     for mode in MODES:
         monkeypatch.setenv("KVSPN_CUDA_STEP", mode)
@@ -66,7 +59,7 @@ def test_a_graph_with_rollbacks_equals_single_kernels(monkeypatch):
     """1,000 random accepts, rejects and rollbacks by hand, in every mode."""
     draws = random.Random(0)
     steps = [(draws.choice((1, 2, 5, K_INF)), draws.random() < 0.8, draws.randrange(4)) for _ in range(1000)]
-    weights = on_gpu(random_decoder(**WIDE))
+    weights = random_decoder(**WIDE).to("cuda")
     runs = []
     for mode in MODES:
         monkeypatch.setenv("KVSPN_CUDA_STEP", mode)
@@ -86,7 +79,7 @@ def test_a_graph_with_rollbacks_equals_single_kernels(monkeypatch):
 
 @pytest.mark.parametrize("kv", [None, "int8"])
 def test_lengths_at_and_past_every_block(dtype, kv):
-    weights = on_gpu(random_decoder(dtype=dtype, **WIDE))
+    weights = random_decoder(dtype=dtype, **WIDE).to("cuda")
     lengths = (1, 15, 16, 17, 31, 32, 33, 63, 64, 65)
     for length, cross in zip(lengths, itertools.cycle((33, 32, 31, 1)), strict=False):
         tokens, caches = [], []
@@ -111,7 +104,7 @@ def test_lengths_at_and_past_every_block(dtype, kv):
 def test_two_engines_on_two_streams(monkeypatch, mode):
     """They take turns, while the default stream is busy, and each makes the tokens that it makes alone."""
     monkeypatch.setenv("KVSPN_CUDA_STEP", mode)
-    weights, streams = on_gpu(random_decoder(**WIDE)), [torch.cuda.Stream() for _ in range(2)]
+    weights, streams = random_decoder(**WIDE).to("cuda"), [torch.cuda.Stream() for _ in range(2)]
     engines = [engine("cuda", weights, batch=1, capacity=200, cross_capacity=64) for _ in streams]
     states = torch.randn(2, 1, 64, 256, generator=torch.Generator().manual_seed(0)).cuda()
 
@@ -146,7 +139,7 @@ def test_two_engines_on_two_streams(monkeypatch, mode):
 def test_an_utterance_in_one_launch_streams(monkeypatch):
     """The host reads tokens while the kernel runs, in order and each once."""
     monkeypatch.setenv("KVSPN_CUDA_STEP", "persistent")
-    weights = on_gpu(random_decoder(**WIDE))
+    weights = random_decoder(**WIDE).to("cuda")
     e = engine("cuda", weights, batch=1, capacity=200, cross_capacity=64)
     e.start(torch.ones(1, 64, 256, device="cuda"), [[1]], eos=-1, max_length=200)
     torch.cuda.synchronize()

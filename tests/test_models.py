@@ -99,6 +99,7 @@ def test_conversion_refuses_bad_layers(layers):
     [
         ("kvspn_groups", 4, "decoder_layers must be a multiple of kvspn_groups"),
         ("kvspn_blocks", 4, "kvspn_blocks must be a multiple of kvspn_groups"),
+        ("kvspn_encoder_stride", 0, "kvspn_encoder_stride must be at least 1, got 0"),
         ("kvspn_heads", 3, "kvspn_heads must be a multiple of decoder_attention_heads"),
         ("activation_function", "relu", "activation_function must be 'gelu', got 'relu'"),
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from caches import contents, poison
+from caches import contents, poison, random_states, tokens_of
 
 from kvspn.engines import backends, engine
 from kvspn.ops import K_INF, DecoderWeights
@@ -53,9 +53,7 @@ def decode(
     kv: str | None = None,
 ):
     """Three utterances, of which `rows` are decoded together, in buffers full of NaN: tokens and caches."""
-    generator = torch.Generator().manual_seed(5)
-    d = weights.embed_tokens.shape[1]
-    states = [torch.randn(n, d, generator=generator) for n in (7, 1, 19)]
+    states = random_states(weights, (7, 1, 19))
     prompts = [[1, 2, 3], [4], list(range(5, 24))]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -68,9 +66,7 @@ def decode(
     draft = draft and bool(weights.blocks)
     while not e.finished.all():
         e.step(k, draft=draft)
-    counts = e.lengths.tolist()
-    tokens = [e.tokens[b, : n + 1].tolist() for b, n in enumerate(counts)]
-    return tokens, contents(e.cache), e
+    return tokens_of(e), contents(e.cache), e
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import contents, poison
+from caches import contents, poison, random_states, tokens_of
 
 from kvspn.assets import read_manifest
 from kvspn.audio import load_audio
@@ -54,18 +54,14 @@ def decode(
     kv: str | None = None,
 ):
     """Of three utterances those in `rows`, together, in buffers full of NaN: tokens, statistics, caches."""
-    generator = torch.Generator().manual_seed(5)
-    d = weights.embed_tokens.shape[1]
-    states = [torch.randn(n, d, generator=generator) for n in (7, 1, 11)]
+    states = random_states(weights, (7, 1, 11))
     prompts = [[1, 2, 3], [4], list(range(5, 9))]
     e = engine(backend, weights, batch=len(rows), capacity=12, cross_capacity=13, kv=kv)
     poison(e.cache)
     e.start([states[r] for r in rows], [prompts[r] for r in rows], eos=0, max_length=12)
     for _ in range(3):
         e.step(k, draft)
-    counts = e.lengths.tolist()
-    tokens = [e.tokens[b, : n + 1].tolist() for b, n in enumerate(counts)]
-    return tokens, e.stats.tolist(), contents(e.cache)
+    return tokens_of(e), e.stats.tolist(), contents(e.cache)
 
 
 @interpreted

@@ -288,8 +288,8 @@ void Engine::add_attend(bool cross, int layer, int layers, int query_heads, bool
     s.x = wide_.as<float>(), s.y = attended_.as<float>(), s.x_stride = s.y_stride = query_stride_;
     s.kv = layer_kv(cross, layer), s.kv_scale = layer_scale(cross, layer), s.layers = layers;
     s.capacity = int((cross ? batch_.cross_kv : batch_.kv).shape[4]), s.query_heads = query_heads;
-    s.causal = causal, s.cross = cross, s.lanes = 1;
-    while (s.lanes * 16 < weights_.head_dim * int(size_of(model_.kv_dtype))) s.lanes *= 2;
+    s.causal = causal, s.cross = cross;
+    s.lanes = cuda::lanes_of(weights_.head_dim * int64_t(size_of(model_.kv_dtype)));
     stages_.push_back(s);
 }
 

@@ -17,6 +17,13 @@ constexpr int kMaxHeadBytes = 512;  // of one position's key: what a warp loads 
 constexpr int kFloatLoads = 8, kInt8Loads = 4;
 inline int loads_of(Dtype kv) { return kv == Dtype::int8 ? kInt8Loads : kFloatLoads; }
 
+// Lanes that share a position, 16 bytes each.
+inline int lanes_of(int64_t head_bytes) {
+    int lanes = 1;
+    while (lanes * 16 < head_bytes) lanes *= 2;
+    return lanes;
+}
+
 enum class Kind : int32_t { embed, linear, attend, verify, accept };
 
 struct Stage {
