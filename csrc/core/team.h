@@ -28,13 +28,19 @@ class Team {
   private:
     void serve(int thread);
 
-    int size_;
+    // Waits while `count` is `old`, at first spinning; whether it has slept.
+    bool wait_while(const std::atomic<uint32_t>& count, uint32_t old, int spins);
+    void advance(std::atomic<uint32_t>& count);
+
+    const int size_;
+    std::atomic<int> spins_;  // at a barrier, before a thread sleeps
     std::vector<std::thread> workers_;
     const std::function<void(int)>* work_ = nullptr;
     std::atomic<uint32_t> generation_{0};
     std::atomic<bool> stop_{false};
     std::mutex mutex_;
     std::condition_variable wake_;
+    std::atomic<int> sleepers_{0};
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<uint32_t> phase_{0};
 };
