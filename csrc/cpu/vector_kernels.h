@@ -1,209 +1,16 @@
-// The kernels in vectors of 16 floats, which the compiler splits where an instruction set's are shorter; so a
-// sum has one order on all of them. Each including file compiles this with its own flags and defines
-// KVSPN_KERNELS, the name of its table. No standard container or inline function may be used: the linker
-// would take one copy of it for all instruction sets.
+// The kernels, in vectors of 16 floats. Each including file compiles this with its own flags and defines
+// KVSPN_KERNELS, the name of its table.
 
-#include "cpu/kernels.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#pragma GCC diagnostic ignored "-Wpsabi"
+#include "cpu/vector.h"
 
 namespace kvspn {
 namespace {
-
-typedef float Vec __attribute__((vector_size(64)));
-typedef int32_t IVec __attribute__((vector_size(64)));
-typedef uint32_t UVec __attribute__((vector_size(64)));
-typedef int16_t Words __attribute__((vector_size(64)));
-typedef int16_t ShortWords __attribute__((vector_size(32)));
-typedef int8_t Bytes __attribute__((vector_size(32)));
-typedef int8_t ShortBytes __attribute__((vector_size(16)));
-typedef uint16_t Shorts __attribute__((vector_size(32)));
-typedef _Float16 Halves __attribute__((vector_size(32)));
-
-struct Bf16 {
-    uint16_t bits;
-};
-
-struct Byte {  // a float of an int8 cache
-    int8_t value;
-};
-
-#define INLINE inline __attribute__((always_inline))
-
-template <class V>
-INLINE V load(const void* p) {
-    V v;
-    __builtin_memcpy(&v, p, sizeof v);
-    return v;
-}
-
-INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
-INLINE Vec fill(float x) { return Vec{} + x; }
-INLINE Vec select(IVec where, Vec a, Vec b) { return (Vec)((where & (IVec)a) | (~where & (IVec)b)); }
-INLINE Vec larger(Vec a, Vec b) { return select(a > b, a, b); }
-
-// a * b + c, rounded once where the instruction set can. Written out, since a compiler that fuses as it likes
-// does not do so alike for every number of rows.
-INLINE Vec fma(Vec a, Vec b, Vec c) {
-#if defined(__AVX512F__)
-    return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-    struct Halves256 {
-        __m256 low, high;
-    } x, y, z;
-    __builtin_memcpy(&x, &a, sizeof a);
-    __builtin_memcpy(&y, &b, sizeof b);
-    __builtin_memcpy(&z, &c, sizeof c);
-    z = {_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high)};
-    __builtin_memcpy(&c, &z, sizeof c);
-    return c;
-#else
-    return a * b + c;
-#endif
-}
-
-INLINE float sum(Vec v) {
-    v += __builtin_shuffle(v, IVec{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
-    v += __builtin_shuffle(v, IVec{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
-    return (v[0] + v[2]) + (v[1] + v[3]);
-}
-
-// Element i of the result is the sum of v[i].
-INLINE Vec sums(const Vec* v) {
-    Vec a[8];
-    for (int i = 0; i < 8; ++i) {
-        a[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1],
-                                 IVec{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}) +
-               __builtin_shuffle(v[2 * i], v[2 * i + 1],
-                                 IVec{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31});
-    }
-    for (int i = 0; i < 4; ++i) {
-        a[i] = __builtin_shuffle(a[2 * i], a[2 * i + 1],
-                                 IVec{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29}) +
-               __builtin_shuffle(a[2 * i], a[2 * i + 1],
-                                 IVec{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
-    }
-    for (int i = 0; i < 2; ++i) {
-        a[i] = __builtin_shuffle(a[2 * i], a[2 * i + 1],
-                                 IVec{0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27}) +
-               __builtin_shuffle(a[2 * i], a[2 * i + 1],
-                                 IVec{4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31});
-    }
-    return __builtin_shuffle(a[0], a[1], IVec{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}) +
-           __builtin_shuffle(a[0], a[1], IVec{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
-}
-
-// e^x; 0 under -87. After Cephes' expf; relative error under 2e-7.
-INLINE Vec exponential(Vec x) {
-    Vec bounded = larger(x, fill(-87.0f));
-    Vec n = (bounded * 1.44269504f + 12582912.0f) - 12582912.0f;
-    Vec r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
-    Vec p = fill(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    IVec power = (__builtin_convertvector(n, IVec) + 127) << 23;
-    return select(x < -87.0f, fill(0.0f), p * (Vec)power);
-}
-
-INLINE Vec widen(const float* p) { return load<Vec>(p); }
-INLINE Vec widen(const Bf16* p) {
-#if defined(__AVX512F__)
-    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(p)), 16);
-#elif defined(__AVX2__)
-    struct Pair {
-        __m256i low, high;
-    } pair = {_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(p)), 16),
-              _mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(p + 8)), 16)};
-    return load<Vec>(&pair);
-#else
-    return (Vec)(__builtin_convertvector(load<Shorts>(p), UVec) << 16);
-#endif
-}
-INLINE Vec widen(const _Float16* p) {
-#if defined(__AVX512F__)
-    return (Vec)_mm512_cvtph_ps(load<__m256i>(p));
-#elif defined(__F16C__)
-    struct Pair {
-        __m256 low, high;
-    } pair = {_mm256_cvtph_ps(load<__m128i>(p)), _mm256_cvtph_ps(load<__m128i>(p + 8))};
-    return load<Vec>(&pair);
-#else
-    return __builtin_convertvector(load<Halves>(p), Vec);
-#endif
-}
-INLINE Vec widen(const Byte* p) {
-#if defined(__AVX512F__)
-    return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(p)));
-#elif defined(__AVX2__)
-    struct Pair {
-        __m256 low, high;
-    } pair = {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
-              _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
-    return load<Vec>(&pair);
-#else
-    return __builtin_convertvector(load<ShortBytes>(p), Vec);
-#endif
-}
-
-// `count` < 16 elements, zeros behind them.
-template <class T>
-INLINE Vec load_part(const T* p, int count) {
-    T part[kLanes] = {};
-    __builtin_memcpy(part, p, count * sizeof(T));
-    return widen(part);
-}
-
-template <class T>
-INLINE Vec load_some(const T* p, int count) {
-    return count >= kLanes ? widen(p) : load_part(p, count);
-}
-
-// GCC takes conversions of narrow types apart; only the portable kernels leave it to the compiler.
-INLINE Words widen(const int8_t* p) {
-#if defined(__AVX512BW__)
-    return (Words)_mm512_cvtepi8_epi16(load<__m256i>(p));
-#elif defined(__AVX2__)
-    struct Pair {
-        __m256i low, high;
-    } pair = {_mm256_cvtepi8_epi16(load<__m128i>(p)), _mm256_cvtepi8_epi16(load<__m128i>(p + 16))};
-    return load<Words>(&pair);
-#else
-    return __builtin_convertvector(load<Bytes>(p), Words);
-#endif
-}
-
-// acc + the products of a and b, neighbours added.
-INLINE IVec dot(Words a, Words b, IVec acc) {
-#if defined(__AVX512VNNI__)
-    return (IVec)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
-#elif defined(__AVX512BW__)
-    return acc + (IVec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-    struct Pair {
-        __m256i low, high;
-    } x, y;
-    __builtin_memcpy(&x, &a, sizeof a);
-    __builtin_memcpy(&y, &b, sizeof b);
-    x = {_mm256_madd_epi16(x.low, y.low), _mm256_madd_epi16(x.high, y.high)};
-    return acc + load<IVec>(&x);
-#else
-    return acc + ((IVec)a << 16 >> 16) * ((IVec)b << 16 >> 16) + ((IVec)a >> 16) * ((IVec)b >> 16);
-#endif
-}
 
 // Two columns of a row, for all lanes.
 INLINE Words columns(const int16_t* x) {
     int32_t both;
     __builtin_memcpy(&both, x, sizeof both);
-    return (Words)(IVec{} + both);
+    return as<Words>(IVec{} + both);
 }
 
 struct Int8 {
@@ -213,7 +20,7 @@ struct Int8 {
     template <int Count>
     static INLINE void block(const char* weights, const int16_t* x, int64_t stride, IVec (*sums)[2]) {
         for (int i = 0; i < kDepth / 2; ++i) {
-            const Words w = widen((const int8_t*)weights + i * 2 * kLanes);
+            const Words w = widen<Words>((const int8_t*)weights + i * 2 * kLanes);
             for (int r = 0; r < Count; ++r)
                 sums[r][i % 2] = dot(w, columns(x + r * stride + 2 * i), sums[r][i % 2]);
         }
@@ -267,7 +74,7 @@ struct IntegerTile {
             for (int c = from; c < to; c += kDepth, w += kDepth * kLanes * Format::kBits / 8)
                 Format::template block<Count>(w, rows.quantised + c, rows.quantised_stride, sums);
             for (int r = 0; r < Count; ++r)
-                y[r] = fma(__builtin_convertvector(sums[r][0] + sums[r][1], Vec), load<Vec>(scale), y[r]);
+                y[r] = fma(convert<Vec>(sums[r][0] + sums[r][1]), load<Vec>(scale), y[r]);
         }
         for (int r = 0; r < Count; ++r) y[r] *= rows.scales[r];
     }
@@ -291,8 +98,9 @@ void linear_rows(const Matrix& m, const Rows& rows, int first, int last, float* 
             if (to - from == kLanes) {
                 store(out, accumulate ? load<Vec>(out) + products[r] : products[r]);
             } else {
-                for (int o = from; o < to; ++o)
-                    out[o] = accumulate ? out[o] + products[r][o] : products[r][o];
+                float each[kLanes];
+                store(each, products[r]);
+                for (int o = from; o < to; ++o) out[o] = accumulate ? out[o] + each[o] : each[o];
             }
         }
     }
@@ -341,8 +149,8 @@ void linear(const Matrix& m, const Rows& rows, int first, int last, float* y, in
     }
 }
 
-// x [count] -> integers of at most `limit`, in vectors of 16; returns the scale.
-template <class Integers, class Integer>
+// x [count] -> integers of at most `limit`; returns the scale.
+template <class Integer>
 INLINE float quantise_to(const float* x, int count, float limit, Integer* out) {
     Vec largest = {}, nan = {};
     for (int c = 0; c < count; c += kLanes) {
@@ -350,26 +158,24 @@ INLINE float quantise_to(const float* x, int count, float limit, Integer* out) {
         largest = larger(largest, larger(v, -v));
         nan += v - v;  // 0, or NaN, which then goes into every output
     }
-    float most = largest[0];
-    for (int i = 1; i < kLanes; ++i) most = largest[i] > most ? largest[i] : most;
+    const float most = largest_of(largest);
     const float inverse = most > 0.0f ? limit / most : 0.0f;
     for (int c = 0; c < count; c += kLanes) {
         // Rounded to nearest by the addition of 1.5 * 2^23.
         const Vec v = load_some(x + c, count - c) * inverse + 12582912.0f - 12582912.0f;
-        const auto integers = __builtin_convertvector(__builtin_convertvector(v, IVec), Integers);
-        __builtin_memcpy(out + c, &integers, (count - c < kLanes ? count - c : kLanes) * sizeof(Integer));
+        int32_t integers[kLanes];
+        store(integers, convert<IVec>(v));
+        for (int i = 0; i < (count - c < kLanes ? count - c : kLanes); ++i) out[c + i] = (Integer)integers[i];
     }
     return most / limit + sum(nan);
 }
 
 float quantise(const float* x, int count, int padded, int16_t* out) {
     for (int c = count; c < padded; ++c) out[c] = 0;
-    return quantise_to<ShortWords>(x, count, 32767.0f, out);
+    return quantise_to(x, count, 32767.0f, out);
 }
 
-float quantise_int8(const float* x, int count, int8_t* out) {
-    return quantise_to<ShortBytes>(x, count, 127.0f, out);
-}
+float quantise_int8(const float* x, int count, int8_t* out) { return quantise_to(x, count, 127.0f, out); }
 
 // One layer's keys and values, or the tail's.
 template <class T>
@@ -412,9 +218,8 @@ INLINE void blend(const Attention& a, int longest, int total, const float* inver
     }
     for (int i = 0; i < Queries; ++i) {
         for (int n = 0; n < Vectors; ++n) {
-            Vec out = acc[i][n] * inverse[i];
-            const int from = c + n * kLanes, count = a.width - from;
-            __builtin_memcpy(a.out[i] + from, &out, (count < kLanes ? count : kLanes) * sizeof(float));
+            const int from = c + n * kLanes;
+            store_some(a.out[i] + from, acc[i][n] * inverse[i], a.width - from);
         }
     }
 }
@@ -423,7 +228,6 @@ INLINE void blend(const Attention& a, int longest, int total, const float* inver
 template <class T, int Queries, int Width>
 void attend_queries(const Attention& a) {
     const int width = Width ? Width : a.width;
-    const IVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     int longest = 0;
     for (int i = 0; i < Queries; ++i) longest = a.lengths[i] > longest ? a.lengths[i] : longest;
     const int total = Segment<T>::padded(longest) * a.layers + Segment<T>::padded(a.tail_length);
@@ -448,7 +252,7 @@ void attend_queries(const Attention& a) {
                 const int length = s < a.layers ? a.lengths[i] : a.tail_length;
                 Vec score = sums(products[i]) * a.scale;
                 if (a.key_scales) score *= load_some(segment.key_scales + t, segment.longest - t);
-                score = select(lane + t < length, score, fill(-__builtin_inff()));
+                score = select(lanes() + t < length, score, fill(-__builtin_inff()));
                 store(a.scores + (int64_t)i * total + segment.scores + t, score);
                 maximum[i] = larger(maximum[i], score);
             }
@@ -456,8 +260,7 @@ void attend_queries(const Attention& a) {
     }
     float inverse[Queries];
     for (int i = 0; i < Queries; ++i) {
-        float top = maximum[i][0];
-        for (int j = 1; j < kLanes; ++j) top = maximum[i][j] > top ? maximum[i][j] : top;
+        float top = largest_of(maximum[i]);
         const bool keys = a.lengths[i] || a.tail_length;
         if (!keys) top = 0.0f;  // all scores are -inf
         float* scores = a.scores + (int64_t)i * total;
@@ -519,8 +322,7 @@ void layer_norm(const float* x, const float* weight, const float* bias, int widt
     const float mean = sum(total) / (float)width;
     Vec squares = {};
     for (int c = 0; c < width; c += kLanes) {
-        const IVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        Vec centred = select(lane < width - c, load_some(x + c, width - c) - mean, Vec{});
+        Vec centred = select(lanes() < width - c, load_some(x + c, width - c) - mean, Vec{});
         squares = fma(centred, centred, squares);
     }
     const float inverse = 1.0f / __builtin_sqrtf(sum(squares) / (float)width + 1e-5f);
@@ -541,7 +343,7 @@ void gelu(float* x, int count) {
         p = p * t + 0.254829592f;
         Vec erf = 1.0f - p * t * exponential(-size * size);
         Vec y = 0.5f * v * (1.0f + select(z < 0.0f, -erf, erf));
-        __builtin_memcpy(x + c, &y, (count - c < kLanes ? count - c : kLanes) * sizeof(float));
+        store_some(x + c, y, count - c);
     }
 }
 
