@@ -28,7 +28,9 @@ def versions() -> dict[str, str | None]:
 
 
 def cpu() -> dict[str, Any]:
-    """model, cores (that this process may use), threads (of torch), flags: which of CPU_FLAGS it has."""
+    """model, cores (that this process may use), threads (of torch), flags: which of CPU_FLAGS it has,
+    instruction_set: of the native kernels.
+    """
     file = Path("/proc/cpuinfo")
     info = file.read_text() if file.exists() else ""
     model = re.search(r"^model name\s*: (.*)", info, re.MULTILINE)
@@ -39,6 +41,7 @@ def cpu() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "flags": {flag: flag in found for flag in CPU_FLAGS},
+        "instruction_set": _instruction_set(),
     }
 
 
@@ -71,6 +74,15 @@ def program(name: str, folder: str | None = None) -> str | None:
     said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
     version = re.search(r"\d+(\.\d+)+", said)
     return version[0] if version else "unknown"
+
+
+def _instruction_set() -> str | None:
+    """None where the native backend is not built, or KVSPN_CPU names what the machine lacks."""
+    try:
+        from kvspn import _native
+    except ImportError:
+        return None
+    return _native.instruction_set() or None
 
 
 def _installed(name: str) -> str | None:

@@ -27,6 +27,7 @@ def doctor(
     cpu, gpu = report["cpu"], report["gpu"]
     flags = [name for name, has in cpu["flags"].items() if has]
     table.add_row("CPU", f"{cpu['model']}, {cpu['cores']} cores; {', '.join(flags) or 'no AVX2 or later'}")
+    table.add_row("native kernels", cpu["instruction_set"] or "none")
     devices = [f"{each['name']}, {each['capability']}, {each['gib']} GiB" for each in gpu["devices"]]
     table.add_row("GPU", "; ".join(devices) or "none that torch can use")
     table.add_row("CUDA", f"torch: {gpu['cuda'] or 'built without'}; nvcc: {gpu['nvcc'] or 'not found'}")
