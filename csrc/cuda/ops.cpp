@@ -59,6 +59,13 @@ int unit_of(std::initializer_list<const kvspn_tensor*> tensors) {
     return 1;
 }
 
+int lanes_of(const kvspn_tensor& kv) {
+    const int64_t bytes = kv.shape[5] * int64_t(size_of(Dtype(kv.dtype)));
+    require(bytes <= cuda::kMaxHeadBytes, "kv must have heads of at most ", cuda::kMaxHeadBytes,
+            " bytes, got ", bytes);
+    return cuda::lanes_of(bytes);
+}
+
 // The weights of a linear op or of verify, and the memory that a block needs for rows of x.
 template <class Op>
 void plan(const cuda::Device& device, int64_t rows, Op& op) {
@@ -100,9 +107,7 @@ void flat_kv_attention(const kvspn_attention_params& p) {
     require(width <= 1 || p.q.strides[3] == 1, "q must be contiguous in its last dimension, got stride ",
             p.q.strides[3]);
     const int64_t layers = p.kv.shape[0];
-    const int64_t head_bytes = width * int64_t(size_of(Dtype(p.kv.dtype)));
-    require(head_bytes <= cuda::kMaxHeadBytes, "kv must have heads of at most ", cuda::kMaxHeadBytes,
-            " bytes, got ", head_bytes);
+    const int lanes = lanes_of(p.kv);
     if (!p.out.shape[0] || !p.out.shape[1] || !p.out.shape[2]) return;
 
     cuda::AttentionOp op{};
@@ -118,8 +123,7 @@ void flat_kv_attention(const kvspn_attention_params& p) {
         op.tail_lengths = static_cast<const int32_t*>(p.tail_lengths->data);
     }
     a.slots = int(rows), a.heads = int(heads), a.sharing = int(p.q.shape[1] / heads);
-    a.width = int(width), a.layers = int(layers), a.lanes = cuda::lanes_of(head_bytes), a.causal = p.causal,
-    a.scale = p.scale;
+    a.width = int(width), a.layers = int(layers), a.lanes = lanes, a.causal = p.causal, a.scale = p.scale;
     const int split = 32 / a.lanes * cuda::loads_of(op.dtype);
     const auto splits_of = [&](int64_t positions) { return (positions + split - 1) / split; };
     const int64_t splits =
