@@ -32,6 +32,13 @@ Against the fastest peer of the same weight width in the same run:
 
 {peers}
 
+### The kernels for AVX2
+
+[step-cpu-avx2.json](../bench/results/step-cpu-avx2.json), by `{avx2_command} ...`, on the same machine
+({avx2_machine}):
+
+{avx2}
+
 ### How far from the limit, and why
 
 {limit}
@@ -108,6 +115,7 @@ RECORDS = {  # and what makes each
     "miniature": "kvspn evaluate --k 1,2,3,inf --json",
     "step-cpu-cheap-draft": "kvspn bench --shape whisperM2M --weights bf16/int4,int8/int4 --kv int8"
     " --rounds 40 --draft-vocabulary 12288 --encoder-stride 4 --json",
+    "step-cpu-avx2": "KVSPN_CPU=avx2 kvspn bench --shape whisperM2M --weights bf16,int8,int4 --json",
 }
 
 
@@ -125,31 +133,15 @@ def performance() -> str:
     Raises:
         FileNotFoundError: a record is missing. KeyError: one is of an older version.
     """
-    bench, profile, miniature, cheap = map(_record, RECORDS)
-    rows = [row for row in bench["rows"] if row["shape"] != "miniature" and row["batch"] == 1]
-    rows = [row for row in rows if row["kv_length"] == rows[0]["kv_length"]]
+    bench, profile, miniature, cheap, avx2 = map(_record, RECORDS)
+    rows = _of_batch_1(bench)
     summary = bench["summary"]
     formats = list(dict.fromkeys(row["weights"] for row in rows if row["backend"] == "native"))
     return _PAGE.format(
         formats=",".join(formats),
         machine=_machine(bench["machine"]),
         kv_length=rows[0]["kv_length"],
-        steps=table(
-            ("", "weights", "what", "ms", "min", "GB/s", "of peak", "correct"),
-            (
-                (
-                    row["backend"],
-                    row["weights"] + (f", {row['kv']} KV" if row["kv"] else ""),
-                    f"{row['what']}, {row['rows']} rows" if row["rows"] > 1 else row["what"],
-                    f"{row['ms_median']:.2f}",
-                    f"{row['ms_min']:.2f}",
-                    f"{row['gb_per_s']:.1f}",
-                    f"{row['percent_of_measured_peak']:.0f}%",
-                    "yes" if row["correct"] else "no",
-                )
-                for row in rows
-            ),
-        ),
+        steps=_steps(rows),
         peers=table(
             (
                 "kvspn",
@@ -171,6 +163,9 @@ def performance() -> str:
                 for what, ratios in compared.items()
             ),
         ),
+        avx2_command=RECORDS["step-cpu-avx2"],
+        avx2_machine=_machine(avx2["machine"]),
+        avx2=_steps(_of_batch_1(avx2)),
         limit=_limit(summary),
         vocabulary=cheap["draft"]["vocabulary"],
         stride=f"{cheap['draft']['encoder_stride']}th of the",
@@ -222,6 +217,31 @@ def performance() -> str:
                 )
                 for check in profile["checks"]
             ),
+        ),
+    )
+
+
+def _of_batch_1(bench: dict[str, Any]) -> list[dict[str, Any]]:
+    """The large shape's rows of batch 1 at the first length."""
+    rows = [row for row in bench["rows"] if row["shape"] != "miniature" and row["batch"] == 1]
+    return [row for row in rows if row["kv_length"] == rows[0]["kv_length"]]
+
+
+def _steps(rows: Iterable[dict[str, Any]]) -> str:
+    return table(
+        ("", "weights", "what", "ms", "min", "GB/s", "of peak", "correct"),
+        (
+            (
+                row["backend"],
+                row["weights"] + (f", {row['kv']} KV" if row["kv"] else ""),
+                f"{row['what']}, {row['rows']} rows" if row["rows"] > 1 else row["what"],
+                f"{row['ms_median']:.2f}",
+                f"{row['ms_min']:.2f}",
+                f"{row['gb_per_s']:.1f}",
+                f"{row['percent_of_measured_peak']:.0f}%",
+                "yes" if row["correct"] else "no",
+            )
+            for row in rows
         ),
     )
 
