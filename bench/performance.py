@@ -311,8 +311,9 @@ def _accepted(acceptance: dict[str, float | None]) -> str:
 
 def _machine(machine: dict[str, Any]) -> str:
     cpu = machine["cpu"] if "model" in machine["cpu"] else machine["machine"]["cpu"]
+    kernels = f", {cpu['instruction_set']} kernels" if cpu.get("instruction_set") else ""
     return (
-        f"{cpu['model']}, {cpu['threads']} threads, {machine['read_gb_per_s']} GB/s read, torch "
+        f"{cpu['model']}, {cpu['threads']} threads{kernels}, {machine['read_gb_per_s']} GB/s read, torch "
         f"{machine['versions']['torch']}, {machine['date'][:10]}"
     )
 

@@ -85,7 +85,10 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "profile-cpu": {**profile, "read_gb_per_s": 51.0},
         "miniature": {"rows": [{**figures, "tokens_per_step": 1.5, "identical_to_greedy": 1.0}]},
         "miniature-int8": {"rows": [{**figures, "tokens_per_step": 1.4, "identical_to_full": 0.9}]},
-        "step-cpu-avx2": {"machine": machine, "rows": [{**row, "ms_median": 8.765}]},
+        "step-cpu-avx2": {
+            "machine": {**machine, "cpu": {**machine["cpu"], "instruction_set": "avx2"}},
+            "rows": [{**row, "ms_median": 8.765}],
+        },
         "step-cpu-cheap-draft": {
             "summary": cheap,
             "draft": {"vocabulary": 9000, "encoder_stride": 4},
@@ -102,7 +105,7 @@ def test_written(folders: Path) -> None:
     assert "| native | int8 | step, 2 rows | 6.54 | 6.00 | 48.7 | 90% | yes |" in page
     assert "| whisperM2M/native/int8 | step 2 | openvino | 1.50 | – | – |" in page
     assert "costs 8% to 8% more" in page and "int4 it falls" not in page  # there is no such row
-    assert "| native | int8 | step, 2 rows | 8.77 |" in page
+    assert "| native | int8 | step, 2 rows | 8.77 |" in page and "2 threads, avx2 kernels, 50.0 GB/s" in page
     assert "| native | int8, int8 KV | step, 2 rows | 6.54 |" in page
     assert "77.7" not in page  # the tables are of batch 1
     assert "| 64 | 10.00 | 12.00 | 20% | 3.0 |" in page and "33.3" in page

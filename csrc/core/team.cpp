@@ -5,7 +5,7 @@
 namespace kvspn {
 namespace {
 
-constexpr int kMostSpins = 4000, kFewestSpins = 50;  // some 50 microseconds, and less than one
+constexpr int kMostSpins = 4000, kFewestSpins = 50;  // some 50 microseconds, and about one
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -42,8 +42,8 @@ void Team::barrier() {
         // Where threads share a core, spinning only keeps the others from arriving.
         const int spins = spins_.load(std::memory_order_relaxed);
         const bool slept = wait_while(phase_, phase, spins);
-        spins_.store(slept ? std::max(spins / 2, kFewestSpins) : std::min(spins + spins / 16, kMostSpins),
-                     std::memory_order_relaxed);
+        const int next = slept ? std::max(spins / 2, kFewestSpins) : std::min(spins + spins / 16, kMostSpins);
+        if (next != spins) spins_.store(next, std::memory_order_relaxed);  // or the line moves each time
     }
 }
 

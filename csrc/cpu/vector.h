@@ -254,7 +254,8 @@ INLINE Floats widen_register(const Byte* p) {
     return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
 INLINE Shorts widen_register(const int8_t* p) { return (Shorts)_mm256_cvtepi8_epi16(load<__m128i>(p)); }
-#else  // little-endian
+#else
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "widen_register moves bytes");
 typedef int64_t Longs __attribute__((vector_size(kBytes)));
 typedef int8_t Bytes __attribute__((vector_size(kBytes)));
 

@@ -347,8 +347,6 @@ void gelu(float* x, int count) {
     }
 }
 
-#undef INLINE
-
 }  // namespace
 
 extern const Kernels KVSPN_KERNELS;
