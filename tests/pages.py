@@ -62,10 +62,10 @@ class Page(HTMLParser):
 
 def assert_shown(file: Path, plots: int, words: list[str]) -> None:
     """In a headless browser, where one is: so many plots, these words, and no error."""
-    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
-    browser = next(filter(None, found), None)
+    browsers = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, browsers)), None)
     if browser is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome here")
+        pytest.skip(f"none of {', '.join(browsers)} is here")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     flags += ["--enable-logging=stderr", f"--user-data-dir={file.parent / 'browser'}"]
     shown = subprocess.run(

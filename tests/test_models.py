@@ -148,6 +148,31 @@ def test_short_windows_and_bad_features():
         model.encode(input_ids=torch.zeros(1, 17, dtype=torch.long))
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_no_token_sees_a_later_one(attention):
+    model = make_m2m()
+    model.set_attn_implementation(attention)
+    tokens = torch.randint(VOCAB, (2, 9))
+    changed = torch.cat([tokens[:, :5], (tokens[:, 5:] + 1) % VOCAB], 1)
+    states = model.encode(features())
+    before, after = (
+        model(encoder_outputs=(states,), decoder_input_ids=each).logits for each in (tokens, changed)
+    )
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.isclose(before[:, 5:], after[:, 5:]).all(-1).any()
+
+
+def test_attention_implementations_agree():
+    model, outputs = make_m2m(), []
+    tokens = torch.randint(VOCAB, (2, 9))
+    mask = torch.arange(9) < torch.tensor([[9], [6]])
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        assert model.model.text_encoder.layers[0].self_attn.config._attn_implementation == attention
+        outputs.append(model(input_ids=tokens, attention_mask=mask, decoder_input_ids=tokens).logits)
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
+
+
 def test_padded_source_text_changes_nothing():
     model = make_m2m()
     text, target = torch.randint(0, 70, (1, 6)), torch.randint(0, 70, (1, 5))

@@ -63,6 +63,8 @@ class TextEncoder(nn.Module):
         self.layers = nn.ModuleList(
             WhisperEncoderLayer(layer_config) for _ in range(config.text_encoder_layers)
         )
+        for layer in self.layers:
+            layer.self_attn.config = config  # whose attention implementation may be set later
         self.layer_norm = nn.LayerNorm(config.d_model)
         self.dropout = config.dropout
 
@@ -104,9 +106,12 @@ class Decoder(WhisperDecoder):
             + self.embed_positions.weight[: input_ids.shape[1]]
         )
         x = F.dropout(x, self.dropout, self.training)
+        causal = _additive(x.new_ones(x.shape[1], x.shape[1]).tril()[None], x.dtype)
         mask = _additive(encoder_attention_mask, x.dtype)
         for layer in self.layers:
-            attended, _ = layer.self_attn(layer.self_attn_layer_norm(x), past_key_values=past_key_values)
+            attended, _ = layer.self_attn(
+                layer.self_attn_layer_norm(x), attention_mask=causal, past_key_values=past_key_values
+            )
             x = x + F.dropout(attended, self.dropout, self.training)
             queries = layer.encoder_attn_layer_norm(x).reshape(inputs, -1, x.shape[-1])
             attended, _ = layer.encoder_attn(
@@ -236,7 +241,8 @@ class WhisperM2MForConditionalGeneration(GenerationMixin, WhisperForConditionalG
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """[B, T] of ones and zeros -> [B, 1, 1, T] of zeros and the dtype's least value."""
+    """[B, T] or [B, Q, T] of ones and zeros -> [B, 1, 1 or Q, T] of zeros and the dtype's least value."""
     if mask is None:
         return None
-    return (1.0 - mask[:, None, None, :].to(dtype)) * torch.finfo(dtype).min
+    mask = mask[:, None, None] if mask.dim() == 2 else mask[:, None]
+    return (1.0 - mask.to(dtype)) * torch.finfo(dtype).min
