@@ -138,7 +138,7 @@ def _rules() -> str:
     module = build("cuda-module.o", "compile", bindings / "module.cpp", f"{python} {defines}")
     build("_cuda.so", link, " ".join([module, *objects]))
     if TORCH:
-        ops = build("cuda-torch_ops.o", "compile", bindings / "torch_ops_cuda.cpp", f"{stable} {defines}")
+        ops = build("cuda-torch_ops.o", "compile", bindings / "torch_ops.cpp", f"{stable} {defines}")
         build("_torch_ops_cuda.so", link, " ".join([ops, *objects]), linked)
     wanted = " ".join(f"{extension.rpartition('.')[2]}.so" for extension in MODULES)
     return "\n".join([*lines, f"default {wanted}", ""])

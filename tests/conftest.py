@@ -43,7 +43,7 @@ def _reference(name: str) -> Callable[..., Any]:
 # A backend joins with a namespace that holds its ops by name.
 BACKENDS = {"reference": SimpleNamespace(**{name: _reference(name) for name in OPS})}
 if importlib.util.find_spec("kvspn._torch_ops"):
-    BACKENDS["native"] = SimpleNamespace(flat_kv_attention=kvspn.ops.flat_kv_attention)
+    BACKENDS["native"] = SimpleNamespace(**{name: getattr(kvspn.ops, name) for name in OPS})
 _TRITON = all(map(importlib.util.find_spec, ("triton", "kvspn.triton_kernels")))
 if _TRITON and not torch.cuda.is_available():
     # Triton looks at it when kernels are defined, and when the first launch imports gluon.

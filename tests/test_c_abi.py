@@ -268,7 +268,7 @@ def test_refused_calls_change_nothing(lib, started):
 
 
 def test_a_whole_life(lib, weights):
-    assert lib.kvspn_abi_version() == 1
+    assert lib.kvspn_abi_version() == 2
     assert lib.kvspn_instruction_set() in (b"avx512vnni", b"avx512", b"avx2", b"portable")
     status, engine = create(lib, weights)
     assert (status, lib.kvspn_last_error()) == (OK, b"")
@@ -410,6 +410,20 @@ def test_fuzzed_weights(lib, weights):
             assert lib.kvspn_last_error()
 
 
+WORK = ctypes.CFUNCTYPE(None, c_void_p, c_int32)
+RUN = ctypes.CFUNCTYPE(None, c_void_p, c_int32, WORK, c_void_p)
+
+
+class Stream(ctypes.Structure):
+    _fields_ = (
+        ("handle", c_void_p),
+        ("allocate", c_void_p),
+        ("context", c_void_p),
+        ("run", RUN),
+        ("threads", c_int32),
+    )
+
+
 class AttentionParams(ctypes.Structure):
     _fields_ = (
         ("struct_size", c_uint32),
@@ -418,21 +432,18 @@ class AttentionParams(ctypes.Structure):
         ("tail_lengths", POINTER(Tensor)),
         ("scale", c_float),
         ("causal", c_int32),
-        ("part", c_int32),
-        ("parts", c_int32),
         ("kv_scale", POINTER(Tensor)),
-        ("stream", c_void_p),
+        ("stream", POINTER(Stream)),
     )
 
 
-def attention(q, kv, lengths, out, part=0, parts=1, kv_scale=None) -> AttentionParams:
+def attention(q, kv, lengths, out, stream=None, kv_scale=None) -> AttentionParams:
     tensors = [
         Tensor.of(name, array) for name, array in (("q", q), ("kv", kv), ("lengths", lengths), ("out", out))
     ]
     scale = None if kv_scale is None else ctypes.pointer(Tensor.of("kv_scale", kv_scale))
-    return AttentionParams(
-        ctypes.sizeof(AttentionParams), *tensors, None, None, 0.5, 0, part, parts, scale, None
-    )
+    place = None if stream is None else ctypes.pointer(stream)
+    return AttentionParams(ctypes.sizeof(AttentionParams), *tensors, None, None, 0.5, 0, scale, place)
 
 
 def test_attention_in_parts_and_fuzzed(lib):
@@ -443,9 +454,23 @@ def test_attention_in_parts_and_fuzzed(lib):
     lengths = np.array([7, 2], np.int32)
     whole, parted = np.full((2, 3, 24), np.nan, np.float32), np.full((2, 3, 24), np.nan, np.float32)
     assert lib.kvspn_flat_kv_attention(byref(attention(q, kv, lengths, whole))) == OK
-    for part in range(5):
-        assert lib.kvspn_flat_kv_attention(byref(attention(q, kv, lengths, parted, part, 5))) == OK
+    seen = []
+
+    def run(context, parts, work, argument):
+        seen.append(parts)
+        for part in reversed(range(parts)):
+            work(argument, part)
+
+    threads = Stream(None, None, None, RUN(run), 5)
+    assert lib.kvspn_flat_kv_attention(byref(attention(q, kv, lengths, parted, threads))) == OK
+    assert seen == [5]
     assert np.array_equal(whole, parted)
+    for wrong, words in (
+        (Stream(None, None, None, RUN(run), 0), b"stream.threads must be at least 1, got 0"),
+        (Stream(1, None, None, RUN(run), 1), b"stream.handle must be a null pointer on the CPU, got one"),
+    ):
+        assert lib.kvspn_flat_kv_attention(byref(attention(q, kv, lengths, parted, wrong))) == INVALID
+        assert words in lib.kvspn_last_error()
     keys = kv[:, :, 1, 1, :2].transpose(1, 0, 2, 3).reshape(2, 4, 4)  # of row 1, head 1: K and V
     scores = np.exp(keys[0] @ q[1, 2, 0] * 0.5)
     np.testing.assert_allclose(whole[1, 0, 8:12], scores / scores.sum() @ keys[1], rtol=1e-5)
@@ -464,7 +489,7 @@ def test_attention_in_parts_and_fuzzed(lib):
         given = attention(q, int8 if scaled else kv, lengths, parted, kv_scale=scale if scaled else None)
         name = rng.choice(("q", "kv", "lengths", "out", *["kv_scale"] * scaled))
         tensor = given.kv_scale.contents if name == "kv_scale" else getattr(given, name)
-        kind = rng.choice(("dtype", "ndim", "shape", "data", "part", "scale", "scales"))
+        kind = rng.choice(("dtype", "ndim", "shape", "data", "scale", "scales"))
         if kind == "dtype":
             tensor.dtype = rng.choice([d for d in (-1, 1, 3, 4, 5, 6, 7, 1 << 30) if d != tensor.dtype])
         elif kind == "ndim":
@@ -475,8 +500,6 @@ def test_attention_in_parts_and_fuzzed(lib):
             tensor.data = None
         elif kind == "scales":
             given.kv_scale = None if scaled else ctypes.pointer(Tensor.of("kv_scale", scale))
-        elif kind == "part":
-            given.part, given.parts = rng.choice(((-1, 1), (1, 1), (0, 0), (0, -3)))
         else:
             given.scale = rng.choice((np.nan, np.inf))
         status = lib.kvspn_flat_kv_attention(byref(given))

@@ -10,8 +10,10 @@ import pytest
 import torch
 from caches import contents, poison, random_states, tokens_of
 
+from kvspn import ops
 from kvspn.engines import backends, engine
 from kvspn.ops import K_INF, DecoderWeights
+from kvspn.ops.fused_linear import reference
 from kvspn.ops.weights import named_tensors
 from kvspn.random_decoder import random_decoder
 
@@ -134,6 +136,38 @@ def test_wide_instruction_sets_agree_to_the_bit(monkeypatch, shape, kv):
             pytest.skip(f"no {name} here")
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "groups"), [("fp32", 1), ("bf16", 1), ("int8", 1), ("int4", 4), ("int4", 22)]
+)
+def test_matrices_as_they_lie_on_every_instruction_set(monkeypatch, set_threads, dtype, groups):
+    """Those of the reference, for any number of rows and threads; wide instruction sets agree to the bit."""
+    x, weight, scale = torch.randn(6, 66), torch.randn(2003, 66), None
+    if dtype == "bf16":
+        weight = weight.bfloat16()
+    elif dtype == "int8":
+        weight, scale = (weight * 40).clamp(-127, 127).to(torch.int8), torch.rand(2003)
+    elif dtype == "int4":
+        x, weight, scale = (
+            x[:, :44],
+            torch.randint(256, (2003, 22), dtype=torch.uint8),
+            torch.rand(2003, groups),
+        )
+    wide = []
+    for name in ("portable", "avx2", "avx512", "avx512vnni"):
+        monkeypatch.setenv("KVSPN_CPU", name)
+        try:
+            found = ops.fused_linear(x, weight, scale=scale)
+        except RuntimeError as error:
+            assert "KVSPN_CPU must be" in str(error)
+            continue
+        torch.testing.assert_close(found, reference(x, weight, scale=scale), atol=1e-4, rtol=1e-5)
+        set_threads(3)
+        assert torch.equal(ops.fused_linear(x[3:4], weight, scale=scale), found[3:4])
+        set_threads(1)
+        wide += [found] * (name != "portable")
+    assert all(torch.equal(wide[0], other) for other in wide[1:])
 
 
 def test_int4_in_groups_that_no_block_divides():

@@ -142,7 +142,6 @@ kvspn_status kvspn_flat_kv_attention(const kvspn_attention_params* params) {
     });
 }
 
-#if defined(KVSPN_CUDA)
 kvspn_status kvspn_fused_linear(const kvspn_linear_params* params) {
     return guard([&] {
         check_struct("params", params);
@@ -177,4 +176,3 @@ kvspn_status kvspn_compact_kv(const kvspn_compact_params* params) {
         kvspn::compact_kv(*params);
     });
 }
-#endif

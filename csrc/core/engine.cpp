@@ -5,22 +5,17 @@
 
 #include "core/batch.h"
 #include "core/error.h"
+#include "core/parts.h"
 
 namespace kvspn {
 namespace {
 
-constexpr int kStrip = 64;  // logits that exist at a time, on each thread
+constexpr float kEps = 1e-5f;  // of every LayerNorm
+constexpr int kStrip = 64;     // logits that exist at a time, on each thread
 
 int thread_count(int threads) {
     require(threads >= 0 && threads <= 1024, "threads must be 0 to 1024, got ", threads);
     return threads ? threads : std::max(1u, std::thread::hardware_concurrency());
-}
-
-// The part of [0, count) that is a thread's, in whole tiles.
-std::pair<int, int> share(int count, int thread, int threads) {
-    const int64_t tiles = (count + kLanes - 1) / kLanes;
-    return {int(std::min<int64_t>(count, tiles * thread / threads * kLanes)),
-            int(std::min<int64_t>(count, tiles * (thread + 1) / threads * kLanes))};
 }
 
 }  // namespace
@@ -324,7 +319,7 @@ Rows Engine::input(int thread, const Norm* norm, const float* x, const Matrix& m
     if (norm) {
         float* normed = normed_.as<float>() + first * width_stride_;
         for (int r = 0; r < rows_; ++r)
-            kernels_.layer_norm(x + r * rows.stride, norm->weight, norm->bias, weights_.width,
+            kernels_.layer_norm(x + r * rows.stride, norm->weight, norm->bias, weights_.width, kEps,
                                 normed + r * rows.stride);
         rows.x = normed;
     }

@@ -103,7 +103,6 @@ void check(const kvspn_attention_params& p) {
         check_tensor("tail_lengths", *p.tail_lengths, {Dtype::int32}, {rows});
         check_rows("tail", *p.tail);
     }
-    require(p.part >= 0 && p.part < p.parts, "part must be 0 to parts - 1, got ", p.part, " of ", p.parts);
     const int64_t capacity = p.kv.shape[4],
                   keys = layers * (capacity + kLanes) + (p.tail ? p.tail->shape[3] : 0);
     require(keys < (int64_t(1) << 30) && layers < (1 << 20) && queries < (1 << 30) && width < (1 << 20),

@@ -1,4 +1,4 @@
-// Single ops on the caller's tensors. The CPU's library has flat_kv_attention alone.
+// Single ops on the caller's tensors: core/ops_*.cpp on the CPU, cuda/ops.cpp on a CUDA device.
 #pragma once
 
 #include "kvspn.h"

@@ -34,6 +34,18 @@ struct Matrix {
     int span = 0;     // columns whose products with int16 fit into an int32 and that share a scale
 };
 
+// W as the caller holds it: rows of K elements; of int4, of K / 2 bytes, the first column in the lowest bits.
+// Its values are widened to floats, and the sums of an integer row's groups of columns take their scales.
+struct RowMatrix {
+    Dtype dtype = Dtype::fp32;
+    const void* weight = nullptr;
+    int64_t stride = 0;  // elements (int4: bytes) from a row to the next
+    const float* scale = nullptr;
+    int64_t scale_stride = 0;
+    int groups = 1;
+    int inputs = 0;
+};
+
 // Rows of activations; for an integer matrix also as int16, each row with its scale.
 struct Rows {
     const float* x = nullptr;
@@ -73,12 +85,16 @@ struct Kernels {
     // Outputs first .. last of every row: y[row * y_stride + output] = or += (accumulate).
     void (*linear)(const Matrix& matrix, const Rows& rows, int first, int last, float* y, int64_t y_stride,
                    bool accumulate);
+    // The same, y = x W^T, for `count` rows x.
+    void (*linear_by_rows)(const RowMatrix& matrix, const float* x, int64_t x_stride, int count, int first,
+                           int last, float* y, int64_t y_stride);
     // x [count] -> int16, zeros behind it up to `padded`; returns the scale.
     float (*quantise)(const float* x, int count, int padded, int16_t* out);
     // x [count] -> int8; returns the scale.
     float (*quantise_int8)(const float* x, int count, int8_t* out);
     void (*attend)(const Attention& attention);
-    void (*layer_norm)(const float* x, const float* weight, const float* bias, int width, float* y);
+    void (*layer_norm)(const float* x, const float* weight, const float* bias, int width, float eps,
+                       float* y);
     void (*gelu)(float* x, int count);
 };
 

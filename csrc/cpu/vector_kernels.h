@@ -106,31 +106,42 @@ void linear_rows(const Matrix& m, const Rows& rows, int first, int last, float* 
     }
 }
 
-// Up to four rows share one reading of the weights; more go over them in strips that stay in the cache.
-template <class W>
-void linear_of(const Matrix& m, const Rows& rows, int first, int last, float* y, int64_t y_stride,
-               bool accumulate) {
+template <int N>
+struct Number {
+    static constexpr int value = N;
+};
+
+// Up to four rows share one reading of the weights; more go over them in strips that stay in the cache:
+// work(how many rows, the first, outputs from, to).
+template <class Work>
+INLINE void in_blocks(int rows, int first, int last, const Work& work) {
     constexpr int kStrip = 4 * kLanes;
     for (int from = first; from < last; from += kStrip) {
         const int to = from + kStrip < last ? from + kStrip : last;
-        for (int r = 0; r < rows.count; r += 4) {
-            const Rows few = rows.from(r);
-            float* yr = y + r * y_stride;
-            switch (few.count) {
+        for (int r = 0; r < rows; r += 4) {
+            switch (rows - r) {
                 case 1:
-                    linear_rows<W, 1>(m, few, from, to, yr, y_stride, accumulate);
+                    work(Number<1>(), r, from, to);
                     break;
                 case 2:
-                    linear_rows<W, 2>(m, few, from, to, yr, y_stride, accumulate);
+                    work(Number<2>(), r, from, to);
                     break;
                 case 3:
-                    linear_rows<W, 3>(m, few, from, to, yr, y_stride, accumulate);
+                    work(Number<3>(), r, from, to);
                     break;
                 default:
-                    linear_rows<W, 4>(m, few, from, to, yr, y_stride, accumulate);
+                    work(Number<4>(), r, from, to);
             }
         }
     }
+}
+
+template <class W>
+void linear_of(const Matrix& m, const Rows& rows, int first, int last, float* y, int64_t y_stride,
+               bool accumulate) {
+    in_blocks(rows.count, first, last, [&](auto count, int r, int from, int to) {
+        linear_rows<W, count.value>(m, rows.from(r), from, to, y + r * y_stride, y_stride, accumulate);
+    });
 }
 
 void linear(const Matrix& m, const Rows& rows, int first, int last, float* y, int64_t y_stride,
@@ -146,6 +157,125 @@ void linear(const Matrix& m, const Rows& rows, int first, int last, float* y, in
             return linear_of<Int4>(m, rows, first, last, y, y_stride, accumulate);
         default:
             return linear_of<float>(m, rows, first, last, y, y_stride, accumulate);
+    }
+}
+
+struct Nibbles {  // two columns of int4
+    uint8_t bits;
+};
+struct OddNibbles : Nibbles {};  // whose groups may begin with the second
+
+// Columns c .. c + 16 of a row; or `count` < 16, and zeros.
+template <class W>
+INLINE Vec load_columns(const W* row, int c) {
+    return widen(row + c);
+}
+template <class W>
+INLINE Vec load_columns(const W* row, int c, int count) {
+    return load_part(row + c, count);
+}
+INLINE Vec load_columns(const Nibbles* row, int c) {
+    typedef int8_t Bytes16 __attribute__((vector_size(16)));
+    typedef uint64_t Halves __attribute__((vector_size(16)));
+    uint64_t bits;
+    __builtin_memcpy(&bits, row + c / 2, sizeof bits);
+    const Halves even_odd = Halves{bits, bits >> 4} & 0x0f0f0f0f0f0f0f0f;
+    const Bytes16 values =
+        __builtin_shuffle((Bytes16)even_odd, Bytes16{0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15}) -
+        8;
+    return widen((const Byte*)&values);
+}
+INLINE Vec load_columns(const Nibbles* row, int c, int count) {
+    int8_t values[kLanes] = {};
+    for (int i = 0; i < count; ++i) values[i] = (int8_t)((row[(c + i) / 2].bits >> (c + i) % 2 * 4 & 15) - 8);
+    return widen((const Byte*)values);
+}
+INLINE Vec load_columns(const OddNibbles* row, int c) { return load_columns((const Nibbles*)row, c, kLanes); }
+INLINE Vec load_columns(const OddNibbles* row, int c, int count) {
+    return load_columns((const Nibbles*)row, c, count);
+}
+
+#define UNROLL _Pragma("GCC unroll 4")  // or sums stay in memory
+
+// `Outputs` of `Count` rows; the order of a sum depends on neither.
+template <class W, int Outputs, int Count>
+INLINE void dots(const RowMatrix& m, const float* x, int64_t x_stride, int output, float* y,
+                 int64_t y_stride) {
+    const W* rows[Outputs];
+    UNROLL
+    for (int o = 0; o < Outputs; ++o) rows[o] = (const W*)m.weight + (output + o) * m.stride;
+    const int span = m.inputs / m.groups;
+    Vec total[Outputs][Count] = {};
+    for (int g = 0; g < m.groups; ++g) {
+        Vec acc[Outputs][Count] = {};
+        int c = g * span;
+        const int end = c + span;
+        for (; c + kLanes <= end; c += kLanes) {
+            Vec in[Count];
+            UNROLL
+            for (int r = 0; r < Count; ++r) in[r] = load<Vec>(x + r * x_stride + c);
+            UNROLL
+            for (int o = 0; o < Outputs; ++o) {
+                const Vec w = load_columns(rows[o], c);
+                UNROLL
+                for (int r = 0; r < Count; ++r) acc[o][r] = fma(w, in[r], acc[o][r]);
+            }
+        }
+        UNROLL
+        for (int o = 0; o < Outputs; ++o) {
+            if (c == end) break;
+            const Vec w = load_columns(rows[o], c, end - c);
+            UNROLL
+            for (int r = 0; r < Count; ++r)
+                acc[o][r] = fma(w, load_part(x + r * x_stride + c, end - c), acc[o][r]);
+        }
+        UNROLL
+        for (int o = 0; o < Outputs; ++o) {
+            const float scale = m.scale ? m.scale[(output + o) * m.scale_stride + g] : 1.0f;
+            UNROLL
+            for (int r = 0; r < Count; ++r) total[o][r] = fma(acc[o][r], fill(scale), total[o][r]);
+        }
+    }
+    UNROLL
+    for (int o = 0; o < Outputs; ++o) {
+        UNROLL
+        for (int r = 0; r < Count; ++r) y[r * y_stride + output + o] = sum(total[o][r]);
+    }
+}
+
+template <class W, int Count>
+void linear_by_rows_few(const RowMatrix& m, const float* x, int64_t x_stride, int first, int last, float* y,
+                        int64_t y_stride) {
+    constexpr int kOutputs = Count > 2 ? 2 : 4;  // as many sums as there are registers
+    int output = first;
+    for (; output + kOutputs <= last; output += kOutputs)
+        dots<W, kOutputs, Count>(m, x, x_stride, output, y, y_stride);
+    for (; output < last; ++output) dots<W, 1, Count>(m, x, x_stride, output, y, y_stride);
+}
+
+template <class W>
+void linear_by_rows_of(const RowMatrix& m, const float* x, int64_t x_stride, int count, int first, int last,
+                       float* y, int64_t y_stride) {
+    in_blocks(count, first, last, [&](auto few, int r, int from, int to) {
+        linear_by_rows_few<W, few.value>(m, x + r * x_stride, x_stride, from, to, y + r * y_stride, y_stride);
+    });
+}
+
+void linear_by_rows(const RowMatrix& m, const float* x, int64_t x_stride, int count, int first, int last,
+                    float* y, int64_t y_stride) {
+    switch (m.dtype) {
+        case Dtype::bf16:
+            return linear_by_rows_of<Bf16>(m, x, x_stride, count, first, last, y, y_stride);
+        case Dtype::fp16:
+            return linear_by_rows_of<_Float16>(m, x, x_stride, count, first, last, y, y_stride);
+        case Dtype::int8:
+            return linear_by_rows_of<Byte>(m, x, x_stride, count, first, last, y, y_stride);
+        case Dtype::int4:
+            if (m.inputs / m.groups % 2)
+                return linear_by_rows_of<OddNibbles>(m, x, x_stride, count, first, last, y, y_stride);
+            return linear_by_rows_of<Nibbles>(m, x, x_stride, count, first, last, y, y_stride);
+        default:
+            return linear_by_rows_of<float>(m, x, x_stride, count, first, last, y, y_stride);
     }
 }
 
@@ -316,7 +446,7 @@ void attend(const Attention& a) {
     }
 }
 
-void layer_norm(const float* x, const float* weight, const float* bias, int width, float* y) {
+void layer_norm(const float* x, const float* weight, const float* bias, int width, float eps, float* y) {
     Vec total = {};
     for (int c = 0; c < width; c += kLanes) total += load_some(x + c, width - c);
     const float mean = sum(total) / (float)width;
@@ -325,7 +455,7 @@ void layer_norm(const float* x, const float* weight, const float* bias, int widt
         Vec centred = select(lanes() < width - c, load_some(x + c, width - c) - mean, Vec{});
         squares = fma(centred, centred, squares);
     }
-    const float inverse = 1.0f / __builtin_sqrtf(sum(squares) / (float)width + 1e-5f);
+    const float inverse = 1.0f / __builtin_sqrtf(sum(squares) / (float)width + eps);
     for (int c = 0; c < width; ++c) y[c] = (x[c] - mean) * inverse * weight[c] + bias[c];
 }
 
@@ -350,6 +480,7 @@ void gelu(float* x, int count) {
 }  // namespace
 
 extern const Kernels KVSPN_KERNELS;
-const Kernels KVSPN_KERNELS = {KVSPN_KERNELS_NAME, linear, quantise, quantise_int8, attend, layer_norm, gelu};
+const Kernels KVSPN_KERNELS = {KVSPN_KERNELS_NAME, linear, linear_by_rows, quantise,
+                               quantise_int8,      attend, layer_norm,     gelu};
 
 }  // namespace kvspn

@@ -331,7 +331,7 @@ void Engine::encode(int row, const kvspn_tensor& states) {
 // Keys and values [E, 2, H, D] of one layer, the first of a row, to a cache of int8.
 void Engine::append_cross(int layer, int row, int64_t count) {
     const int64_t heads = weights_.heads, head_dim = weights_.head_dim, width = weights_.width;
-    const kvspn_stream stream{stream_, nullptr, nullptr};
+    const kvspn_stream stream{stream_, nullptr, nullptr, nullptr, 0};
     float* made = projected_.as<float>();
     kvspn_append_params p{};
     p.kv = batch_.cross_kv, p.kv_scale = cross_kv_scale_;

@@ -102,7 +102,6 @@ cuda::KeyValues key_values(const kvspn_tensor& kv, int layers) {
 void flat_kv_attention(const kvspn_attention_params& p) {
     check(p);
     const cudaStream_t stream = handle_of(p.stream);
-    require(p.parts == 1, "parts must be 1 on a CUDA device, got ", p.parts);
     const int64_t rows = p.q.shape[0], queries = p.q.shape[2], heads = p.kv.shape[3], width = p.kv.shape[5];
     require(width <= 1 || p.q.strides[3] == 1, "q must be contiguous in its last dimension, got stride ",
             p.q.strides[3]);

@@ -20,7 +20,7 @@ extern "C" {
 #define KVSPN_API __attribute__((visibility("default")))
 #endif
 
-#define KVSPN_ABI_VERSION 1
+#define KVSPN_ABI_VERSION 2
 #define KVSPN_MAX_DIMS 6
 #define KVSPN_K_INF INT32_MAX
 
@@ -166,17 +166,22 @@ KVSPN_API kvspn_status kvspn_engine_read_statistics(kvspn_engine* engine, int32_
 KVSPN_API kvspn_status kvspn_engine_progress(kvspn_engine* engine, int32_t row, int32_t* tokens,
                                              int32_t capacity, int32_t* count);
 
-/* The ops of kvspn/ops, each with the contract of its namesake there. The library for the CPU holds
- * kvspn_flat_kv_attention, that for CUDA devices all of them. Any strides will do, but the last dimension is
- * contiguous. */
+/* The ops of kvspn/ops, each with the contract of its namesake there. Any strides will do, but the last
+ * dimension is contiguous. */
 
-/* Where a CUDA device works; not for the CPU. Every op puts its work there, waits for nothing, and works on
- * the present device, whose memory holds the tensors. */
+/* Where an op works.
+ *
+ * On a CUDA device it puts its work on a stream, waits for nothing, and works on the present device, whose
+ * memory holds the tensors. On the CPU it works on the calling thread, and on those that the caller has. */
 typedef struct kvspn_stream {
-    void* handle; /* a cudaStream_t; NULL: the default stream */
-    /* Memory of the device for as long as the work runs, to 16 bytes; NULL: there is none. */
+    void* handle; /* CUDA: a cudaStream_t; NULL: the default stream */
+    /* CUDA: memory of the device for as long as the work runs, to 16 bytes; NULL: there is none. */
     void* (*allocate)(void* context, int64_t bytes);
-    void* context;
+    void* context; /* handed to the functions here */
+    /* CPU: calls work(argument, part) for the parts 0 to parts - 1, at once or one by one, and returns when
+     * all are done. parts: at most `threads`. NULL: the calling thread does everything. */
+    void (*run)(void* context, int32_t parts, void (*work)(void* argument, int32_t part), void* argument);
+    int32_t threads;
 } kvspn_stream;
 
 /* Queries over the keys of several layers as one sequence. One dtype: FP32, BF16 or FP16; kv may be INT8. */
@@ -190,9 +195,8 @@ typedef struct kvspn_attention_params {
     const kvspn_tensor* tail_lengths; /* int32 [B], or NULL */
     float scale;                      /* of the scores; usually D ** -0.5 */
     int32_t causal;                   /* query i sees lengths[b] + i + 1 positions instead of lengths[b] */
-    int32_t part, parts;              /* this call's share of the work; threads of the caller take one each */
     const kvspn_tensor* kv_scale;     /* FP32 [n, 2, B, H, S] of an INT8 kv, which has no tail; or NULL */
-    const kvspn_stream* stream;       /* CUDA, where part is 0 of 1; or NULL */
+    const kvspn_stream* stream;       /* or NULL, as in every op */
 } kvspn_attention_params;
 
 KVSPN_API kvspn_status kvspn_flat_kv_attention(const kvspn_attention_params* params);

@@ -34,5 +34,5 @@ __all__ = [
     "lm_head_verify",
 ]
 
-if "_torch_ops_cuda" in load_native():
-    serve("decoder_step", "CUDA", composed(torch.ops.kvspn))
+for _key in load_native():
+    serve("decoder_step", _key, composed(torch.ops.kvspn))

@@ -80,13 +80,15 @@ def _checked(check: Callable[P, object], kernel: Callable[P, R]) -> Callable[P, 
 
 
 def load_native() -> list[str]:
-    """Registers the native kernels that are built: csrc/bindings/torch_ops.cpp for tensors on the CPU, and
-    torch_ops_cuda.cpp for those on a CUDA device, if torch knows such devices. Returns what is loaded."""
-    names = ["_torch_ops", "_torch_ops_cuda"] if torch.backends.cuda.is_built() else ["_torch_ops"]
+    """Registers the kernels of csrc/bindings/torch_ops.cpp that are built: for tensors on the CPU, and for
+    those on a CUDA device, if torch knows such devices. Returns the dispatch keys that they serve."""
+    modules = {"CPU": "_torch_ops"}
+    if torch.backends.cuda.is_built():
+        modules["CUDA"] = "_torch_ops_cuda"
     loaded = []
-    for name in names:
+    for key, name in modules.items():
         found = importlib.util.find_spec(f"kvspn.{name}")
         if found is not None and found.origin is not None:
             torch.ops.load_library(found.origin)
-            loaded.append(name)
+            loaded.append(key)
     return loaded

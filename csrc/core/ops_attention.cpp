@@ -1,11 +1,11 @@
-#include "core/ops.h"
-
+// Attention on the CPU, for tensors of any strides.
 #include <algorithm>
-#include <cmath>
 
 #include "core/error.h"
 #include "core/memory.h"
 #include "core/op_checks.h"
+#include "core/ops.h"
+#include "core/parts.h"
 #include "core/tensor.h"
 
 namespace kvspn {
@@ -20,7 +20,6 @@ int clamped(const kvspn_tensor& lengths, int64_t row, int64_t more, int64_t capa
 
 void flat_kv_attention(const kvspn_attention_params& p) {
     check(p);
-    require(!p.stream, "stream must be a null pointer on the CPU, got one");
     const int64_t heads = p.kv.shape[3], capacity = p.kv.shape[4];
     const int width = int(p.kv.shape[5]), layers = int(p.kv.shape[0]);
     const int64_t rows = p.q.shape[0], query_heads = p.q.shape[1], queries = p.q.shape[2];
@@ -28,9 +27,12 @@ void flat_kv_attention(const kvspn_attention_params& p) {
     const int64_t *at = p.kv.strides, *q_at = p.q.strides, *out_at = p.out.strides;
     const size_t size = size_of(Dtype(p.kv.dtype));
     const Kernels& kernels = select_kernels();
-    Memory scores(size_t(kQueries) * (layers * pad(int(capacity)) + pad(int(tail))) * sizeof(float));
-    Memory floats(size_t(2) * kQueries * width * sizeof(float));
-    for (int64_t task = tasks * p.part / p.parts; task < tasks * (p.part + 1) / p.parts; ++task) {
+    const Parts parts(p.stream, tasks);
+    const size_t score_count = size_t(kQueries) * (layers * pad(int(capacity)) + pad(int(tail)));
+    const size_t float_count = size_t(2) * kQueries * width;
+    Memory scores(parts.count() * score_count * sizeof(float));
+    Memory floats(parts.count() * float_count * sizeof(float));
+    const auto attend = [&](int64_t task, float* task_scores, float* task_floats) {
         const int64_t row = task / query_heads, query_head = task % query_heads;
         const int64_t head = query_head * heads / query_heads;
         const char* keys = static_cast<const char*>(p.kv.data) + (row * at[2] + head * at[3]) * int64_t(size);
@@ -43,7 +45,7 @@ void flat_kv_attention(const kvspn_attention_params& p) {
         a.layers = layers;
         a.width = width;
         a.scale = p.scale;
-        a.scores = scores.as<float>();
+        a.scores = task_scores;
         if (p.kv_scale) {
             const int64_t* scale_at = p.kv_scale->strides;
             a.key_scales =
@@ -63,7 +65,7 @@ void flat_kv_attention(const kvspn_attention_params& p) {
         for (int64_t first = 0; first < queries; first += kQueries) {
             a.queries = int(std::min<int64_t>(kQueries, queries - first));
             for (int i = 0; i < a.queries; ++i) {
-                float* q = floats.as<float>() + i * width;
+                float* q = task_floats + i * width;
                 const int64_t from = row * q_at[0] + query_head * q_at[1] + (first + i) * q_at[2];
                 for (int c = 0; c < width; ++c) q[c] = element(p.q, from + c * q_at[3]);
                 a.q[i] = q;
@@ -77,7 +79,11 @@ void flat_kv_attention(const kvspn_attention_params& p) {
                     store(Dtype(p.out.dtype), p.out.data, to + c * out_at[2], a.out[i][c]);
             }
         }
-    }
+    };
+    parts.run([&](int part) {
+        for (int64_t task = tasks * part / parts.count(); task < tasks * (part + 1) / parts.count(); ++task)
+            attend(task, scores.as<float>() + part * score_count, floats.as<float>() + part * float_count);
+    });
 }
 
 }  // namespace kvspn
