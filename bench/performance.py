@@ -51,6 +51,15 @@ encoder's positions (`kvspn_encoder_stride`). What KVSPN adds to a plain step (c
 
 {cheap}
 
+### Single ops
+
+[ops-cpu.json](../bench/results/ops-cpu.json), by
+`{ops_command} ...`
+({ops_machine}): each op of `torch.ops.kvspn` by itself, on matrices and caches as they lie. What an op takes
+beside memory, such as putting torch's threads to work, shows in the short ones:
+
+{ops}
+
 ## The miniature
 
 [miniature.json](../bench/results/miniature.json), by `kvspn evaluate --k 1,2,3,inf --json ...`:
@@ -116,6 +125,7 @@ RECORDS = {  # and what makes each
     "step-cpu-cheap-draft": "kvspn bench --shape whisperM2M --weights bf16/int4,int8/int4 --kv int8"
     " --rounds 40 --draft-vocabulary 12288 --encoder-stride 4 --json",
     "step-cpu-avx2": "KVSPN_CPU=avx2 kvspn bench --shape whisperM2M --weights bf16,int8,int4 --json",
+    "ops-cpu": "kvspn bench --ops --backend native --shape whisperM2M --weights bf16,int8,int4 --json",
 }
 
 
@@ -133,7 +143,7 @@ def performance() -> str:
     Raises:
         FileNotFoundError: a record is missing. KeyError: one is of an older version.
     """
-    bench, profile, miniature, cheap, avx2 = map(_record, RECORDS)
+    bench, profile, miniature, cheap, avx2, ops = map(_record, RECORDS)
     rows = _of_batch_1(bench)
     summary = bench["summary"]
     formats = list(dict.fromkeys(row["weights"] for row in rows if row["backend"] == "native"))
@@ -181,6 +191,9 @@ def performance() -> str:
                 for key, overhead in cheap["summary"]["draft_overhead"].items()
             ),
         ),
+        ops_command=RECORDS["ops-cpu"],
+        ops_machine=_machine(ops["machine"]),
+        ops=_ops(ops["ops"]),
         miniature=_miniature(miniature["rows"]),
         variants=_variants(),
         profile=f"{profile['shape']}, {profile['weights']}, {_machine(profile['machine'] | profile)}",
@@ -242,6 +255,25 @@ def _steps(rows: Iterable[dict[str, Any]]) -> str:
                 "yes" if row["correct"] else "no",
             )
             for row in rows
+        ),
+    )
+
+
+def _ops(rows: Iterable[dict[str, Any]]) -> str:
+    return table(
+        ("op", "weights", "query rows", "ms", "GB/s", "of peak", "correct"),
+        (
+            (
+                row["what"].replace("/", ", "),
+                row["weights"],
+                str(row["rows"]),
+                f"{row['ms_median']:.3f}",
+                f"{row['gb_per_s']:.1f}",
+                f"{row['percent_of_measured_peak']:.0f}%",
+                "yes" if row["correct"] else "no",
+            )
+            for row in rows
+            if row["backend"] == "native"
         ),
     )
 

@@ -89,6 +89,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "machine": {**machine, "cpu": {**machine["cpu"], "instruction_set": "avx2"}},
             "rows": [{**row, "ms_median": 8.765}],
         },
+        "ops-cpu": {"machine": machine, "ops": [{**row, "what": "fused_linear/fc1", "ms_median": 0.1234}]},
         "step-cpu-cheap-draft": {
             "summary": cheap,
             "draft": {"vocabulary": 9000, "encoder_stride": 4},
@@ -107,6 +108,7 @@ def test_written(folders: Path) -> None:
     assert "costs 8% to 8% more" in page and "int4 it falls" not in page  # there is no such row
     assert "| native | int8 | step, 2 rows | 8.77 |" in page and "2 threads, avx2 kernels, 50.0 GB/s" in page
     assert "| native | int8, int8 KV | step, 2 rows | 6.54 |" in page
+    assert "| fused_linear, fc1 | int8 | 2 | 0.123 | 48.7 | 90% | yes |" in page
     assert "77.7" not in page  # the tables are of batch 1
     assert "| 64 | 10.00 | 12.00 | 20% | 3.0 |" in page and "33.3" in page
     assert "| int8 | 33.3 | 50.0% | 1.40 | 90.0% |" in page

@@ -204,6 +204,8 @@ INLINE void dots(const RowMatrix& m, const float* x, int64_t x_stride, int outpu
     const W* rows[Outputs];
     UNROLL
     for (int o = 0; o < Outputs; ++o) rows[o] = (const W*)m.weight + (output + o) * m.stride;
+    constexpr int kColumns = std::is_base_of_v<Nibbles, W> ? 2 : 1;  // of an element
+    const W* next = rows[0] + Outputs * m.stride;  // rows are too short for the processor to foresee the next
     const int span = m.inputs / m.groups;
     Vec total[Outputs][Count] = {};
     for (int g = 0; g < m.groups; ++g) {
@@ -217,6 +219,7 @@ INLINE void dots(const RowMatrix& m, const float* x, int64_t x_stride, int outpu
             UNROLL
             for (int o = 0; o < Outputs; ++o) {
                 const Vec w = load_columns(rows[o], c);
+                __builtin_prefetch(next + o * m.stride + c / kColumns);
                 UNROLL
                 for (int r = 0; r < Count; ++r) acc[o][r] = fma(w, in[r], acc[o][r]);
             }
