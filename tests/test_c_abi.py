@@ -506,3 +506,53 @@ def test_attention_in_parts_and_fuzzed(lib):
         assert status in (OK, INVALID)
         assert status == INVALID or kind == "shape"  # fewer layers, positions or queries are fine
         assert b"must " in lib.kvspn_last_error() or status == OK
+
+
+class AppendParams(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", c_uint32),
+        *((name, Tensor) for name in ("kv", "k", "v", "lengths", "finished")),
+        ("layer", c_int32),
+        ("stream", POINTER(Stream)),
+        ("kv_scale", Tensor),
+    )
+
+
+class LinearParams(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", c_uint32),
+        *(
+            (name, Tensor)
+            for name in ("x", "weight", "out", "scale", "bias", "norm_weight", "norm_bias", "residual")
+        ),
+        ("eps", c_float),
+        ("gelu", c_int32),
+        ("stream", POINTER(Stream)),
+    )
+
+
+def test_ops_on_the_calling_thread(lib):
+    """Without a stream; one of a device is refused, and nothing is written."""
+    generator = np.random.default_rng(0)
+    x, weight, bias = (generator.standard_normal(shape, np.float32) for shape in ((3, 20), (1700, 20), 1700))
+    out = np.full((3, 1700), np.nan, np.float32)
+    given = {"x": x, "weight": weight, "out": out, "bias": bias}
+    linear = LinearParams(ctypes.sizeof(LinearParams), eps=1e-5)
+    for name, array in given.items():
+        setattr(linear, name, Tensor.of(name, array))
+    assert lib.kvspn_fused_linear(byref(linear)) == OK
+    np.testing.assert_allclose(out, x @ weight.T + bias, rtol=1e-4, atol=1e-5)
+
+    kv, lengths = np.zeros((2, 2, 1, 2, 5, 4), np.float32), np.array([3], np.int32)
+    k, v = (generator.standard_normal((1, 2, 1, 4), np.float32) for _ in "kv")
+    append = AppendParams(ctypes.sizeof(AppendParams), layer=1)
+    for name, array in {"kv": kv, "k": k, "v": v, "lengths": lengths}.items():
+        setattr(append, name, Tensor.of(name, array))
+    append.stream = ctypes.pointer(Stream(handle=1))
+    assert lib.kvspn_append_kv(byref(append)) == INVALID
+    assert b"stream.handle must be a null pointer on the CPU, got one" in lib.kvspn_last_error()
+    assert not kv.any()
+    append.stream = None
+    assert lib.kvspn_append_kv(byref(append)) == OK
+    assert np.array_equal(kv[1, 0, 0, :, 3], k[0, :, 0]) and np.array_equal(kv[1, 1, 0, :, 3], v[0, :, 0])
+    assert np.count_nonzero(kv) == 16

@@ -6,10 +6,14 @@
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <utility>
 
 namespace kvspn {
+
+// Floats that are not zeroed: each thread is the first to touch its own.
+inline std::unique_ptr<float[]> scratch(size_t count) { return std::unique_ptr<float[]>(new float[count]); }
 
 class Memory {
   public:

@@ -27,8 +27,6 @@ void check_given(const char* name, const kvspn_tensor& tensor, std::initializer_
                 " must have less than 2^30 elements in dimension ", i, ", got ", tensor.shape[i]);
 }
 
-bool given(const kvspn_tensor& tensor) { return tensor.data || tensor.ndim; }
-
 void check_optional(const char* name, const kvspn_tensor& tensor, std::initializer_list<Dtype> dtypes,
                     std::initializer_list<int64_t> shape) {
     if (given(tensor)) check_given(name, tensor, dtypes, shape);

@@ -30,8 +30,7 @@ void flat_kv_attention(const kvspn_attention_params& p) {
     const Parts parts(p.stream, tasks);
     const size_t score_count = size_t(kQueries) * (layers * pad(int(capacity)) + pad(int(tail)));
     const size_t float_count = size_t(2) * kQueries * width;
-    Memory scores(parts.count() * score_count * sizeof(float));
-    Memory floats(parts.count() * float_count * sizeof(float));
+    const auto scores = scratch(parts.count() * score_count), floats = scratch(parts.count() * float_count);
     const auto attend = [&](int64_t task, float* task_scores, float* task_floats) {
         const int64_t row = task / query_heads, query_head = task % query_heads;
         const int64_t head = query_head * heads / query_heads;
@@ -82,7 +81,7 @@ void flat_kv_attention(const kvspn_attention_params& p) {
     };
     parts.run([&](int part) {
         for (int64_t task = tasks * part / parts.count(); task < tasks * (part + 1) / parts.count(); ++task)
-            attend(task, scores.as<float>() + part * score_count, floats.as<float>() + part * float_count);
+            attend(task, scores.get() + part * score_count, floats.get() + part * float_count);
     });
 }
 

@@ -33,7 +33,7 @@ char* place(const kvspn_tensor& cache, int64_t layer, int64_t part, int64_t row,
 
 void append_kv(const kvspn_append_params& p) {
     check(p);
-    const Parts parts(p.stream, 1);
+    check_stream(p.stream);
     const int64_t rows = p.kv.shape[2], heads = p.kv.shape[3], capacity = p.kv.shape[4],
                   width = p.kv.shape[5], queries = p.k.shape[2];
     const size_t bytes = width * size_of(Dtype(p.kv.dtype));
@@ -64,7 +64,7 @@ void append_kv(const kvspn_append_params& p) {
 
 void accept_and_rollback(const kvspn_accept_params& p) {
     check(p);
-    const Parts parts(p.stream, 1);
+    check_stream(p.stream);
     const int64_t rows = p.tokens.shape[0], capacity = p.tokens.shape[1], drafted = p.draft.shape[1];
     for (int64_t b = 0; b < rows; ++b) {
         if (flag(p.finished, b)) continue;
@@ -92,7 +92,6 @@ void accept_and_rollback(const kvspn_accept_params& p) {
 
 void compact_kv(const kvspn_compact_params& p) {
     check(p);
-    const Parts parts(p.stream, 1);
     const int64_t layers = p.kv.shape[0], rows = p.kv.shape[2], heads = p.kv.shape[3],
                   capacity = p.kv.shape[4], count = p.source.shape[1];
     struct Move {
@@ -107,18 +106,23 @@ void compact_kv(const kvspn_compact_params& p) {
                 moves.push_back(move);
         }
     }
+    const int64_t planes = layers * 2 * heads;
+    const Parts parts(p.stream, planes);
     const auto move_all = [&](const kvspn_tensor& cache, int64_t width) {
         const size_t bytes = width * size_of(Dtype(cache.dtype));
-        Memory held(moves.size() * bytes);
-        for (int64_t n = 0; n < layers * 2 * heads; ++n) {
-            const int64_t layer = n / (2 * heads), part = n / heads % 2, head = n % heads;
-            for (size_t i = 0; i < moves.size(); ++i)
-                std::memcpy(held.as<char>() + i * bytes,
-                            place(cache, layer, part, moves[i].from_row, head, moves[i].from), bytes);
-            for (size_t i = 0; i < moves.size(); ++i)
-                std::memcpy(place(cache, layer, part, moves[i].row, head, moves[i].to),
-                            held.as<char>() + i * bytes, bytes);
-        }
+        Memory held(parts.count() * moves.size() * bytes);
+        parts.run([&](int thread) {
+            char* mine = held.as<char>() + thread * moves.size() * bytes;
+            for (int64_t n = thread; n < planes; n += parts.count()) {
+                const int64_t layer = n / (2 * heads), part = n / heads % 2, head = n % heads;
+                for (size_t i = 0; i < moves.size(); ++i)
+                    std::memcpy(mine + i * bytes,
+                                place(cache, layer, part, moves[i].from_row, head, moves[i].from), bytes);
+                for (size_t i = 0; i < moves.size(); ++i)
+                    std::memcpy(place(cache, layer, part, moves[i].row, head, moves[i].to), mine + i * bytes,
+                                bytes);
+            }
+        });
     };
     move_all(p.kv, p.kv.shape[5]);
     if (p.kv_scale.data) move_all(p.kv_scale, 1);

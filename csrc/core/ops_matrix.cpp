@@ -1,6 +1,8 @@
 // fused_linear and lm_head_verify on the CPU, from weights as the caller holds them.
 #include <cmath>
 #include <limits>
+#include <memory>
+#include <vector>
 
 #include "core/memory.h"
 #include "core/op_checks.h"
@@ -11,15 +13,7 @@
 namespace kvspn {
 namespace {
 
-bool given(const kvspn_tensor& tensor) { return tensor.data || tensor.ndim; }
-
 constexpr int kLeast = 1 << 15;  // weights that are worth a thread
-
-Memory floats(const kvspn_tensor& tensor, int64_t count) {
-    Memory out(count * sizeof(float));
-    read_rows(tensor, 1, count, out.as<float>(), count);
-    return out;
-}
 
 // [LayerNorm ->] x W^T of rows [R, K], not yet rounded.
 class Product {
@@ -32,14 +26,13 @@ class Product {
           inputs_(int(x.shape[x.ndim - 1])),
           parts_(stream, int64_t(outputs) * inputs_ / kLeast) {
         for (int i = 0; i + 1 < x.ndim; ++i) rows *= int(x.shape[i]);
-        x_ = Memory(size_t(rows) * inputs_ * sizeof(float));
-        y = Memory(size_t(rows) * outputs * sizeof(float));
+        x_ = scratch(size_t(rows) * inputs_), y_ = scratch(size_t(rows) * outputs);
         const int64_t batches = x.ndim == 3 ? x.shape[0] : 1, queries = x.shape[x.ndim - 2];
         for (int64_t b = 0; b < batches; ++b) {
             kvspn_tensor one = x;
             if (x.ndim == 3)
                 one.data = static_cast<char*>(x.data) + b * x.strides[0] * int64_t(size_of(Dtype(x.dtype)));
-            read_rows(one, queries, inputs_, x_.as<float>() + b * queries * inputs_, inputs_);
+            read_rows(one, queries, inputs_, x_.get() + b * queries * inputs_, inputs_);
         }
         const bool int4 = weight.dtype == KVSPN_INT4;
         matrix_ = {Dtype(weight.dtype),
@@ -53,37 +46,35 @@ class Product {
 
     void normalise(const kvspn_tensor& weight, const kvspn_tensor& bias, float eps) {
         if (!given(weight)) return;
-        const Memory w = floats(weight, inputs_),
-                     b = given(bias) ? floats(bias, inputs_) : Memory(inputs_ * sizeof(float));
-        Memory normed(x_.bytes());
-        for (int r = 0; r < rows; ++r)
-            kernels_.layer_norm(x_.as<float>() + int64_t(r) * inputs_, w.as<float>(), b.as<float>(), inputs_,
-                                eps, normed.as<float>() + int64_t(r) * inputs_);
-        x_ = std::move(normed);
+        std::vector<float> w(inputs_), b(inputs_);
+        read_rows(weight, 1, inputs_, w.data(), inputs_);
+        if (given(bias)) read_rows(bias, 1, inputs_, b.data(), inputs_);
+        for (int r = 0; r < rows; ++r) {
+            float* x = x_.get() + int64_t(r) * inputs_;
+            kernels.layer_norm(x, w.data(), b.data(), inputs_, eps, x);
+        }
     }
 
-    // Into y; then finish(row, first, last) in the same thread, for its share of every row's outputs.
+    // Every row's outputs; then finish(row, first, last) of each thread's own.
     template <class Finish>
     void run(const Finish& finish) const {
         parts_.run([&](int part) {
             auto [first, last] = share(outputs, part, parts_.count());
-            kernels_.linear_by_rows(matrix_, x_.as<float>(), inputs_, rows, first, last, y.as<float>(),
-                                    outputs);
+            kernels.linear_by_rows(matrix_, x_.get(), inputs_, rows, first, last, y_.get(), outputs);
             for (int r = 0; r < rows; ++r) finish(r, first, last);
         });
     }
 
-    float* row(int r) const { return y.as<float>() + int64_t(r) * outputs; }
+    float* row(int r) const { return y_.get() + int64_t(r) * outputs; }
 
     int rows, outputs;
-    Memory y;  // [R, N]
+    const Kernels& kernels = select_kernels();
 
   private:
     int inputs_;
     Parts parts_;
     RowMatrix matrix_;
-    Memory x_;
-    const Kernels& kernels_ = select_kernels();
+    std::unique_ptr<float[]> x_, y_;
 };
 
 }  // namespace
@@ -92,7 +83,6 @@ void fused_linear(const kvspn_linear_params& p) {
     check(p);
     Product product(p.x, p.weight, p.scale, p.stream);
     product.normalise(p.norm_weight, p.norm_bias, p.eps);
-    const Kernels& kernels = select_kernels();
     const auto at = [](const kvspn_tensor& tensor, int r, int n) {
         return r * tensor.strides[0] + n * tensor.strides[1];
     };
@@ -100,7 +90,7 @@ void fused_linear(const kvspn_linear_params& p) {
         float* y = product.row(r);
         if (given(p.bias))
             for (int n = first; n < last; ++n) y[n] += element(p.bias, n * p.bias.strides[0]);
-        if (p.gelu) kernels.gelu(y + first, last - first);
+        if (p.gelu) product.kernels.gelu(y + first, last - first);
         if (given(p.residual))
             for (int n = first; n < last; ++n) y[n] += element(p.residual, at(p.residual, r, n));
         for (int n = first; n < last; ++n) store(Dtype(p.out.dtype), p.out.data, at(p.out, r, n), y[n]);
@@ -111,10 +101,11 @@ void lm_head_verify(const kvspn_verify_params& p) {
     check(p);
     Product product(p.x, p.weight, p.scale, p.stream);
     product.normalise(p.norm_weight, p.norm_bias, p.eps);
+    const float* mask = static_cast<const float*>(p.mask.data);
     product.run([&](int r, int first, int last) {
         float* logits = product.row(r);
         for (int n = first; n < last; ++n) {
-            if (given(p.mask)) logits[n] += element(p.mask, n * p.mask.strides[0]);
+            if (mask) logits[n] += mask[n];
             if (std::isnan(logits[n])) logits[n] = -std::numeric_limits<float>::infinity();
         }
     });

@@ -17,14 +17,17 @@ inline std::pair<int, int> share(int count, int thread, int threads) {
             int(std::min<int64_t>(count, tiles * (thread + 1) / threads * kLanes))};
 }
 
+inline void check_stream(const kvspn_stream* stream) {
+    require(!stream || !stream->handle, "stream.handle must be a null pointer on the CPU, got one");
+}
+
 // An op's parts, on the threads of its caller.
 class Parts {
   public:
     // As many as the caller has threads, but not more than there are `tasks`.
     Parts(const kvspn_stream* stream, int64_t tasks) : stream_(stream) {
-        if (!stream) return;
-        require(!stream->handle, "stream.handle must be a null pointer on the CPU, got one");
-        if (!stream->run) return;
+        check_stream(stream);
+        if (!stream || !stream->run) return;
         require(stream->threads >= 1, "stream.threads must be at least 1, got ", stream->threads);
         count_ = int(std::clamp<int64_t>(tasks, 1, stream->threads));
     }

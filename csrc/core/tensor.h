@@ -15,6 +15,9 @@ size_t size_of(Dtype dtype);
 void check_tensor(const std::string& name, const kvspn_tensor& tensor, std::initializer_list<Dtype> dtypes,
                   std::initializer_list<int64_t> shape);
 
+// Whether an optional tensor is there.
+inline bool given(const kvspn_tensor& tensor) { return tensor.data || tensor.ndim; }
+
 // Every `stride`-th row from the `first`.
 kvspn_tensor every(int stride, int first, const kvspn_tensor& tensor);
 float bf16_to_float(uint16_t bits);

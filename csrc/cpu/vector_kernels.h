@@ -107,9 +107,7 @@ void linear_rows(const Matrix& m, const Rows& rows, int first, int last, float* 
 }
 
 template <int N>
-struct Number {
-    static constexpr int value = N;
-};
+using Number = std::integral_constant<int, N>;
 
 // Up to four rows share one reading of the weights; more go over them in strips that stay in the cache:
 // work(how many rows, the first, outputs from, to).

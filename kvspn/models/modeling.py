@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache, WhisperForConditionalGeneration
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.whisper.modeling_whisper import (
     WhisperDecoder,
@@ -106,7 +107,7 @@ class Decoder(WhisperDecoder):
             + self.embed_positions.weight[: input_ids.shape[1]]
         )
         x = F.dropout(x, self.dropout, self.training)
-        causal = _additive(x.new_ones(x.shape[1], x.shape[1]).tril()[None], x.dtype)
+        causal = create_causal_mask(self.config, x, None, past_key_values)
         mask = _additive(encoder_attention_mask, x.dtype)
         for layer in self.layers:
             attended, _ = layer.self_attn(
@@ -241,8 +242,7 @@ class WhisperM2MForConditionalGeneration(GenerationMixin, WhisperForConditionalG
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """[B, T] or [B, Q, T] of ones and zeros -> [B, 1, 1 or Q, T] of zeros and the dtype's least value."""
+    """[B, T] of ones and zeros -> [B, 1, 1, T] of zeros and the dtype's least value."""
     if mask is None:
         return None
-    mask = mask[:, None, None] if mask.dim() == 2 else mask[:, None]
-    return (1.0 - mask.to(dtype)) * torch.finfo(dtype).min
+    return (1.0 - mask[:, None, None, :].to(dtype)) * torch.finfo(dtype).min
