@@ -23,6 +23,7 @@ from kvspn.models import (
     convert_whisper,
     spread_layers,
 )
+from kvspn.models.modeling import SpeechEncoder
 
 VOCAB, START, EOS, WINDOW = 96, 80, 79, 40
 LANGUAGES = {"<|en|>": 81, "<|de|>": 82, "<|zh|>": 83}
@@ -134,6 +135,16 @@ def test_save_and_load(tmp_path: Path):
     assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
     x = features()
     assert torch.equal(loaded.generate(x, language="en"), model.generate(x, language="en"))
+
+
+def test_a_new_speech_encoder_has_whispers_positions():
+    whisper = make_whisper()
+    expected = whisper.model.encoder.embed_positions.weight
+    assert expected.norm(dim=1).var() < 1e-6  # sinusoids
+    assert torch.equal(SpeechEncoder(whisper.config).embed_positions.weight, expected)
+    config = WhisperM2MConfig.from_dict({**whisper.config.to_dict(), "kvspn_blocks": 0})
+    model = WhisperM2MForConditionalGeneration(config)
+    assert torch.equal(model.model.encoder.embed_positions.weight, expected)
 
 
 def test_short_windows_and_bad_features():

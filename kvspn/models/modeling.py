@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, EncoderDecoderCache, WhisperForConditionalGeneration
+from transformers import DynamicCache, EncoderDecoderCache, WhisperConfig, WhisperForConditionalGeneration
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.whisper.modeling_whisper import (
@@ -22,6 +22,7 @@ from transformers.models.whisper.modeling_whisper import (
     WhisperModel,
     WhisperPreTrainedModel,
     shift_tokens_right,
+    sinusoids,
 )
 
 from kvspn.models.configuration import WhisperM2MConfig
@@ -31,6 +32,11 @@ from kvspn.models.kvspn_network import KVSPN
 
 class SpeechEncoder(WhisperEncoder):
     """Whisper's encoder, which also takes windows shorter than the full one."""
+
+    def __init__(self, config: WhisperConfig):
+        super().__init__(config)
+        with torch.no_grad():  # transformers gives them to its own class only, a subclass keeps random ones
+            self.embed_positions.weight.copy_(sinusoids(*self.embed_positions.weight.shape))
 
     def forward(self, input_features: Tensor, **kwargs: Any) -> BaseModelOutput:
         """input_features [B, mel bins, frames] -> last_hidden_state [B, frames / 2, d]."""
