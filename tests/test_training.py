@@ -32,6 +32,7 @@ from kvspn.training.recipe import Recipe, Stage
 from kvspn.training.speech import SAMPLING_RATE, TEST_VARIANTS, TRAIN_VARIANTS, Voice, augment, synthesize
 from kvspn.training.store import log_mel, pad_features
 from kvspn.training.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from kvspn.training.trainer import fit
 
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs espeak-ng")
 
@@ -252,6 +253,31 @@ def small_network() -> nn.Module:
             "head": nn.Linear(4, 5),
         }
     )
+
+
+def test_losses_are_computed_in_bfloat16(tmp_path: Path):
+    """Whatever part of the model they call, in training and in evaluation."""
+    network, seen = small_network(), []
+
+    def losses(network: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        logits = network["head"](network["embedding"](batch["tokens"]))
+        seen.append((network.training, logits.dtype))
+        return {"loss": F.cross_entropy(logits.float(), batch["tokens"])}
+
+    tokens = torch.arange(5)
+    fit(
+        network,
+        tmp_path,
+        [{"input_ids": [0]}] * 2,
+        lambda items: {"tokens": tokens},
+        losses,
+        [{"tokens": tokens}],
+        steps=1,
+        batch=2,
+        learning_rate=1e-3,
+        seed=0,
+    )
+    assert set(seen) == {(True, torch.bfloat16), (False, torch.bfloat16)}
 
 
 def train_a_step(network: nn.Module, optimizer: MuonAdamW) -> None:

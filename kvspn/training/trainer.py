@@ -35,6 +35,10 @@ class LossTrainer(Trainer):
         self.optimizer = optimizer
         return optimizer
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> torch.autocast:
+        """bf16 in the losses: Accelerate casts a model's forward alone, and they call its parts too."""
+        return torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=bool(cache_enabled))
+
     def compute_loss(
         self,
         model: nn.Module,
