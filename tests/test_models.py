@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForSpeechSeq2Seq,
@@ -145,6 +146,20 @@ def test_a_new_speech_encoder_has_whispers_positions():
     config = WhisperM2MConfig.from_dict({**whisper.config.to_dict(), "kvspn_blocks": 0})
     model = WhisperM2MForConditionalGeneration(config)
     assert torch.equal(model.model.encoder.embed_positions.weight, expected)
+
+
+@torch.no_grad()
+def test_encoder_in_two_parts():
+    """Below and above any layer, and with padded states, it is the encoder."""
+    encoder = make_m2m().model.encoder
+    x = torch.randn(2, 80, WINDOW - 6)
+    whole = encoder(x).last_hidden_state
+    for layers in range(len(encoder.layers) + 1):
+        states = encoder.below(x, layers)
+        assert torch.equal(encoder.above(states, layers), whole)
+        padded = F.pad(states, (0, 0, 0, 3), value=7.0)
+        mask = F.pad(torch.ones(states.shape[:2]), (0, 3))
+        torch.testing.assert_close(encoder.above(padded, layers, mask)[:, :-3], whole)
 
 
 def test_short_windows_and_bad_features():

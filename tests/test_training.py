@@ -16,14 +16,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import WhisperFeatureExtractor
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 pytest.importorskip("babel")
 pytest.importorskip("peft")
 
 from kvspn.models import WhisperM2MForConditionalGeneration
 from kvspn.training.corpus import LANGUAGES, Phrasebook, Template, split
-from kvspn.training.data import IGNORE, pad, prompt_tokens
+from kvspn.training.data import IGNORE, alphabet, pad, prompt_tokens
 from kvspn.training.losses import accuracy, cross_entropy, ctc, distillation
 from kvspn.training.mini import train_mini
 from kvspn.training.optimizer import MuonAdamW
@@ -156,6 +156,12 @@ def test_ctc_against_enumeration():
     total = sum(math.exp(sum(log_probs[t, c].item() for t, c in enumerate(path))) for path in paths)
     loss = ctc(logits, torch.tensor([3]), torch.tensor([[1, IGNORE]]))
     assert loss.item() == pytest.approx(-math.log(total), rel=1e-5)
+    last = ctc(logits.roll(-1, -1), torch.tensor([3]), torch.tensor([[0, IGNORE]]), blank=2)
+    assert last.item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_alphabet():
+    assert alphabet(["ba", "ca"]) == {"a": 1, "b": 2, "c": 3}
 
 
 def test_pad():
@@ -182,9 +188,10 @@ def test_test_voices_are_kept_out():
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_speech(corpus, language):
     rng = random.Random(1)
-    samples = synthesize(corpus.train[0].texts[language], Voice.draw(language, TRAIN_VARIANTS, rng))
+    samples, phonemes = synthesize(corpus.train[0].texts[language], Voice.draw(language, TRAIN_VARIANTS, rng))
     assert samples.dtype == np.float32 and samples.ndim == 1
     assert 0.5 < len(samples) / SAMPLING_RATE < 8
+    assert len(phonemes) > 5 and not re.search(r"[\s()ˈ]", phonemes)
     louder = augment(samples, rng)
     assert louder.dtype == np.float32 and np.isfinite(louder).all() and np.abs(louder).max() <= 1
     assert len(louder) >= len(samples)
@@ -199,6 +206,13 @@ def test_speech_without_espeak(monkeypatch, program, message):
 
 
 @needs_espeak
+def test_phonemes():
+    """Of the language, not of the spelling; pauses and stress left out."""
+    assert synthesize("Two, too!", Voice("en-us+m1", 170, 50)).phonemes == "tuːtuː"
+    assert synthesize("你好", Voice("cmn-latn-pinyin+f1", 170, 50)).phonemes == "niɜχɑu2"
+
+
+@needs_espeak
 def test_whole_recipe_and_resuming(tmp_path: Path):
     """Every stage at a tiny size; done stages are skipped, an unfinished one goes on from its checkpoint."""
     stage = Stage(steps=2, batch=4, learning_rate=1e-3)
@@ -208,7 +222,8 @@ def test_whole_recipe_and_resuming(tmp_path: Path):
         d_model=32,
         heads=2,
         ffn_dim=48,
-        encoder_layers=1,
+        encoder_layers=2,
+        phoneme_layers=1,
         parent_decoder_layers=4,
         decoder_layers=2,
         text_encoder_layers=1,
@@ -222,6 +237,12 @@ def test_whole_recipe_and_resuming(tmp_path: Path):
     model = WhisperM2MForConditionalGeneration.from_pretrained(mini)
     assert model.dtype == torch.float16
     assert model.kvspn is not None and len(model.kvspn.blocks) == 2
+    parent, based = (
+        WhisperForConditionalGeneration.from_pretrained(tmp_path / name).model.encoder.layers
+        for name in ("parent", "base")
+    )
+    same = [torch.equal(old.fc1.weight, new.fc1.weight) for old, new in zip(parent, based, strict=True)]
+    assert same == [True, False], "the base learns the encoder's upper layers alone"
     base = WhisperM2MForConditionalGeneration.from_pretrained(tmp_path / "adapted")
     assert not any("lora" in name for name in base.state_dict())
     shared = [name for name in base.state_dict() if not name.startswith("kvspn")]

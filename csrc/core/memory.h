@@ -12,8 +12,11 @@
 
 namespace kvspn {
 
-// Floats that are not zeroed: each thread is the first to touch its own.
-inline std::unique_ptr<float[]> scratch(size_t count) { return std::unique_ptr<float[]>(new float[count]); }
+// Not zeroed: each thread is the first to touch its own.
+template <class T>
+std::unique_ptr<T[]> scratch(size_t count) {
+    return std::unique_ptr<T[]>(new T[count]);
+}
 
 class Memory {
   public:

@@ -30,7 +30,8 @@ void flat_kv_attention(const kvspn_attention_params& p) {
     const Parts parts(p.stream, tasks);
     const size_t score_count = size_t(kQueries) * (layers * pad(int(capacity)) + pad(int(tail)));
     const size_t float_count = size_t(2) * kQueries * width;
-    const auto scores = scratch(parts.count() * score_count), floats = scratch(parts.count() * float_count);
+    const auto scores = scratch<float>(parts.count() * score_count);
+    const auto floats = scratch<float>(parts.count() * float_count);
     const auto attend = [&](int64_t task, float* task_scores, float* task_floats) {
         const int64_t row = task / query_heads, query_head = task % query_heads;
         const int64_t head = query_head * heads / query_heads;

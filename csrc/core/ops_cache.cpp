@@ -110,9 +110,9 @@ void compact_kv(const kvspn_compact_params& p) {
     const Parts parts(p.stream, planes);
     const auto move_all = [&](const kvspn_tensor& cache, int64_t width) {
         const size_t bytes = width * size_of(Dtype(cache.dtype));
-        Memory held(parts.count() * moves.size() * bytes);
+        const auto held = scratch<char>(parts.count() * moves.size() * bytes);
         parts.run([&](int thread) {
-            char* mine = held.as<char>() + thread * moves.size() * bytes;
+            char* mine = held.get() + thread * moves.size() * bytes;
             for (int64_t n = thread; n < planes; n += parts.count()) {
                 const int64_t layer = n / (2 * heads), part = n / heads % 2, head = n % heads;
                 for (size_t i = 0; i < moves.size(); ++i)

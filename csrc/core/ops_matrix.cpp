@@ -26,7 +26,7 @@ class Product {
           inputs_(int(x.shape[x.ndim - 1])),
           parts_(stream, int64_t(outputs) * inputs_ / kLeast) {
         for (int i = 0; i + 1 < x.ndim; ++i) rows *= int(x.shape[i]);
-        x_ = scratch(size_t(rows) * inputs_), y_ = scratch(size_t(rows) * outputs);
+        x_ = scratch<float>(size_t(rows) * inputs_), y_ = scratch<float>(size_t(rows) * outputs);
         const int64_t batches = x.ndim == 3 ? x.shape[0] : 1, queries = x.shape[x.ndim - 2];
         for (int64_t b = 0; b < batches; ++b) {
             kvspn_tensor one = x;

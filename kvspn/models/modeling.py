@@ -40,6 +40,11 @@ class SpeechEncoder(WhisperEncoder):
 
     def forward(self, input_features: Tensor, **kwargs: Any) -> BaseModelOutput:
         """input_features [B, mel bins, frames] -> last_hidden_state [B, frames / 2, d]."""
+        layers = len(self.layers)
+        return BaseModelOutput(last_hidden_state=self.above(self.below(input_features, layers), layers))
+
+    def below(self, input_features: Tensor, layers: int) -> Tensor:
+        """input_features [B, mel bins, frames] -> the first `layers` layers' output [B, frames / 2, d]."""
         limit = 2 * self.max_source_positions
         if input_features.dim() != 3 or input_features.shape[1] != self.num_mel_bins:
             shape = tuple(input_features.shape)
@@ -50,12 +55,19 @@ class SpeechEncoder(WhisperEncoder):
         x = F.gelu(self.conv2(x)).transpose(1, 2)
         x = x + self.embed_positions.weight[: x.shape[1]]
         x = F.dropout(x, self.dropout, self.training)
-        for layer in self.layers:
+        for layer in self.layers[:layers]:
             x = layer(x, None)
+        return x
+
+    def above(self, x: Tensor, layers: int, attention_mask: Tensor | None = None) -> Tensor:
+        """The output of `below` [B, E, d] and its mask [B, E] (1 keeps) -> last_hidden_state [B, E, d]."""
+        mask = _additive(attention_mask, x.dtype)
+        for layer in self.layers[layers:]:
+            x = layer(x, mask)
         x = self.layer_norm(x)
         if getattr(self.config, "encoder_output_positions", False):
             x = x + self.embed_positions.weight[: x.shape[1]]
-        return BaseModelOutput(last_hidden_state=x)
+        return x
 
 
 class TextEncoder(nn.Module):
@@ -113,7 +125,9 @@ class Decoder(WhisperDecoder):
             + self.embed_positions.weight[: input_ids.shape[1]]
         )
         x = F.dropout(x, self.dropout, self.training)
-        causal = create_causal_mask(self.config, x, None, past_key_values)
+        causal = create_causal_mask(
+            config=self.config, inputs_embeds=x, attention_mask=None, past_key_values=past_key_values
+        )
         mask = _additive(encoder_attention_mask, x.dtype)
         for layer in self.layers:
             attended, _ = layer.self_attn(

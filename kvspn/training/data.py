@@ -56,7 +56,7 @@ class Collator:
     store: FeatureStore
     sentences: Sequence[Sentence]
     tokenizer: WhisperTokenizer
-    alphabet: Mapping[str, int]  # CTC's classes
+    alphabet: Mapping[str, int]  # CTC's classes of the phonemes
     window: int  # frames
     targets: int
     rng: random.Random
@@ -73,18 +73,19 @@ class Collator:
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """
-        Returns: of each clip its `speech`, input_ids and attention_mask [B, T] (source text), characters
-        [B, C] (the same by characters); and of each clip's targets in turn decoder_input_ids and labels
-        [B * targets, T'], the prompt's labels ignored but for the source language, which Whisper predicts.
+        Returns: of each clip its `speech`, input_ids and attention_mask [B, T] (source text), pieces [B, T]
+        (the same for CTC) and phonemes [B, P]; and of each clip's targets in turn decoder_input_ids and
+        labels [B * targets, T'], the prompt's labels ignored but for the source language, which Whisper
+        predicts.
         """
         clips = [item["clip"] for item in items]
-        sources, characters, inputs, labels = [], [], [], []
+        sources, phonemes, inputs, labels = [], [], [], []
         for clip in clips:
             source = self.store.languages[clip]
             sentence = self.store.sentences[clip]
-            text = self.sentences[sentence].texts[source]
             sources.append([*self.text_ids(sentence, source), self.tokenizer.eos_token_id])
-            characters.append([self.alphabet[char] for char in text if char in self.alphabet])
+            spoken = self.store.phonemes[clip]
+            phonemes.append([self.alphabet[each] for each in spoken if each in self.alphabet])
             for target in self.rng.sample(LANGUAGES, self.targets) or [source]:
                 prompt = self.tokenizer.convert_tokens_to_ids(prompt_tokens(source, target))
                 tokens = [*prompt, *self.text_ids(sentence, target), self.tokenizer.eos_token_id]
@@ -95,7 +96,8 @@ class Collator:
             **self.speech(clips),
             "input_ids": pad(sources, self.tokenizer.eos_token_id),
             "attention_mask": pad([[1] * len(each) for each in sources], 0),
-            "characters": pad(characters, IGNORE),
+            "pieces": pad([each[:-1] for each in sources], IGNORE),
+            "phonemes": pad(phonemes, IGNORE),
             "decoder_input_ids": pad(inputs, self.tokenizer.eos_token_id),
             "labels": pad(labels, IGNORE),
         }
@@ -132,7 +134,6 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
-def alphabet(sentences: Iterable[Sentence]) -> dict[str, int]:
+def alphabet(texts: Iterable[str]) -> dict[str, int]:
     """A class for every character that occurs; 0 is left for CTC's blank."""
-    letters = {char for sentence in sentences for text in sentence.texts.values() for char in text}
-    return {char: 1 + i for i, char in enumerate(sorted(letters))}
+    return {char: 1 + i for i, char in enumerate(sorted(set().union(*texts)))}

@@ -43,7 +43,7 @@ def _speak(
     for sentence, language in pairs:
         while True:  # another voice, where this one speaks too slowly for the window
             voice = Voice.draw(language, TEST_VARIANTS, rng)
-            samples = synthesize(sentence.texts[language], voice)
+            samples, _ = synthesize(sentence.texts[language], voice)
             samples = augment(samples, rng) if noisy else samples
             if len(samples) <= limit:
                 break

@@ -31,15 +31,15 @@ def distillation(student: Tensor, teacher: Tensor, labels: Tensor, trust: bool =
     return divergence.mean()
 
 
-def ctc(logits: Tensor, lengths: Tensor, characters: Tensor) -> Tensor:
-    """Connectionist temporal classification of the encoder's states into characters; class 0 is the blank.
+def ctc(logits: Tensor, lengths: Tensor, symbols: Tensor, blank: int = 0) -> Tensor:
+    """Connectionist temporal classification of the encoder's states; `blank` is the class of no symbol.
 
     Teaches a small encoder trained from nothing where the sounds are, long before cross-attention finds out.
-    logits [B, E, characters], lengths [B] (states without padding), characters [B, T] (IGNORE is padding).
+    logits [B, E, classes], lengths [B] (states without padding), symbols [B, T] (IGNORE is padding).
     """
-    kept = characters != IGNORE
+    kept = symbols != IGNORE
     log_probs = F.log_softmax(logits.float(), dim=-1).transpose(0, 1)
-    return F.ctc_loss(log_probs, characters[kept], lengths, kept.sum(1), blank=0, zero_infinity=True)
+    return F.ctc_loss(log_probs, symbols[kept], lengths, kept.sum(1), blank=blank, zero_infinity=True)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

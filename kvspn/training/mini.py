@@ -1,11 +1,12 @@
 """Training the miniature: all stages of the recipe, one after the other.
 
     data       sentences, tokenizer, spoken clips, features
-    encoder    the speech encoder learns to spell six languages (CTC)
+    encoder    the speech encoder learns the phonemes and the word pieces of six languages (CTC)
     parent     a decoder on it learns to transcribe: a small Whisper
     base       its decoder is pruned, a text encoder added:
-               speech translation + text translation + distillation from text to speech translation
-    adapted    the same with the speech encoder adapted by LoRA
+               speech translation + text translation + distillation from text to speech translation,
+               the speech encoder's upper layers learning too
+    adapted    the same with the whole speech encoder, by LoRA
     draft      KVSPN alone, the base model frozen
     export     fp16 weights, spoken test sets
 

@@ -26,7 +26,8 @@ class Recipe:
     heads: int = 3
     ffn_dim: int = 768
     init_std: float = 0.06  # about 1 / sqrt(d_model); Whisper's 0.02 is for wider models
-    encoder_layers: int = 5
+    encoder_layers: int = 7
+    phoneme_layers: int = 5  # the encoder's first, which learn the sounds; those above put words together
     parent_decoder_layers: int = 6
     decoder_layers: int = 4
     text_encoder_layers: int = 6
@@ -35,11 +36,11 @@ class Recipe:
     dropout: float = 0.0
     lora_rank: int = 32
     distillation: float = 1.0
-    targets: int = 3  # of each clip
-    encoder: Stage = field(default_factory=lambda: Stage(5000, 32, 3e-3))
-    parent: Stage = field(default_factory=lambda: Stage(600, 64, 2e-3))
-    base: Stage = field(default_factory=lambda: Stage(2000, 32, 2e-3))
-    adapt: Stage = field(default_factory=lambda: Stage(160, 16, 5e-5))
+    targets: int = 2  # of each clip
+    encoder: Stage = field(default_factory=lambda: Stage(2400, 32, 3e-3))
+    parent: Stage = field(default_factory=lambda: Stage(300, 32, 2e-3))
+    base: Stage = field(default_factory=lambda: Stage(3000, 32, 2e-3))
+    adapt: Stage = field(default_factory=lambda: Stage(120, 16, 5e-5))
     draft: Stage = field(default_factory=lambda: Stage(700, 32, 2e-3))
 
     @property

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 import random
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -27,7 +29,16 @@ _BASES = {
     "fr": ("fr-fr", "fr-be"),
     "it": ("it",),
 }
-TRAIN_VARIANTS = ("m1", "m2", "m3", "m4", "m5", "m6", "m8", "f1", "f2", "f3", "f5")
+# What espeak-ng writes beside phonemes and tones: spaces, stress, pauses, ties, "(en)" for another language
+_NO_PHONEME = re.compile(r"\([a-z-]+\)|[\s.\u02c8\u02cc_|'\u0361-]")
+_TRAIN = """
+m1 m2 m3 m4 m5 m6 m8 f1 f2 f3 f5 Alex Alicia Andrea Andy Annie AnxiousAndy Denis Diogo Gene Gene2
+Henrique Hugo Jacky Lee Marco Mario Michael Mike Nguyen adam anika announcer antonio aunty belinda
+benjamin boris caleb david ed edward edward2 grandma grandpa gustave iven iven2 iven3 iven4 john
+kaukovalta linda marcelo max michel miguel norbert pablo paul pedro quincy rob robert sandro shelby
+steph steph2 steph3 travis victor zac
+"""
+TRAIN_VARIANTS = tuple(_TRAIN.split())
 TEST_VARIANTS = ("m7", "f4")
 
 
@@ -46,21 +57,27 @@ class Voice:
         return cls(name, rng.randint(150, 200), rng.randint(35, 65))
 
 
-def synthesize(text: str, voice: Voice) -> np.ndarray:
-    """Speaks `text` with espeak-ng. Returns float32 mono samples at 16 kHz, in [-1, 1].
+class Speech(NamedTuple):
+    """float32 mono samples at 16 kHz, in [-1, 1], and the phonemes that they sound, in the IPA."""
 
-    Raises RuntimeError where espeak-ng is missing or fails.
-    """
+    samples: np.ndarray
+    phonemes: str
+
+
+def synthesize(text: str, voice: Voice) -> Speech:
+    """Speaks `text` with espeak-ng. Raises RuntimeError where it is missing or fails."""
     program = shutil.which("espeak-ng")
     if program is None:
         raise RuntimeError("espeak-ng is not installed (Debian, Ubuntu: apt-get install espeak-ng)")
-    command = [program, "-v", voice.name, "-s", str(voice.speed), "-p", str(voice.pitch), "--stdout", text]
+    command = [program, "-v", voice.name, "-s", str(voice.speed), "-p", str(voice.pitch), "--stdout"]
+    command += ["--ipa", "--phonout=/dev/stderr", text]
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode != 0 or not done.stdout:
         raise RuntimeError(f"espeak-ng failed on {text!r}: {done.stderr.decode().strip()}")
     # espeak-ng streams: the header's length is not to be trusted, soundfile reads to the end.
     samples, rate = soundfile.read(io.BytesIO(done.stdout), dtype="float32")
-    return soxr.resample(samples, rate, SAMPLING_RATE, quality="HQ")
+    samples = soxr.resample(samples, rate, SAMPLING_RATE, quality="HQ")
+    return Speech(samples, _NO_PHONEME.sub("", done.stderr.decode()))
 
 
 def augment(samples: np.ndarray, rng: random.Random) -> np.ndarray:

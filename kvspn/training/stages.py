@@ -32,7 +32,10 @@ from kvspn.training.trainer import Batch, Losses, fit
 
 
 def train_encoder(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
-    """The speech encoder of a small Whisper, from nothing: CTC into the characters of six languages."""
+    """The speech encoder of a small Whisper, from nothing, by CTC.
+
+    Into phonemes above its lower layers, and into the word pieces of six languages above all.
+    """
     result = folder / "encoder"
     if (result / "config.json").exists():
         return result
@@ -42,14 +45,26 @@ def train_encoder(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
     encoder = SpeechEncoder(config)
     encoder.set_attn_implementation("eager")  # forward and backward, faster than fused on a CPU
     collators = _collators(recipe, corpus, targets=0)
-    encoder.ctc_head = nn.Linear(recipe.d_model, 1 + len(collators[0].alphabet))
+    width, blank = recipe.d_model, corpus.tokenizer.eos_token_id
+    encoder.ctc_heads = nn.ModuleDict(
+        {
+            "norm": nn.LayerNorm(width),
+            "phonemes": nn.Linear(width, 1 + len(collators[0].alphabet)),
+            "pieces": nn.Linear(width, len(corpus.tokenizer)),
+        }
+    )
 
     def losses(encoder: SpeechEncoder, batch: Batch) -> dict[str, Tensor]:
-        characters = encoder.ctc_head(encoder(batch["input_features"]).last_hidden_state)
-        return {"ctc": ctc(characters, batch["feature_lengths"] // 2, batch["characters"])}
+        heads, lengths = encoder.ctc_heads, batch["feature_lengths"] // 2
+        sounds = encoder.below(batch["input_features"], recipe.phoneme_layers)
+        words = encoder.above(sounds, recipe.phoneme_layers)
+        return {
+            "phonemes": ctc(heads["phonemes"](heads["norm"](sounds)), lengths, batch["phonemes"]),
+            "pieces": ctc(heads["pieces"](words), lengths, batch["pieces"], blank),
+        }
 
     _run(encoder, folder / "encoder-checkpoints", recipe, recipe.encoder, collators, losses)
-    del encoder.ctc_head
+    del encoder.ctc_heads
     encoder.save_pretrained(result)
     return result
 
@@ -65,10 +80,13 @@ def train_parent(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
     model.model.encoder = SpeechEncoder.from_pretrained(folder / "encoder", config=model.config)
     model.model.decoder = Decoder(model.config)
     model.tie_weights()
-    encoded = _encode(folder / "states", recipe, corpus, model.model.encoder)
+    model.model.encoder.requires_grad_(False)
+    encoded = _encode(folder / "states", recipe, corpus, model.model.encoder, recipe.phoneme_layers)
 
     def losses(model: WhisperForConditionalGeneration, batch: Batch) -> dict[str, Tensor]:
-        hidden = model.model.decoder(batch["decoder_input_ids"], batch["speech_states"], batch["speech_mask"])
+        sounds, mask = batch["speech_states"], batch["speech_mask"]
+        states = model.model.encoder.above(sounds, recipe.phoneme_layers, mask)
+        hidden = model.model.decoder(batch["decoder_input_ids"], states, mask)
         logits = model.proj_out(hidden)
         return {
             "transcription": cross_entropy(logits, batch["labels"], smoothing=0.05),
@@ -81,7 +99,10 @@ def train_parent(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
 
 
 def train_base(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
-    """The parent, pruned and with a text encoder, on all directions: ST + MT + distillation."""
+    """The parent, pruned and with a text encoder, on all directions: ST + MT + distillation.
+
+    The layers of the speech encoder that hear sounds stay as they are, those above learn too.
+    """
     result = folder / "base"
     if (result / "config.json").exists():
         return result
@@ -95,7 +116,11 @@ def train_base(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
         max_text_positions=recipe.max_target_positions,
         kvspn_blocks=0,
     )
-    encoded = _encode(folder / "states", recipe, corpus, model.model.encoder)
+    encoder = model.model.encoder
+    encoder.requires_grad_(False)
+    encoder.layers[recipe.phoneme_layers :].requires_grad_(True)
+    encoder.layer_norm.requires_grad_(True)
+    encoded = _encode(folder / "states", recipe, corpus, encoder, recipe.phoneme_layers)
     collators = _collators(recipe, corpus, recipe.targets, encoded)
     losses = _translation_losses(recipe)
     _run(model, folder / "base-checkpoints", recipe, recipe.base, collators, losses)
@@ -137,7 +162,7 @@ def _translation_losses(recipe: Recipe) -> Losses:
 
         mask = batch["attention_mask"]
         text = decode(model.encode(input_ids=batch["input_ids"], attention_mask=mask), mask)
-        speech = decode(*_speech(model, batch))
+        speech = decode(*_speech(model, batch, recipe))
         return {
             "speech": cross_entropy(speech, labels),
             "text": cross_entropy(text, labels),
@@ -149,10 +174,13 @@ def _translation_losses(recipe: Recipe) -> Losses:
     return losses
 
 
-def _speech(model: WhisperM2MForConditionalGeneration, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """Encoder states [B, E, d] and their mask [B, E]: stored ones, or made of the features."""
+def _speech(
+    model: WhisperM2MForConditionalGeneration, batch: Batch, recipe: Recipe
+) -> tuple[Tensor, Tensor | None]:
+    """Encoder states [B, E, d] and their mask [B, E]: of stored ones, or of the features."""
     if "speech_states" in batch:
-        return batch["speech_states"], batch["speech_mask"]
+        mask = batch["speech_mask"]
+        return model.model.encoder.above(batch["speech_states"], recipe.phoneme_layers, mask), mask
     return model.encode(batch["input_features"]), None
 
 
@@ -182,11 +210,10 @@ def train_draft(
 
     def losses(model: WhisperM2MForConditionalGeneration, batch: Batch) -> dict[str, Tensor]:
         model.model.eval()  # no dropout in the frozen base
-        inputs = batch["decoder_input_ids"]
-        states, mask = (
-            each.repeat_interleave(len(inputs) // len(each), 0)
-            for each in (batch["speech_states"], batch["speech_mask"])
-        )
+        inputs, mask = batch["decoder_input_ids"], batch["speech_mask"]
+        with torch.no_grad():
+            states = model.model.encoder.above(batch["speech_states"], recipe.encoder_layers)
+        states, mask = (each.repeat_interleave(len(inputs) // len(each), 0) for each in (states, mask))
         base_logits, draft_logits = model.draft_logits(inputs, states, mask)
         if draft.draft_ids is not None:
             base_logits = base_logits[..., draft.draft_ids]
@@ -198,17 +225,19 @@ def train_draft(
             "_agreement": agreed[kept != IGNORE].float().mean(),
         }
 
-    encoded = _encode(folder / "states-adapted", recipe, corpus, model.model.encoder)
+    encoded = _encode(folder / "states-adapted", recipe, corpus, model.model.encoder, recipe.encoder_layers)
     collators = _collators(recipe, corpus, recipe.targets, encoded)
     _run(model, folder / f"{name}-checkpoints", recipe, recipe.draft, collators, losses)
     return _save(model, corpus, result)
 
 
-def _encode(folder: Path, recipe: Recipe, corpus: Corpus, encoder: SpeechEncoder) -> list[StateStore]:
-    """Freezes the encoder and stores its states, of the training and of the held-out clips."""
-    encoder.requires_grad_(False).eval()
+def _encode(
+    folder: Path, recipe: Recipe, corpus: Corpus, encoder: SpeechEncoder, layers: int
+) -> list[StateStore]:
+    """The states below layer `layers`, of the training and of the held-out clips."""
+    encoder.eval()
     return [
-        StateStore.build(folder / name, store, encoder, recipe.window, recipe.seed)
+        StateStore.build(folder / name, store, encoder, layers, recipe.window, recipe.seed)
         for name, store in (("train", corpus.store), ("held-out", corpus.held_out))
     ]
 
@@ -220,7 +249,7 @@ def _collators(
     encoded: Sequence[StateStore | None] = (None, None),
 ) -> tuple[Collator, Collator]:
     """For training and for the held-out set."""
-    classes = alphabet(corpus.split.train)
+    classes = alphabet(corpus.store.phonemes)
     training, held_out = (
         Collator(
             store,

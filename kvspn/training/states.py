@@ -30,9 +30,10 @@ class StateStore:
 
     @classmethod
     def build(
-        cls, folder: Path, store: FeatureStore, encoder: SpeechEncoder, window: int, seed: int
+        cls, folder: Path, store: FeatureStore, encoder: SpeechEncoder, layers: int, window: int, seed: int
     ) -> StateStore:
-        """Encodes the clips in batches of similar length, padded as `padded_frames` draws it.
+        """The states below the encoder's layer `layers`, in batches of similar length, padded as
+        `padded_frames` draws it.
 
         The index is written last: a folder that has one is complete and is opened as it is.
         """
@@ -51,7 +52,7 @@ class StateStore:
                 frames = padded_frames(max(map(len, features)), window, rng)
                 with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
                     batch = torch.from_numpy(pad_features(features, frames)).to(device)
-                    states = encoder(batch).last_hidden_state.half().cpu().numpy()
+                    states = encoder.below(batch, layers).half().cpu().numpy()
                 file.write(states.tobytes())
                 for clip in clips:
                     lengths[clip], offsets[clip] = states.shape[1], written

@@ -1,4 +1,4 @@
-"""Log-mel features of the spoken corpus, made once and memory-mapped."""
+"""Log-mel features and phonemes of the spoken corpus, made once, the features memory-mapped."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import WhisperFeatureExtractor
@@ -33,6 +34,7 @@ class FeatureStore:
         index = json.loads((folder / "index.json").read_text())
         self.sentences: list[int] = index["sentences"]
         self.languages: list[str] = index["languages"]
+        self.phonemes: list[str] = index["phonemes"]
         self.offsets = np.cumsum([0, *index["frames"]])
         self._features = np.memmap(folder / "features.f16", np.float16, "r").reshape(-1, index["mel_bins"])
 
@@ -65,41 +67,38 @@ class FeatureStore:
         chunks = [
             (seed + i, clips[i : i + _CHUNK], variants, extractor) for i in range(0, len(clips), _CHUNK)
         ]
-        frames: list[int] = []
-        kept: list[Clip] = []
+        index: dict[str, list[Any]] = {"frames": [], "sentences": [], "languages": [], "phonemes": []}
         # Fresh processes: a fork of a process in which torch has threads may hang.
         with (
             open(folder / "features.f16", "wb") as file,
             multiprocessing.get_context("spawn").Pool(workers) as pool,
         ):
             for done, made in enumerate(pool.imap(_make_chunk, chunks), 1):
-                for clip, features in made:
+                for clip, features, phonemes in made:
                     file.write(features.tobytes())
-                    frames.append(len(features))
-                    kept.append(clip)
+                    index["frames"].append(len(features))
+                    index["sentences"].append(clip.sentence)
+                    index["languages"].append(clip.language)
+                    index["phonemes"].append(phonemes)
                 progress(min(done * _CHUNK, len(clips)), len(clips))
-        index = {
-            "mel_bins": extractor.feature_size,
-            "frames": frames,
-            "sentences": [clip.sentence for clip in kept],
-            "languages": [clip.language for clip in kept],
-        }
-        (folder / "index.json").write_text(json.dumps(index))
+        text = json.dumps({"mel_bins": extractor.feature_size, **index})
+        (folder / "index.json").write_text(text)
         return cls(folder)
 
 
 def _make_chunk(
     job: tuple[int, Sequence[Clip], tuple[str, ...], WhisperFeatureExtractor],
-) -> list[tuple[Clip, np.ndarray]]:
+) -> list[tuple[Clip, np.ndarray, str]]:
     seed, clips, variants, extractor = job
     rng = random.Random(seed)
     spoken = []
     for clip in clips:
-        voice = Voice.draw(clip.language, variants, rng)
-        spoken.append((clip, augment(synthesize(clip.text, voice), rng)))
-    spoken = [(clip, samples) for clip, samples in spoken if len(samples) <= extractor.n_samples]
-    features = log_mel([samples for _, samples in spoken], extractor)
-    return [(clip, each) for (clip, _), each in zip(spoken, features, strict=True)]
+        samples, phonemes = synthesize(clip.text, Voice.draw(clip.language, variants, rng))
+        samples = augment(samples, rng)
+        if len(samples) <= extractor.n_samples:
+            spoken.append((clip, samples, phonemes))
+    features = log_mel([samples for _, samples, _ in spoken], extractor)
+    return [(clip, each, phonemes) for (clip, _, phonemes), each in zip(spoken, features, strict=True)]
 
 
 def log_mel(clips: Iterable[np.ndarray], extractor: WhisperFeatureExtractor) -> list[np.ndarray]:

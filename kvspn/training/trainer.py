@@ -37,7 +37,7 @@ class LossTrainer(Trainer):
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> torch.autocast:
         """bf16 in the losses: Accelerate casts a model's forward alone, and they call its parts too."""
-        return torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=bool(cache_enabled))
+        return torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=cache_enabled)
 
     def compute_loss(
         self,
@@ -99,7 +99,6 @@ def fit(
         lr_scheduler_type="cosine",
         warmup_steps=max(1, steps // 12),
         max_grad_norm=1.0,
-        bf16=True,
         use_cpu=not torch.cuda.is_available(),
         train_sampling_strategy="group_by_length",
         remove_unused_columns=False,
