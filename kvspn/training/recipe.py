@@ -37,9 +37,9 @@ class Recipe:
     lora_rank: int = 32
     distillation: float = 1.0
     targets: int = 2  # of each clip
-    encoder: Stage = field(default_factory=lambda: Stage(2400, 32, 3e-3))
+    encoder: Stage = field(default_factory=lambda: Stage(2800, 32, 3e-3))
     parent: Stage = field(default_factory=lambda: Stage(300, 32, 2e-3))
-    base: Stage = field(default_factory=lambda: Stage(3000, 32, 2e-3))
+    base: Stage = field(default_factory=lambda: Stage(3200, 32, 2e-3))
     adapt: Stage = field(default_factory=lambda: Stage(120, 16, 5e-5))
     draft: Stage = field(default_factory=lambda: Stage(700, 32, 2e-3))
 
