@@ -55,9 +55,9 @@ encoder's positions (`kvspn_encoder_stride`). What KVSPN adds to a plain step (c
 
 [ops-cpu.json](../bench/results/ops-cpu.json), by
 `{ops_command} ...`
-({ops_machine}): each op of `torch.ops.kvspn` by itself, on matrices and caches as they lie. "Of
-peak" is a bare read of as many bytes over the op, a small one out of the processor's caches. What an op takes beside
-memory, such as putting torch's threads to work, shows in the short ones:
+({ops_machine}): each op of `torch.ops.kvspn` by itself, on matrices and caches as they lie.
+"Of peak" is a bare read of as many bytes over the op, a small one out of the processor's caches. What an op
+takes beside memory, such as putting torch's threads to work, shows in the short ones:
 
 {ops}
 

@@ -39,7 +39,7 @@ class Recipe:
     targets: int = 2  # of each clip
     encoder: Stage = field(default_factory=lambda: Stage(2800, 32, 3e-3))
     parent: Stage = field(default_factory=lambda: Stage(300, 32, 2e-3))
-    base: Stage = field(default_factory=lambda: Stage(3200, 32, 2e-3))
+    base: Stage = field(default_factory=lambda: Stage(2400, 32, 2e-3))
     adapt: Stage = field(default_factory=lambda: Stage(120, 16, 5e-5))
     draft: Stage = field(default_factory=lambda: Stage(700, 32, 2e-3))
 

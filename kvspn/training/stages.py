@@ -43,7 +43,6 @@ def train_encoder(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
     config = parent_config(recipe, corpus.tokenizer)
     config.encoder_output_positions = False  # sounds alone matter to CTC
     encoder = SpeechEncoder(config)
-    encoder.set_attn_implementation("eager")  # forward and backward, faster than fused on a CPU
     collators = _collators(recipe, corpus, targets=0)
     width, blank = recipe.d_model, corpus.tokenizer.eos_token_id
     encoder.ctc_heads = nn.ModuleDict(
@@ -81,7 +80,7 @@ def train_parent(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
     model.model.decoder = Decoder(model.config)
     model.tie_weights()
     model.model.encoder.requires_grad_(False)
-    encoded = _encode(folder / "states", recipe, corpus, model.model.encoder, recipe.phoneme_layers)
+    encoded = _encode(folder / "states", recipe, corpus, model.model.encoder)
 
     def losses(model: WhisperForConditionalGeneration, batch: Batch) -> dict[str, Tensor]:
         sounds, mask = batch["speech_states"], batch["speech_mask"]
@@ -120,7 +119,7 @@ def train_base(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
     encoder.requires_grad_(False)
     encoder.layers[recipe.phoneme_layers :].requires_grad_(True)
     encoder.layer_norm.requires_grad_(True)
-    encoded = _encode(folder / "states", recipe, corpus, encoder, recipe.phoneme_layers)
+    encoded = _encode(folder / "states", recipe, corpus, encoder)
     collators = _collators(recipe, corpus, recipe.targets, encoded)
     losses = _translation_losses(recipe)
     _run(model, folder / "base-checkpoints", recipe, recipe.base, collators, losses)
@@ -210,11 +209,11 @@ def train_draft(
 
     def losses(model: WhisperM2MForConditionalGeneration, batch: Batch) -> dict[str, Tensor]:
         model.model.eval()  # no dropout in the frozen base
-        inputs, mask = batch["decoder_input_ids"], batch["speech_mask"]
+        inputs = batch["decoder_input_ids"]
         with torch.no_grad():
-            states = model.model.encoder.above(batch["speech_states"], recipe.encoder_layers)
-        states, mask = (each.repeat_interleave(len(inputs) // len(each), 0) for each in (states, mask))
-        base_logits, draft_logits = model.draft_logits(inputs, states, mask)
+            states = model.encode(batch["input_features"])
+        states = states.repeat_interleave(len(inputs) // len(states), 0)
+        base_logits, draft_logits = model.draft_logits(inputs, states)
         if draft.draft_ids is not None:
             base_logits = base_logits[..., draft.draft_ids]
         kept = batch["labels"][:, 1:]  # row 0 is the prompt's first token, from which nothing is drafted
@@ -225,19 +224,16 @@ def train_draft(
             "_agreement": agreed[kept != IGNORE].float().mean(),
         }
 
-    encoded = _encode(folder / "states-adapted", recipe, corpus, model.model.encoder, recipe.encoder_layers)
-    collators = _collators(recipe, corpus, recipe.targets, encoded)
+    collators = _collators(recipe, corpus, recipe.targets)
     _run(model, folder / f"{name}-checkpoints", recipe, recipe.draft, collators, losses)
     return _save(model, corpus, result)
 
 
-def _encode(
-    folder: Path, recipe: Recipe, corpus: Corpus, encoder: SpeechEncoder, layers: int
-) -> list[StateStore]:
-    """The states below layer `layers`, of the training and of the held-out clips."""
+def _encode(folder: Path, recipe: Recipe, corpus: Corpus, encoder: SpeechEncoder) -> list[StateStore]:
+    """What the encoder hears in the training and in the held-out clips: its states below the word layers."""
     encoder.eval()
     return [
-        StateStore.build(folder / name, store, encoder, layers, recipe.window, recipe.seed)
+        StateStore.build(folder / name, store, encoder, recipe.phoneme_layers, recipe.window, recipe.seed)
         for name, store in (("train", corpus.store), ("held-out", corpus.held_out))
     ]
 
@@ -270,13 +266,14 @@ def _collators(
 
 
 def _run(
-    model: nn.Module,
+    model: PreTrainedModel,
     folder: Path,
     recipe: Recipe,
     stage: Stage,
     collators: tuple[Collator, Collator],
     losses: Losses,
 ) -> None:
+    model.set_attn_implementation("eager")  # forward and backward, faster than fused on a CPU
     training, held_out = collators
     clips = held_out.dataset
     batches = [
