@@ -83,8 +83,7 @@ def train_parent(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
     encoded = _encode(folder / "states", recipe, corpus, model.model.encoder)
 
     def losses(model: WhisperForConditionalGeneration, batch: Batch) -> dict[str, Tensor]:
-        sounds, mask = batch["speech_states"], batch["speech_mask"]
-        states = model.model.encoder.above(sounds, recipe.phoneme_layers, mask)
+        states, mask = _speech(model, batch, recipe)
         hidden = model.model.decoder(batch["decoder_input_ids"], states, mask)
         logits = model.proj_out(hidden)
         return {
@@ -174,13 +173,14 @@ def _translation_losses(recipe: Recipe) -> Losses:
 
 
 def _speech(
-    model: WhisperM2MForConditionalGeneration, batch: Batch, recipe: Recipe
+    model: WhisperForConditionalGeneration, batch: Batch, recipe: Recipe
 ) -> tuple[Tensor, Tensor | None]:
     """Encoder states [B, E, d] and their mask [B, E]: of stored ones, or of the features."""
+    encoder = model.model.encoder
     if "speech_states" in batch:
         mask = batch["speech_mask"]
-        return model.model.encoder.above(batch["speech_states"], recipe.phoneme_layers, mask), mask
-    return model.encode(batch["input_features"]), None
+        return encoder.above(batch["speech_states"], recipe.phoneme_layers, mask), mask
+    return encoder(batch["input_features"]).last_hidden_state, None
 
 
 def train_draft(
@@ -211,7 +211,7 @@ def train_draft(
         model.model.eval()  # no dropout in the frozen base
         inputs = batch["decoder_input_ids"]
         with torch.no_grad():
-            states = model.encode(batch["input_features"])
+            states, _ = _speech(model, batch, recipe)
         states = states.repeat_interleave(len(inputs) // len(states), 0)
         base_logits, draft_logits = model.draft_logits(inputs, states)
         if draft.draft_ids is not None:

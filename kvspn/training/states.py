@@ -32,7 +32,7 @@ class StateStore:
     def build(
         cls, folder: Path, store: FeatureStore, encoder: SpeechEncoder, layers: int, window: int, seed: int
     ) -> StateStore:
-        """The states below the encoder's layer `layers`, in batches of similar length, padded as
+        """What the encoder's first `layers` layers make of the clips, in batches of similar length, padded as
         `padded_frames` draws it.
 
         The index is written last: a folder that has one is complete and is opened as it is.
