@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvspn.ops import DecoderWeights
+from kvspn.ops.fused_linear import dequantise
 from kvspn.ops.weights import Linear
 
 FORMATS = {
@@ -83,6 +84,13 @@ def quantise(weights: DecoderWeights, to: str) -> DecoderWeights:
         fields["blocks"] = convert(weights.blocks, draft)
         fields["draft_head"] = convert(weights.draft_output, draft)
     return DecoderWeights(**fields)
+
+
+@torch.no_grad()
+def round_to_int8(module: nn.Linear | nn.Embedding) -> None:
+    """A matrix in place to the values that its int8 weights stand for, which then cost it nothing more."""
+    weight, _, scale = quantise_linear(Linear(module.weight), "int8")
+    module.weight.copy_(dequantise(weight, scale))
 
 
 def quantise_linear(linear: Linear, to: str) -> Linear:

@@ -283,6 +283,20 @@ def test_drafts_are_those_of_training(fields):
     assert (out.stats[0].accepted, out.stats[0].steps) == (accepted, steps)
 
 
+@pytest.mark.parametrize("stride", [1, 4])
+def test_targets_of_one_input_share_its_states(stride):
+    """As if the states were repeated for each target; what a mask hides is as if it were not there."""
+    model, x = make_m2m(kvspn_encoder_stride=stride), features(2)
+    states, tokens = model.encode(x), torch.randint(0, 80, (6, 9))
+    mask = torch.ones(states.shape[:2])
+    mask[0, 8:] = 0
+    shared = model.draft_logits(tokens, states, mask)
+    cut = model.draft_logits(tokens[:3], states[:1, :8].repeat(3, 1, 1))
+    repeated = model.draft_logits(tokens[3:], states[1:].repeat(3, 1, 1))
+    for found, *expected in zip(shared, cut, repeated, strict=True):
+        torch.testing.assert_close(found, torch.cat(expected))
+
+
 def test_start_from_copies_the_groups_last_layer():
     model = make_m2m(kvspn_ffn_dim=64)
     layer, block = model.model.decoder.layers[3], model.kvspn.blocks[1]

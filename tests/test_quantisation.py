@@ -1,10 +1,11 @@
 import pytest
 import torch
+from torch import nn
 
 from kvspn.engines import engine
 from kvspn.ops.fused_linear import dequantise
 from kvspn.ops.weights import Linear
-from kvspn.quantisation import FORMATS, quantise, quantise_linear
+from kvspn.quantisation import FORMATS, quantise, quantise_linear, round_to_int8
 from kvspn.random_decoder import random_decoder
 
 WEIGHTS = {"layers": 4, "blocks": 2, "short_list": 12}
@@ -57,6 +58,18 @@ def test_int8_is_within_half_a_step():
     assert (error <= 0.5001 * quantised.scale[:, None]).all()
     assert quantised.weight.abs().amax(dim=1).eq(127).all()
     assert torch.equal(quantised.bias, linear.bias)
+
+
+@pytest.mark.parametrize("kind", [lambda: nn.Linear(40, 24), lambda: nn.Embedding(24, 40)])
+def test_a_matrix_rounded_to_int8_loses_nothing_more(kind):
+    """Not even by way of fp16, in which a model is saved: the same integers, by nearly the same scales."""
+    module = kind()
+    first = quantise_linear(Linear(module.weight.detach()), "int8")
+    round_to_int8(module)
+    assert torch.equal(module.weight, dequantise(first.weight, first.scale))
+    again = quantise_linear(Linear(module.weight.detach().half()), "int8")
+    assert torch.equal(again.weight, first.weight)
+    torch.testing.assert_close(again.scale, first.scale, rtol=2**-11, atol=0)
 
 
 def test_int4_is_within_half_a_step():

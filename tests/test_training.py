@@ -22,14 +22,16 @@ pytest.importorskip("babel")
 pytest.importorskip("peft")
 
 from kvspn.models import WhisperM2MForConditionalGeneration
+from kvspn.quantisation import round_to_int8
 from kvspn.training.corpus import LANGUAGES, Phrasebook, Template, split
 from kvspn.training.data import IGNORE, alphabet, pad, prompt_tokens
 from kvspn.training.losses import accuracy, cross_entropy, ctc, distillation
 from kvspn.training.mini import train_mini
 from kvspn.training.optimizer import MuonAdamW
-from kvspn.training.prepare import draw_clips
+from kvspn.training.prepare import draw_clips, make_data
 from kvspn.training.recipe import Recipe, Stage
 from kvspn.training.speech import SAMPLING_RATE, TEST_VARIANTS, TRAIN_VARIANTS, Voice, augment, synthesize
+from kvspn.training.states import StateStore
 from kvspn.training.store import log_mel, pad_features
 from kvspn.training.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from kvspn.training.trainer import fit
@@ -245,6 +247,22 @@ def test_whole_recipe_and_resuming(tmp_path: Path):
     assert same == [True, False], "the base learns the encoder's upper layers alone"
     base = WhisperM2MForConditionalGeneration.from_pretrained(tmp_path / "adapted")
     assert not any("lora" in name for name in base.state_dict())
+    for matrix in (base.model.decoder.embed_tokens, base.model.decoder.layers[1].fc1):
+        rounded = copy.deepcopy(matrix)
+        round_to_int8(rounded)
+        torch.testing.assert_close(rounded.weight, matrix.weight, rtol=1e-5, atol=1e-7)
+    outputs = json.loads((tmp_path / "outputs-held-out.json").read_text())
+    corpus = make_data(tmp_path, recipe, log=lambda line: None)
+    assert len(outputs) == len(corpus.held_out)
+    stored = StateStore(tmp_path / "draft-states" / "held-out").states(1).astype(np.float32)
+    states = base.eval().model.encoder.above(torch.from_numpy(stored)[None], recipe.encoder_layers)
+    said = base.generate(
+        encoder_outputs=(states,),
+        language=corpus.held_out.languages[1],
+        target_language="fr",
+        max_new_tokens=64,
+    )
+    assert said[0].tolist() == outputs[1][LANGUAGES.index("fr")]
     shared = [name for name in base.state_dict() if not name.startswith("kvspn")]
     trained = WhisperM2MForConditionalGeneration.from_pretrained(tmp_path / "draft").state_dict()
     assert all(torch.equal(base.state_dict()[name], trained[name]) for name in shared), (

@@ -277,8 +277,6 @@ void Engine::base_pass(int thread) {
     for (size_t i = 0; i < weights_.layers.size(); ++i) {
         const Layer& layer = weights_.layers[i];
         linear(thread, &layer.self_norm, x, layer.self_qkv, wide, false, false);
-        if (thread == 0) append(int(i));
-        team_.barrier();
         attend(thread, batch_.self, int(i), 1, true, weights_.heads);
         linear(thread, nullptr, attended, layer.self_out, x, false, true);
         linear(thread, &layer.cross_norm, x, layer.cross_q, wide, false, false);
@@ -345,17 +343,13 @@ void Engine::linear(int thread, const Norm* norm, const float* x, const Matrix& 
     team_.barrier();
 }
 
-// Keys and values of the rows of x go to their positions in one layer's cache.
-void Engine::append(int layer) {
-    const int heads = weights_.heads;
-    for (int i = 0; i < slot_count_; ++i) {
-        const Slot& slot = slots_[i];
-        for (int q = 0; q < slot.queries; ++q) {
-            const float* from = wide_.as<float>() + int64_t(slot.first + q) * wide_stride_ + weights_.width;
-            for (int n = 0; n < 2 * heads; ++n)
-                write(batch_.self, layer, n / heads, slot.row, n % heads, slot.position + q,
-                      from + n * weights_.head_dim);
-        }
+// A head's keys and values of a slot's rows of x go to their positions in a layer's cache.
+void Engine::append(const Slot& slot, int layer, int head) {
+    for (int q = 0; q < slot.queries; ++q) {
+        const float* qkv = wide_.as<float>() + int64_t(slot.first + q) * wide_stride_;
+        for (int part = 0; part < 2; ++part)
+            write(batch_.self, layer, part, slot.row, head, slot.position + q,
+                  qkv + (1 + part) * weights_.width + head * weights_.head_dim);
     }
 }
 
@@ -363,15 +357,15 @@ void Engine::append(int layer) {
 void Engine::write(const Cache& cache, int layer, int part, int row, int head, int position, const float* x) {
     const int64_t at = plane(layer, part, row, head) * cache.capacity + position;
     const int width = weights_.head_dim;
+    char* to = cache.values + at * width * int64_t(size_of(batch_.dtype));
     if (cache.scales)
-        cache.scales[at] =
-            kernels_.quantise_int8(x, width, reinterpret_cast<int8_t*>(cache.values) + at * width);
+        cache.scales[at] = kernels_.quantise_int8(x, width, reinterpret_cast<int8_t*>(to));
     else
-        for (int c = 0; c < width; ++c) store(batch_.dtype, cache.values, at * width + c, x[c]);
+        kernels_.narrow(batch_.dtype, x, width, to);
 }
 
-// Queries in `wide_` -> `attended_`; (row, head) pairs are dealt out to the threads, then a barrier. Of what
-// is not causal: to the first of every `stride` positions.
+// Queries in `wide_` -> `attended_`; (row, head) pairs are dealt out to the threads, then a barrier. What is
+// causal appends its own keys and values first; of the rest: to the first of every `stride` positions.
 void Engine::attend(int thread, const Cache& cache, int layer, int layers, bool causal, int query_heads,
                     int stride) {
     const int head_dim = weights_.head_dim, shared = query_heads / weights_.heads;
@@ -382,6 +376,7 @@ void Engine::attend(int thread, const Cache& cache, int layer, int layers, bool 
         const Slot& slot = slots_[task / query_heads];
         const int query_head = task % query_heads;
         const int64_t keys = plane(layer, 0, slot.row, query_head / shared) * cache.capacity;
+        if (causal) append(slot, layer, query_head);
         for (int first = 0; first < slot.queries; first += kQueries) {
             Attention a;
             a.dtype = batch_.dtype;
@@ -418,42 +413,32 @@ void Engine::verify(int thread, const Norm& norm, const Matrix& head, const int3
     float* logits = logits_.as<float>() + int64_t(thread) * most * kStrip;
     Best* best = best_.as<Best>() + int64_t(thread) * most;
     const float* mask = params_->mask;
-    auto masked = [&](float logit, int n) {
-        if (mask) logit += mask[ids ? ids[n] : n];
-        return logit == logit ? logit : -HUGE_VALF;
-    };
     const Rows rows = input(thread, &norm, x_.as<float>(), head);
-    for (int r = 0; r < rows_; ++r) best[r] = {-HUGE_VALF, -HUGE_VALF, -1, 0};
     // The drafts' own logits come first, so that one reading of the head tells argmax and rank.
-    auto draft_of = [&](int i, int q) {
-        return verify_drafts_ && q + 1 < slots_[i].queries ? drafts_.as<int32_t>()[i] : -1;
-    };
     for (int i = 0; i < slot_count_; ++i) {
-        const int draft = draft_of(i, 0), r = slots_[i].first;
-        if (draft < 0) continue;
-        Rows row = rows.from(r);
-        row.count = 1;
-        float logit;
-        kernels_.linear(head, row, draft, draft + 1, &logit - draft, 1, false);
-        best[r].draft_value = masked(logit, draft);
+        for (int q = 0; q < slots_[i].queries; ++q) {
+            const int r = slots_[i].first + q;
+            best[r] = {0.0f, -1, 0.0f, -1, 0};
+            if (!verify_drafts_ || q + 1 == slots_[i].queries) continue;
+            const int draft = drafts_.as<int32_t>()[i];
+            Rows row = rows.from(r);
+            row.count = 1;
+            Best own{0.0f, -1, 0.0f, -1, 0};
+            kernels_.linear(head, row, draft, draft + 1, logits - draft, 1, false);
+            kernels_.judge(logits, mask ? mask + draft : nullptr, draft, 1, own);
+            best[r].draft = draft, best[r].draft_value = own.value;
+        }
     }
     auto [first, last] = share(head.outputs, thread, threads);
     for (int from = first; from < last; from += kStrip) {
         const int to = std::min(from + kStrip, last);
         kernels_.linear(head, rows, from, to, logits - from, kStrip, false);
-        for (int i = 0; i < slot_count_; ++i) {
-            for (int q = 0; q < slots_[i].queries; ++q) {
-                const int r = slots_[i].first + q;
-                const int draft = draft_of(i, q);
-                for (int n = from; n < to; ++n) {
-                    const float value = masked(logits[int64_t(r) * kStrip + n - from], n);
-                    if (value > best[r].value || best[r].id < 0) best[r].value = value, best[r].id = n;
-                    if (draft >= 0 &&
-                        (value > best[r].draft_value || (value == best[r].draft_value && n < draft)))
-                        ++best[r].above;
-                }
-            }
-        }
+        float listed[kStrip];  // of a short list, the tokens' own
+        if (mask && ids)
+            for (int n = from; n < to; ++n) listed[n - from] = mask[ids[n]];
+        const float* masked = !mask ? nullptr : ids ? listed : mask + from;
+        for (int r = 0; r < rows_; ++r)
+            kernels_.judge(logits + int64_t(r) * kStrip, masked, from, to - from, best[r]);
     }
     team_.barrier();
     if (thread == 0) {

@@ -32,11 +32,6 @@ class Engine {
     struct Slot {
         int row, position, queries, first;
     };
-    struct Best {
-        float value, draft_value;
-        int32_t id;
-        int32_t above;  // tokens in front of the draft
-    };
     // [L, 2, B, H, capacity, D], and of int8 the scales [L, 2, B, H, capacity].
     struct Cache {
         char* values;
@@ -64,7 +59,7 @@ class Engine {
     Rows input(int thread, const Norm* norm, const float* x, const Matrix& matrix);
     void linear(int thread, const Norm* norm, const float* x, const Matrix& matrix, float* y, bool gelu,
                 bool accumulate);
-    void append(int layer);
+    void append(const Slot& slot, int layer, int head);
     void write(const Cache& cache, int layer, int part, int row, int head, int position, const float* x);
     void attend(int thread, const Cache& cache, int layer, int layers, bool causal, int query_heads,
                 int stride = 1);

@@ -1,5 +1,4 @@
 // fused_linear and lm_head_verify on the CPU, from weights as the caller holds them.
-#include <cmath>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -102,13 +101,7 @@ void lm_head_verify(const kvspn_verify_params& p) {
     Product product(p.x, p.weight, p.scale, p.stream);
     product.normalise(p.norm_weight, p.norm_bias, p.eps);
     const float* mask = static_cast<const float*>(p.mask.data);
-    product.run([&](int r, int first, int last) {
-        float* logits = product.row(r);
-        for (int n = first; n < last; ++n) {
-            if (mask) logits[n] += mask[n];
-            if (std::isnan(logits[n])) logits[n] = -std::numeric_limits<float>::infinity();
-        }
-    });
+    product.run([](int, int, int) {});
     const int queries = int(p.x.shape[1]), vocabulary = product.outputs;
     const auto at = [](const kvspn_tensor& tensor, int b, int q) {
         return static_cast<int32_t*>(tensor.data) + b * tensor.strides[0] + q * tensor.strides[1];
@@ -116,18 +109,19 @@ void lm_head_verify(const kvspn_verify_params& p) {
     const Parts parts(p.stream, product.rows);
     parts.run([&](int part) {
         for (int r = part; r < product.rows; r += parts.count()) {
-            const float *logits = product.row(r), *end = logits + vocabulary;
+            const float* logits = product.row(r);
             const int b = r / queries, q = r % queries;
-            *at(p.argmax, b, q) = int32_t(std::max_element(logits, end) - logits);
-            if (q == queries - 1) continue;
-            const int32_t draft = *at(p.draft, b, q);
-            int32_t above = std::numeric_limits<int32_t>::max();
+            const bool judged = q + 1 < queries;
+            const int32_t draft = judged ? *at(p.draft, b, q) : -1;
+            Best best{0.0f, -1, 0.0f, -1, 0};
             if (draft >= 0 && draft < vocabulary) {
-                const float own = logits[draft];
-                above = int32_t(std::count_if(logits, end, [&](float logit) { return logit > own; }) +
-                                std::count(logits, logits + draft, own));
+                Best own = best;
+                product.kernels.judge(logits + draft, mask ? mask + draft : nullptr, draft, 1, own);
+                best.draft = draft, best.draft_value = own.value;
             }
-            *at(p.rank, b, q) = above;
+            product.kernels.judge(logits, mask, 0, vocabulary, best);
+            *at(p.argmax, b, q) = best.id;
+            if (judged) *at(p.rank, b, q) = best.draft < 0 ? std::numeric_limits<int32_t>::max() : best.above;
         }
     });
 }

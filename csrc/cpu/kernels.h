@@ -80,6 +80,15 @@ struct Attention {
     float* scores = nullptr;  // scratch [kQueries, layers * pad(longest) + pad(tail_length)]
 };
 
+// Of a row of logits: the largest, the first of equals, and how many tokens stand in front of the draft.
+struct Best {
+    float value;
+    int32_t id;  // -1: of none yet
+    float draft_value;
+    int32_t draft;  // -1: none
+    int32_t above;
+};
+
 struct Kernels {
     const char* name;
     // Outputs first .. last of every row: y[row * y_stride + output] = or += (accumulate).
@@ -92,10 +101,14 @@ struct Kernels {
     float (*quantise)(const float* x, int count, int padded, int16_t* out);
     // x [count] -> int8; returns the scale.
     float (*quantise_int8)(const float* x, int count, int8_t* out);
+    // x [count] -> fp32, bf16 or fp16, rounded to nearest.
+    void (*narrow)(Dtype dtype, const float* x, int count, void* out);
     void (*attend)(const Attention& attention);
     void (*layer_norm)(const float* x, const float* weight, const float* bias, int width, float eps,
                        float* y);
     void (*gelu)(float* x, int count);
+    // More logits of a row, of tokens first, first + 1, ...; mask [count], or null, is added; NaN is -inf.
+    void (*judge)(const float* logits, const float* mask, int first, int count, Best& best);
 };
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels, avx512vnni_kernels;

@@ -93,6 +93,7 @@ KVSPN_OPERATOR(&)
 KVSPN_OPERATOR(|)
 KVSPN_OPERATOR(<)
 KVSPN_OPERATOR(>)
+KVSPN_OPERATOR(==)
 #undef KVSPN_OPERATOR
 
 template <class V>
@@ -163,8 +164,9 @@ INLINE To convert(V v) {
 
 INLINE Vec fill(float x) { return Vec{} + x; }
 
-INLINE Vec select(IVec where, Vec a, Vec b) {
-    return as<Vec>((where & as<IVec>(a)) | (~where & as<IVec>(b)));
+template <class V>
+INLINE V select(IVec where, V a, V b) {
+    return as<V>((where & as<IVec>(a)) | (~where & as<IVec>(b)));
 }
 INLINE Vec larger(Vec a, Vec b) { return select(a > b, a, b); }
 

@@ -194,6 +194,7 @@ INLINE Vec load_columns(const OddNibbles* row, int c, int count) {
 }
 
 #define UNROLL _Pragma("GCC unroll 4")  // or sums stay in memory
+#define UNROLL16 _Pragma("GCC unroll 16")
 
 // `Outputs` of `Count` rows; the order of a sum depends on neither.
 template <class W, int Outputs, int Count>
@@ -296,7 +297,10 @@ INLINE float quantise_to(const float* x, int count, float limit, Integer* out) {
         const Vec v = load_some(x + c, count - c) * inverse + 12582912.0f - 12582912.0f;
         int32_t integers[kLanes];
         store(integers, convert<IVec>(v));
-        for (int i = 0; i < (count - c < kLanes ? count - c : kLanes); ++i) out[c + i] = (Integer)integers[i];
+        if (count - c >= kLanes)
+            for (int i = 0; i < kLanes; ++i) out[c + i] = (Integer)integers[i];
+        else
+            for (int i = 0; c + i < count; ++i) out[c + i] = (Integer)integers[i];
     }
     return most / limit + sum(nan);
 }
@@ -307,6 +311,21 @@ float quantise(const float* x, int count, int padded, int16_t* out) {
 }
 
 float quantise_int8(const float* x, int count, int8_t* out) { return quantise_to(x, count, 127.0f, out); }
+
+void narrow(Dtype dtype, const float* x, int count, void* out) {
+    if (dtype == Dtype::fp32) {
+        for (int c = 0; c < count; ++c) ((float*)out)[c] = x[c];
+    } else if (dtype == Dtype::fp16) {
+        for (int c = 0; c < count; ++c) ((_Float16*)out)[c] = (_Float16)x[c];
+    } else {
+        for (int c = 0; c < count; ++c) {
+            uint32_t bits;
+            __builtin_memcpy(&bits, x + c, sizeof bits);
+            const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+            ((uint16_t*)out)[c] = (uint16_t)(x[c] == x[c] ? rounded : 0x7fc0);
+        }
+    }
+}
 
 // One layer's keys and values, or the tail's.
 template <class T>
@@ -355,13 +374,48 @@ INLINE void blend(const Attention& a, int longest, int total, const float* inver
     }
 }
 
+// Keys of kLanes positions times the queries, to be summed across each vector.
+template <class T, int Queries, int Vectors>
+INLINE void multiply(const Vec (&q)[Queries][Vectors], const T* key, int64_t stride,
+                     Vec (&products)[Queries][kLanes]) {
+    UNROLL16
+    for (int j = 0; j < kLanes; ++j) {
+        Vec acc[Queries] = {};
+        UNROLL16
+        for (int v = 0; v < Vectors; ++v) {
+            const Vec k = widen(key + j * stride + v * kLanes);
+            UNROLL16
+            for (int i = 0; i < Queries; ++i) acc[i] = fma(k, q[i][v], acc[i]);
+        }
+        UNROLL16
+        for (int i = 0; i < Queries; ++i) products[i][j] = acc[i];
+    }
+}
+
+// The same of `positions`, or of kLanes if there are more, for any width.
+template <class T, int Queries>
+INLINE void multiply_some(const Attention& a, const T* key, int64_t stride, int positions,
+                          Vec (&products)[Queries][kLanes]) {
+    for (int j = 0; j < kLanes; ++j, key += stride) {
+        Vec acc[Queries] = {};
+        for (int c = 0; c < a.width && j < positions; c += kLanes) {
+            const Vec k = load_some(key + c, a.width - c);
+            for (int i = 0; i < Queries; ++i) acc[i] = fma(k, load_some(a.q[i] + c, a.width - c), acc[i]);
+        }
+        for (int i = 0; i < Queries; ++i) products[i][j] = acc[i];
+    }
+}
+
 // Width: the most usual one, known to the compiler; or 0.
 template <class T, int Queries, int Width>
 void attend_queries(const Attention& a) {
-    const int width = Width ? Width : a.width;
     int longest = 0;
     for (int i = 0; i < Queries; ++i) longest = a.lengths[i] > longest ? a.lengths[i] : longest;
     const int total = Segment<T>::padded(longest) * a.layers + Segment<T>::padded(a.tail_length);
+    constexpr int kVectors = Width ? Width / kLanes : 1;
+    Vec q[Queries][kVectors];
+    for (int i = 0; Width && i < Queries; ++i)
+        for (int v = 0; v < kVectors; ++v) q[i][v] = load<Vec>(a.q[i] + v * kLanes);
     Vec maximum[Queries];
     for (int i = 0; i < Queries; ++i) maximum[i] = fill(-__builtin_inff());
     for (int s = 0; s <= a.layers; ++s) {
@@ -369,16 +423,10 @@ void attend_queries(const Attention& a) {
         for (int t = 0; t < segment.longest; t += kLanes) {
             Vec products[Queries][kLanes];
             const T* key = segment.keys + t * segment.stride;
-            const bool whole = t + kLanes <= segment.longest;
-            for (int j = 0; j < kLanes; ++j, key += segment.stride) {
-                Vec acc[Queries] = {};
-                for (int c = 0; c < width && (whole || t + j < segment.longest); c += kLanes) {
-                    const Vec k = load_some(key + c, width - c);
-                    for (int i = 0; i < Queries; ++i)
-                        acc[i] = fma(k, load_some(a.q[i] + c, width - c), acc[i]);
-                }
-                for (int i = 0; i < Queries; ++i) products[i][j] = acc[i];
-            }
+            if (Width && t + kLanes <= segment.longest)
+                multiply(q, key, segment.stride, products);
+            else
+                multiply_some(a, key, segment.stride, segment.longest - t, products);
             for (int i = 0; i < Queries; ++i) {
                 const int length = s < a.layers ? a.lengths[i] : a.tail_length;
                 Vec score = sums(products[i]) * a.scale;
@@ -478,10 +526,38 @@ void gelu(float* x, int count) {
     }
 }
 
+void judge(const float* logits, const float* mask, int first, int count, Best& best) {
+    const Vec draft_value = fill(best.draft_value);
+    Vec most = fill(-__builtin_inff());
+    IVec at = lanes(), above = {};
+    for (int c = 0; c < count; c += kLanes) {
+        Vec v = load_some(logits + c, count - c);
+        if (mask) v += load_some(mask + c, count - c);
+        const IVec there = lanes() < count - c;
+        v = select(there & (v == v), v, fill(-__builtin_inff()));
+        const IVec better = v > most;
+        most = select(better, v, most);
+        at = select(better, lanes() + c, at);
+        above = above -
+                (there & ((v > draft_value) | ((v == draft_value) & (lanes() + (first + c) < best.draft))));
+    }
+    float values[kLanes];
+    int32_t places[kLanes], counts[kLanes];
+    store(values, most), store(places, at), store(counts, above);
+    for (int i = 0; i < kLanes; ++i) {
+        const int32_t id = first + places[i];
+        // A lane that holds nothing has a later place than the first token's.
+        if (best.id < 0 || values[i] > best.value || (values[i] == best.value && id < best.id))
+            best.value = values[i], best.id = id;
+        if (best.draft >= 0) best.above += counts[i];
+    }
+}
+
 }  // namespace
 
 extern const Kernels KVSPN_KERNELS;
-const Kernels KVSPN_KERNELS = {KVSPN_KERNELS_NAME, linear, linear_by_rows, quantise,
-                               quantise_int8,      attend, layer_norm,     gelu};
+const Kernels KVSPN_KERNELS = {
+    KVSPN_KERNELS_NAME, linear, linear_by_rows, quantise, quantise_int8, narrow, attend,
+    layer_norm,         gelu,   judge};
 
 }  // namespace kvspn

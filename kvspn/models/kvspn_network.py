@@ -30,8 +30,14 @@ class CrossModelAttention(nn.Module):
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """x [B, T, d], keys and values [B, H, N, D], mask [.., T, N] (True keeps) -> [B, T, d]."""
         batch, length, _ = x.shape
+        shared = self.heads // self.kv_heads
         q = self.q_proj(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=self.heads != self.kv_heads)
+        keys, values = (part.repeat_interleave(shared, 1) if shared > 1 else part for part in (keys, values))
+        # Not fused: on a CPU, forward and backward are faster so.
+        scores = q @ keys.mT * self.head_dim**-0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        out = scores.softmax(-1).to(values.dtype) @ values
         return self.out_proj(out.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -55,7 +61,8 @@ class KVSPNBlock(nn.Module):
     ) -> Tensor:
         x = x + self.attn(self.attn_layer_norm(x), *self_kv, causal)
         if hasattr(self, "encoder_attn"):
-            x = x + self.encoder_attn(self.encoder_attn_layer_norm(x), *cross_kv, mask)
+            queries = self.encoder_attn_layer_norm(x).reshape(len(cross_kv[0]), -1, x.shape[-1])
+            x = x + self.encoder_attn(queries, *cross_kv, mask).view_as(x)
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
 
@@ -119,8 +126,10 @@ class KVSPN(nn.Module):
         """Teacher-forced: row t attends to the base model's positions before t.
 
         Args:
-            x: embeddings of the tokens [B, T, d], positions added.
-            self_kv, cross_kv: of each base layer, keys and values [B, H, T or E, D].
+            x: embeddings of the tokens [B * n, T, d], positions added; the n targets of an input follow each
+                other and share its cross-attention keys and values.
+            self_kv: of each base layer, keys and values [B * n, H, T, D].
+            cross_kv: likewise [B, H, E, D].
             encoder_mask: [B, E], 1 keeps.
         """
         length = x.shape[1]

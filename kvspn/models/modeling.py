@@ -237,7 +237,9 @@ class WhisperM2MForConditionalGeneration(GenerationMixin, WhisperForConditionalG
         """Base and draft logits of a teacher-forced pass, the base model frozen (KVSPN's training).
 
         Row t of the draft sees token t and the keys and values of tokens before t, as in decoding.
-        Returns [B, T, V] (base, detached) and [B, T, V or the short list] (draft).
+
+        decoder_input_ids [B * n, T], encoder_states [B, E, d], encoder_mask [B, E] ->
+        [B * n, T, V] (base, detached) and [B * n, T, V or the short list] (draft).
         """
         if self.kvspn is None:
             raise ValueError("this model has no draft network (kvspn_blocks is 0)")

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers import WhisperTokenizer
 
 from kvspn.training.corpus import LANGUAGES, Sentence
+from kvspn.training.outputs import Outputs
 from kvspn.training.states import StateStore, padded_frames
 from kvspn.training.store import FeatureStore, pad_features
 
@@ -50,7 +51,8 @@ class Collator:
     """Clips -> speech (features, or the states of a frozen encoder), source text, decoder input and labels.
 
     Every clip is decoded into `targets` of the languages, drawn anew each time; its own, a transcription, may
-    be among them. With 0 it is only transcribed.
+    be among them. With 0 it is only transcribed. The labels are the sentence in the target language, or what
+    `outputs` has for the clip.
     """
 
     store: FeatureStore
@@ -61,6 +63,7 @@ class Collator:
     targets: int
     rng: random.Random
     encoded: StateStore | None = None
+    outputs: Outputs | None = None
 
     def __post_init__(self) -> None:
         self._text_ids: dict[tuple[int, str], list[int]] = {}
@@ -82,13 +85,13 @@ class Collator:
         sources, phonemes, inputs, labels = [], [], [], []
         for clip in clips:
             source = self.store.languages[clip]
-            sentence = self.store.sentences[clip]
-            sources.append([*self.text_ids(sentence, source), self.tokenizer.eos_token_id])
+            text = self.text_ids(self.store.sentences[clip], source)
+            sources.append([*text, self.tokenizer.eos_token_id])
             spoken = self.store.phonemes[clip]
             phonemes.append([self.alphabet[each] for each in spoken if each in self.alphabet])
             for target in self.rng.sample(LANGUAGES, self.targets) or [source]:
                 prompt = self.tokenizer.convert_tokens_to_ids(prompt_tokens(source, target))
-                tokens = [*prompt, *self.text_ids(sentence, target), self.tokenizer.eos_token_id]
+                tokens = [*prompt, *self.answer(clip, target)]
                 inputs.append(tokens[:-1])
                 ignored = [IGNORE] * (len(prompt) - 2)
                 labels.append([prompt[1], *ignored, *tokens[len(prompt) :]])
@@ -118,6 +121,12 @@ class Collator:
             "speech_states": pad_sequence(states, batch_first=True),
             "speech_mask": pad([[1] * len(each) for each in states], 0),
         }
+
+    def answer(self, clip: int, language: str) -> list[int]:
+        """Tokens that the decoder is to give, with the end token."""
+        if self.outputs is not None:
+            return self.outputs[clip][LANGUAGES.index(language)]
+        return [*self.text_ids(self.store.sentences[clip], language), self.tokenizer.eos_token_id]
 
     def text_ids(self, sentence: int, language: str) -> list[int]:
         """Tokens of one sentence, without special ones."""

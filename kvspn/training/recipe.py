@@ -37,11 +37,13 @@ class Recipe:
     lora_rank: int = 32
     distillation: float = 1.0
     targets: int = 2  # of each clip
+    draft_clips: int = 16_000  # of the corpus, on which the draft network learns
+    draft_targets: int = 6
     encoder: Stage = field(default_factory=lambda: Stage(2800, 32, 3e-3))
     parent: Stage = field(default_factory=lambda: Stage(300, 32, 2e-3))
     base: Stage = field(default_factory=lambda: Stage(2400, 32, 2e-3))
     adapt: Stage = field(default_factory=lambda: Stage(120, 16, 5e-5))
-    draft: Stage = field(default_factory=lambda: Stage(700, 32, 2e-3))
+    draft: Stage = field(default_factory=lambda: Stage(2500, 16, 2e-3))
 
     @property
     def window(self) -> int:

@@ -21,9 +21,11 @@ from transformers import (
 from kvspn.models.configuration import WhisperM2MConfig
 from kvspn.models.conversion import convert_whisper, spread_layers
 from kvspn.models.modeling import Decoder, SpeechEncoder, WhisperM2MForConditionalGeneration
+from kvspn.quantisation import round_to_int8
 from kvspn.training.corpus import LANGUAGES
 from kvspn.training.data import IGNORE, Collator, alphabet
 from kvspn.training.losses import accuracy, cross_entropy, ctc, distillation
+from kvspn.training.outputs import Outputs, greedy_outputs
 from kvspn.training.prepare import Corpus
 from kvspn.training.recipe import Recipe, Stage
 from kvspn.training.states import StateStore
@@ -80,10 +82,10 @@ def train_parent(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
     model.model.decoder = Decoder(model.config)
     model.tie_weights()
     model.model.encoder.requires_grad_(False)
-    encoded = _encode(folder / "states", recipe, corpus, model.model.encoder)
+    encoded = _encode(folder / "states", recipe, corpus, model.model.encoder, recipe.phoneme_layers)
 
     def losses(model: WhisperForConditionalGeneration, batch: Batch) -> dict[str, Tensor]:
-        states, mask = _speech(model, batch, recipe)
+        states, mask = _speech(model, batch, recipe.phoneme_layers)
         hidden = model.model.decoder(batch["decoder_input_ids"], states, mask)
         logits = model.proj_out(hidden)
         return {
@@ -118,7 +120,7 @@ def train_base(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
     encoder.requires_grad_(False)
     encoder.layers[recipe.phoneme_layers :].requires_grad_(True)
     encoder.layer_norm.requires_grad_(True)
-    encoded = _encode(folder / "states", recipe, corpus, encoder)
+    encoded = _encode(folder / "states", recipe, corpus, encoder, recipe.phoneme_layers)
     collators = _collators(recipe, corpus, recipe.targets, encoded)
     losses = _translation_losses(recipe)
     _run(model, folder / "base-checkpoints", recipe, recipe.base, collators, losses)
@@ -126,13 +128,21 @@ def train_base(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
 
 
 def adapt_encoder(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
-    """The same with the speech encoder in the loop, by LoRA."""
+    """The same with the speech encoder in the loop, by LoRA.
+
+    The decoder's matrices are rounded as int8 weights hold them, and stay so: the rest makes up for it.
+    """
     result = folder / "adapted"
     if (result / "config.json").exists():
         return result
     torch.manual_seed(recipe.seed)
     model = WhisperM2MForConditionalGeneration.from_pretrained(folder / "base")
     model.model.encoder.requires_grad_(False)
+    decoder = model.model.decoder
+    for matrix in (decoder.embed_tokens, *decoder.layers.modules()):
+        if isinstance(matrix, nn.Linear | nn.Embedding):
+            round_to_int8(matrix)
+            matrix.weight.requires_grad_(False)
     lora = LoraModel(
         model.model.encoder,
         LoraConfig(
@@ -160,7 +170,7 @@ def _translation_losses(recipe: Recipe) -> Losses:
 
         mask = batch["attention_mask"]
         text = decode(model.encode(input_ids=batch["input_ids"], attention_mask=mask), mask)
-        speech = decode(*_speech(model, batch, recipe))
+        speech = decode(*_speech(model, batch, recipe.phoneme_layers))
         return {
             "speech": cross_entropy(speech, labels),
             "text": cross_entropy(text, labels),
@@ -173,20 +183,23 @@ def _translation_losses(recipe: Recipe) -> Losses:
 
 
 def _speech(
-    model: WhisperForConditionalGeneration, batch: Batch, recipe: Recipe
+    model: WhisperForConditionalGeneration, batch: Batch, layers: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Encoder states [B, E, d] and their mask [B, E]: of stored ones, or of the features."""
+    """Encoder states [B, E, d] and their mask [B, E]: of those stored above `layers`, or of the features."""
     encoder = model.model.encoder
     if "speech_states" in batch:
         mask = batch["speech_mask"]
-        return encoder.above(batch["speech_states"], recipe.phoneme_layers, mask), mask
+        return encoder.above(batch["speech_states"], layers, mask), mask
     return encoder(batch["input_features"]).last_hidden_state, None
 
 
 def train_draft(
     folder: Path, recipe: Recipe, corpus: Corpus, name: str = "draft", **kvspn: bool | int
 ) -> Path:
-    """KVSPN alone, on the frozen base model's distribution. `kvspn`: fields of the config, for ablations."""
+    """KVSPN alone, on the frozen base model's distribution over what the base model itself says.
+
+    `kvspn`: fields of the config, for ablations.
+    """
     result = folder / name
     if (result / "config.json").exists():
         return result
@@ -206,14 +219,20 @@ def train_draft(
     draft.start_from(model.model.decoder)
     model.requires_grad_(False)
     draft.requires_grad_(True)
+    layers = recipe.encoder_layers
+    encoder = model.model.encoder
+    encoded = _encode(folder / "draft-states", recipe, corpus, encoder, layers, recipe.draft_clips)
+    outputs = [
+        greedy_outputs(folder / f"outputs-{part}.json", base.eval(), states, store.languages)
+        for part, states, store in zip(_SETS, encoded, (corpus.store, corpus.held_out), strict=True)
+    ]
 
     def losses(model: WhisperM2MForConditionalGeneration, batch: Batch) -> dict[str, Tensor]:
         model.model.eval()  # no dropout in the frozen base
         inputs = batch["decoder_input_ids"]
         with torch.no_grad():
-            states, _ = _speech(model, batch, recipe)
-        states = states.repeat_interleave(len(inputs) // len(states), 0)
-        base_logits, draft_logits = model.draft_logits(inputs, states)
+            states, mask = _speech(model, batch, layers)
+        base_logits, draft_logits = model.draft_logits(inputs, states, mask)
         if draft.draft_ids is not None:
             base_logits = base_logits[..., draft.draft_ids]
         kept = batch["labels"][:, 1:]  # row 0 is the prompt's first token, from which nothing is drafted
@@ -224,17 +243,27 @@ def train_draft(
             "_agreement": agreed[kept != IGNORE].float().mean(),
         }
 
-    collators = _collators(recipe, corpus, recipe.targets)
+    collators = _collators(recipe, corpus, recipe.draft_targets, encoded, outputs)
     _run(model, folder / f"{name}-checkpoints", recipe, recipe.draft, collators, losses)
     return _save(model, corpus, result)
 
 
-def _encode(folder: Path, recipe: Recipe, corpus: Corpus, encoder: SpeechEncoder) -> list[StateStore]:
-    """What the encoder hears in the training and in the held-out clips: its states below the word layers."""
+_SETS = ("train", "held-out")
+
+
+def _encode(
+    folder: Path,
+    recipe: Recipe,
+    corpus: Corpus,
+    encoder: SpeechEncoder,
+    layers: int,
+    most: int | None = None,
+) -> list[StateStore]:
+    """What the encoder's first `layers` layers hear in the first training clips and in the held-out ones."""
     encoder.eval()
     return [
-        StateStore.build(folder / name, store, encoder, recipe.phoneme_layers, recipe.window, recipe.seed)
-        for name, store in (("train", corpus.store), ("held-out", corpus.held_out))
+        StateStore.build(folder / name, store, encoder, layers, recipe.window, recipe.seed, most)
+        for name, store in zip(_SETS, (corpus.store, corpus.held_out), strict=True)
     ]
 
 
@@ -243,6 +272,7 @@ def _collators(
     corpus: Corpus,
     targets: int,
     encoded: Sequence[StateStore | None] = (None, None),
+    outputs: Sequence[Outputs | None] = (None, None),
 ) -> tuple[Collator, Collator]:
     """For training and for the held-out set."""
     classes = alphabet(corpus.store.phonemes)
@@ -256,10 +286,11 @@ def _collators(
             targets,
             random.Random(recipe.seed),
             states,
+            said,
         )
-        for store, sentences, states in (
-            (corpus.store, corpus.split.train, encoded[0]),
-            (corpus.held_out, corpus.split.unseen, encoded[1]),
+        for store, sentences, states, said in (
+            (corpus.store, corpus.split.train, encoded[0], outputs[0]),
+            (corpus.held_out, corpus.split.unseen, encoded[1], outputs[1]),
         )
     )
     return training, held_out

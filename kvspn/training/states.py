@@ -1,4 +1,4 @@
-"""Encoder states of all clips, made once: a frozen encoder need not run again for every pass over them."""
+"""Encoder states of clips, made once: a frozen encoder need not run again for every pass over them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BATCH = 32
 
 
 class StateStore:
-    """float16 [states, d] of every clip of a FeatureStore, memory-mapped."""
+    """float16 [states, d] of the clips of a FeatureStore, or of its first ones, memory-mapped."""
 
     def __init__(self, folder: Path):
         index = json.loads((folder / "index.json").read_text())
@@ -30,10 +30,17 @@ class StateStore:
 
     @classmethod
     def build(
-        cls, folder: Path, store: FeatureStore, encoder: SpeechEncoder, layers: int, window: int, seed: int
+        cls,
+        folder: Path,
+        store: FeatureStore,
+        encoder: SpeechEncoder,
+        layers: int,
+        window: int,
+        seed: int,
+        most: int | None = None,
     ) -> StateStore:
-        """What the encoder's first `layers` layers make of the clips, in batches of similar length, padded as
-        `padded_frames` draws it.
+        """What the encoder's first `layers` layers make of the first `most` clips, in batches of similar
+        length, padded as `padded_frames` draws it.
 
         The index is written last: a folder that has one is complete and is opened as it is.
         """
@@ -41,7 +48,7 @@ class StateStore:
             return cls(folder)
         folder.mkdir(parents=True, exist_ok=True)
         rng = random.Random(seed)
-        order = np.argsort(np.diff(store.offsets), kind="stable").tolist()
+        order = np.argsort(np.diff(store.offsets)[:most], kind="stable").tolist()
         lengths, offsets = [0] * len(order), [0] * len(order)
         written = 0
         device = next(encoder.parameters()).device
