@@ -125,7 +125,7 @@ def run(
                 f"short_list (the draft's vocabulary) must be from 0 to {base.vocabulary}, got {short_list}"
             )
         bases[name] = replace(base, short_list=short_list, encoder_stride=encoder_stride)
-    bench = _Bench(rounds, cold, progress, skipped)
+    bench = _Bench(rounds, cold, encoder_stride, progress, skipped)
     modules = {}
     for peer in peers:
         try:
@@ -148,9 +148,7 @@ def run(
                     for backend in backends:
                         progress(f"{name}: {backend}, {fmt}, batch {batch}, T = {length}")
                         for caches in (None, *kv):
-                            cases += _own_cases(
-                                name, shape, made, backend, fmt, batch, caches, cold, bench.tokens_per_step
-                            )
+                            cases += _own_cases(name, shape, made, backend, fmt, batch, caches, cold)
                 if (batch, length) == (1, first):
                     cases += bench.peer_cases(modules, problem, name, shape, width)
                 bench.time(cases)
@@ -172,14 +170,20 @@ class _Bench:
     """The rows so far, and what they are measured with."""
 
     def __init__(
-        self, rounds: int, cold: bool, progress: Callable[[str], None], skipped: Callable[[str], None]
+        self,
+        rounds: int,
+        cold: bool,
+        encoder_stride: int,
+        progress: Callable[[str], None],
+        skipped: Callable[[str], None],
     ) -> None:
         self._rounds = Rounds(rounds, cold)
+        self._encoder_stride = encoder_stride
         self._progress, self._skipped = progress, skipped
         self._rows: list[Row] = []
-        self._costs: dict[str, dict[str, float]] = {"two_row_cost": {}, "draft_overhead": {}}
-        figures = miniature()
-        self.tokens_per_step: float | None = figures["tokens_per_step"] if figures else None
+        self._costs: dict[str, dict[str, float]] = {
+            name: {} for name in ("two_row_cost", "draft_overhead", "tokens_per_step")
+        }
 
     def peer_cases(
         self, modules: dict[str, ModuleType], problem: Problem | None, name: str, shape: Shape, fmt: str
@@ -212,8 +216,10 @@ class _Bench:
                 for what, rows in (("step", 1), ("step", 2), ("kvspn_step", 2))
             )
             if case.what == "token":
-                assert self.tokens_per_step
-                case.times = [ms / self.tokens_per_step for ms in whole]
+                reached = _tokens_per_step(case.weights, self._encoder_stride)
+                assert reached
+                self._costs["tokens_per_step"][_key(case)] = reached
+                case.times = [ms / reached for ms in whole]
             else:
                 case.times = [a - b for a, b in zip(whole, two, strict=True)]
                 self._costs["two_row_cost"][_key(case)] = _ratio(two, one)
@@ -225,7 +231,6 @@ class _Bench:
             "rows": self._rows,
             "summary": {
                 **self._costs,
-                "tokens_per_step": self.tokens_per_step,
                 "speedup": speedups(self._rows),
             },
         }
@@ -354,7 +359,6 @@ def _own_cases(
     batch: int,
     kv: str | None,
     cold: bool,
-    tokens_per_step: float | None,
 ) -> Iterator[Case]:
     weights = quantisation.quantise(made, fmt)
     whole, two_row = (start(backend, each, shape, batch, kv) for each in (weights, faint_draft(weights)))
@@ -413,7 +417,7 @@ def _own_cases(
     yield case("step", 2, bare, two, two_row, True)
     yield case("kvspn_step", 2, drafting, all_of_it, whole, True)
     yield case("draft", 1, drafting - bare, all_of_it - two, whole, True)
-    if tokens_per_step:
+    if tokens_per_step := _tokens_per_step(fmt, shape.encoder_stride):
         size, flops = (round(each / tokens_per_step) for each in (drafting, all_of_it))
         yield case("token", 2, size, flops, whole, True)
 
@@ -478,13 +482,21 @@ def miniature(variant: str = "") -> dict[str, Any] | None:
     """The shipped miniature's figures on unseen sentences at k = 1, or a variant's; None without a record.
 
     Args:
-        variant: "last-layer", "int8-kv", ...: bench/results/miniature-<variant>.json.
+        variant: "last-layer", "int8-int4", ...: bench/results/miniature-<variant>.json.
     """
     record = _RESULTS / f"miniature{'-' * bool(variant)}{variant}.json"
     if not record.exists():
         return None
     rows: list[dict[str, Any]] = json.loads(record.read_text("utf-8"))["rows"]
     return next(row for row in rows if (row["set"], row["k"]) == ("unseen", 1))
+
+
+def _tokens_per_step(fmt: str, encoder_stride: int) -> float | None:
+    """The miniature's in a weight format, its draft network with that stride; None without a record."""
+    stride = f"encoder-stride-{encoder_stride}" if encoder_stride > 1 else ""
+    variant = "-".join(part for part in (stride, fmt.replace("/", "-")) if part not in ("", "fp32"))
+    figures = miniature(variant)
+    return figures["tokens_per_step"] if figures else None
 
 
 def _width(fmt: str) -> str:

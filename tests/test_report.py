@@ -31,7 +31,7 @@ def document() -> dict:
             "cpu": {"name": "A & B", "read_gb_per_s": 4.0, "product_gflop_per_s": {"fp32": 9.5, "bf16": 40.0}}
         },
     }
-    summary = {"two_row_cost": {}, "draft_overhead": {}, "tokens_per_step": None, "speedup": {}}
+    summary = {"two_row_cost": {}, "draft_overhead": {}, "tokens_per_step": {}, "speedup": {}}
     return {
         "machine": machine,
         "rows": [asdict(row) for row in steps],
