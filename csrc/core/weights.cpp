@@ -247,9 +247,10 @@ void Weights::pack(const kvspn_tensor& tensor, int columns, Matrix& matrix) {
             }
             continue;
         }
+        const bool pairs = matrix.dtype == Dtype::int8 || matrix.dtype == Dtype::bf16;
         for (int64_t c = 0; c < columns; ++c) {
-            const int64_t place =
-                matrix.dtype == Dtype::int8 ? (c - c % 2) * kLanes + 2 * lane + c % 2 : c * kLanes + lane;
+            const bool paired = pairs && (c | 1) < matrix.columns;
+            const int64_t place = paired ? (c - c % 2) * kLanes + 2 * lane + c % 2 : c * kLanes + lane;
             std::memcpy(
                 memory.as<char>() + (tile + place) * size,
                 static_cast<const char*>(tensor.data) + (from + c * tensor.strides[1]) * int64_t(size), size);

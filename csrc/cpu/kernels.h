@@ -18,8 +18,8 @@ inline bool is_integer(Dtype dtype) { return dtype == Dtype::int8 || dtype == Dt
 
 // y = x W^T + bias. W is cut into tiles of kLanes outputs, the last one filled up with zeros; a tile is one
 // stream of memory that holds, in order of the columns,
-//   fp32, bf16, fp16: a column's kLanes outputs;
-//   int8: of each pair of columns, each output's two weights;
+//   fp32, fp16: a column's kLanes outputs;
+//   bf16, int8: of each pair of columns, each output's two weights (a last odd column of bf16 as above);
 //   int4: of each block of kDepth columns, 16 bits for each output and each parity: its four even, then its
 //   four odd columns, the first in the lowest bits.
 // Integer weights are multiplied with int16 activations in int32, and the sums of a span with its scale.

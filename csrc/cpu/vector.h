@@ -335,6 +335,36 @@ INLINE V widen(const T* p) {
     }
 }
 
+// 32 elements: the first and the last 16; of bf16, which is cheaper so, the even and the odd ones.
+template <class T>
+INLINE void widen_two(const T* p, Vec& first, Vec& second) {
+    first = widen(p), second = widen(p + kLanes);
+}
+INLINE void widen_two(const Bf16* p, Vec& first, Vec& second) {
+    const IVec both = load<IVec>(p);
+    first = as<Vec>(both << 16), second = as<Vec>(both & (int32_t)0xffff0000);
+}
+
+// 32 floats from and to the order in which `widen_two` has elements of T.
+template <class T>
+INLINE void load_two(const float* p, Vec& first, Vec& second) {
+    first = load<Vec>(p), second = load<Vec>(p + kLanes);
+    if constexpr (std::is_same_v<T, Bf16>) {
+        float ordered[2 * kLanes];
+        for (int i = 0; i < 2 * kLanes; ++i) ordered[i % 2 * kLanes + i / 2] = p[i];
+        first = load<Vec>(ordered), second = load<Vec>(ordered + kLanes);
+    }
+}
+template <class T>
+INLINE void store_two(float* p, Vec first, Vec second) {
+    store(p, first), store(p + kLanes, second);
+    if constexpr (std::is_same_v<T, Bf16>) {
+        float ordered[2 * kLanes];
+        store(ordered, first), store(ordered + kLanes, second);
+        for (int i = 0; i < 2 * kLanes; ++i) p[i] = ordered[i % 2 * kLanes + i / 2];
+    }
+}
+
 // `count` < 16 elements, zeros behind them.
 template <class T>
 INLINE Vec load_part(const T* p, int count) {
