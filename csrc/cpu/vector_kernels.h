@@ -16,18 +16,13 @@ INLINE Words columns(const int16_t* x) {
 struct Int8 {
     static constexpr int kBits = 8;
 
-    // kDepth columns of each tile: adds their products to the even and odd sums of `Count` rows.
-    template <int Tiles, int Count>
-    static INLINE void block(const char* weights, int64_t tile, const int16_t* x, int64_t stride,
-                             IVec (&sums)[Tiles][Count][2]) {
+    // kDepth columns of a tile: adds their products to the even and odd sums of `Count` rows.
+    template <int Count>
+    static INLINE void block(const char* weights, const int16_t* x, int64_t stride, IVec (&sums)[Count][2]) {
         for (int i = 0; i < kDepth / 2; ++i) {
-            Words w[Tiles];
-            for (int t = 0; t < Tiles; ++t)
-                w[t] = widen<Words>((const int8_t*)weights + t * tile + i * 2 * kLanes);
-            for (int r = 0; r < Count; ++r) {
-                const Words both = columns(x + r * stride + 2 * i);
-                for (int t = 0; t < Tiles; ++t) sums[t][r][i % 2] = dot(w[t], both, sums[t][r][i % 2]);
-            }
+            const Words w = widen<Words>((const int8_t*)weights + i * 2 * kLanes);
+            for (int r = 0; r < Count; ++r)
+                sums[r][i % 2] = dot(w, columns(x + r * stride + 2 * i), sums[r][i % 2]);
         }
     }
 };
@@ -35,115 +30,81 @@ struct Int8 {
 struct Int4 {
     static constexpr int kBits = 4;
 
-    template <int Tiles, int Count>
-    static INLINE void block(const char* weights, int64_t tile, const int16_t* x, int64_t stride,
-                             IVec (&sums)[Tiles][Count][2]) {
-        Words w[Tiles][4];
-        for (int t = 0; t < Tiles; ++t) {
-            const Words all = load<Words>(weights + t * tile);
-            w[t][0] = all << 12 >> 12, w[t][1] = all << 8 >> 12, w[t][2] = all << 4 >> 12,
-            w[t][3] = all >> 12;
-        }
-        for (int i = 0; i < kDepth / 2; ++i) {
-            for (int r = 0; r < Count; ++r) {
-                const Words both = columns(x + r * stride + 2 * i);
-                for (int t = 0; t < Tiles; ++t) sums[t][r][i % 2] = dot(w[t][i], both, sums[t][r][i % 2]);
-            }
-        }
+    template <int Count>
+    static INLINE void block(const char* weights, const int16_t* x, int64_t stride, IVec (&sums)[Count][2]) {
+        const Words all = load<Words>(weights);
+        const Words w[4] = {all << 12 >> 12, all << 8 >> 12, all << 4 >> 12, all >> 12};
+        for (int i = 0; i < kDepth / 2; ++i)
+            for (int r = 0; r < Count; ++r)
+                sums[r][i % 2] = dot(w[i], columns(x + r * stride + 2 * i), sums[r][i % 2]);
     }
 };
 
-// `Tiles` tiles of `Count` rows; the order of a sum depends on neither.
-template <class W, int Tiles, int Count>
-struct Product {
-    static INLINE void of(const Matrix& m, const Rows& rows, int output, Vec (&y)[Tiles][Count]) {
+// kLanes outputs of `Count` rows; the order of a sum does not depend on `Count`.
+template <class W, int Count>
+struct Tile {
+    static INLINE void product(const Matrix& m, const Rows& rows, int output, Vec (&y)[Count]) {
         const W* w = (const W*)m.weight + (int64_t)output * m.columns;
-        const int64_t tile = (int64_t)kLanes * m.columns;
-        Vec acc[Tiles][Count][2] = {};
+        Vec acc[Count][2] = {};
         int c = 0;
         for (; c + 2 <= m.columns; c += 2, w += 2 * kLanes) {
-            Vec even[Tiles], odd[Tiles];
-            for (int t = 0; t < Tiles; ++t) widen_two(w + t * tile, even[t], odd[t]);
+            Vec even, odd;
+            widen_two(w, even, odd);
             for (int r = 0; r < Count; ++r) {
                 const float* x = rows.x + r * rows.stride + c;
-                const Vec x0 = fill(x[0]), x1 = fill(x[1]);
-                for (int t = 0; t < Tiles; ++t) {
-                    acc[t][r][0] = fma(even[t], x0, acc[t][r][0]);
-                    acc[t][r][1] = fma(odd[t], x1, acc[t][r][1]);
-                }
+                acc[r][0] = fma(even, fill(x[0]), acc[r][0]);
+                acc[r][1] = fma(odd, fill(x[1]), acc[r][1]);
             }
         }
-        for (int t = 0; t < Tiles; ++t) {
-            for (int r = 0; r < Count; ++r) {
-                if (c < m.columns)
-                    acc[t][r][0] = fma(widen(w + t * tile), fill(rows.x[r * rows.stride + c]), acc[t][r][0]);
-                y[t][r] = acc[t][r][0] + acc[t][r][1];
-            }
+        for (int r = 0; r < Count; ++r) {
+            if (c < m.columns) acc[r][0] = fma(widen(w), fill(rows.x[r * rows.stride + c]), acc[r][0]);
+            y[r] = acc[r][0] + acc[r][1];
         }
     }
 };
 
-template <class Format, int Tiles, int Count>
-struct IntegerProduct {
-    static INLINE void of(const Matrix& m, const Rows& rows, int output, Vec (&y)[Tiles][Count]) {
+template <class Format, int Count>
+struct IntegerTile {
+    static INLINE void product(const Matrix& m, const Rows& rows, int output, Vec (&y)[Count]) {
         const char* w = (const char*)m.weight + (int64_t)output * m.columns * Format::kBits / 8;
-        const int64_t tile = (int64_t)kLanes * m.columns * Format::kBits / 8;
-        const int spans = (m.columns + m.span - 1) / m.span;
-        const float* scale = m.scale + (int64_t)output * spans;
-        for (int t = 0; t < Tiles; ++t)
-            for (int r = 0; r < Count; ++r) y[t][r] = Vec{};
+        const float* scale = m.scale + (int64_t)output * ((m.columns + m.span - 1) / m.span);
+        for (int r = 0; r < Count; ++r) y[r] = Vec{};
         for (int from = 0; from < m.columns; from += m.span, scale += kLanes) {
             const int to = from + m.span < m.columns ? from + m.span : m.columns;
-            IVec sums[Tiles][Count][2] = {};
+            IVec sums[Count][2] = {};
             for (int c = from; c < to; c += kDepth, w += kDepth * kLanes * Format::kBits / 8)
-                Format::template block<Tiles, Count>(w, tile, rows.quantised + c, rows.quantised_stride,
-                                                     sums);
-            for (int t = 0; t < Tiles; ++t)
-                for (int r = 0; r < Count; ++r)
-                    y[t][r] = fma(convert<Vec>(sums[t][r][0] + sums[t][r][1]),
-                                  load<Vec>(scale + t * spans * kLanes), y[t][r]);
+                Format::template block<Count>(w, rows.quantised + c, rows.quantised_stride, sums);
+            for (int r = 0; r < Count; ++r)
+                y[r] = fma(convert<Vec>(sums[r][0] + sums[r][1]), load<Vec>(scale), y[r]);
         }
-        for (int t = 0; t < Tiles; ++t)
-            for (int r = 0; r < Count; ++r) y[t][r] *= rows.scales[r];
+        for (int r = 0; r < Count; ++r) y[r] *= rows.scales[r];
     }
 };
-template <int Tiles, int Count>
-struct Product<Int8, Tiles, Count> : IntegerProduct<Int8, Tiles, Count> {};
-template <int Tiles, int Count>
-struct Product<Int4, Tiles, Count> : IntegerProduct<Int4, Tiles, Count> {};
+template <int Count>
+struct Tile<Int8, Count> : IntegerTile<Int8, Count> {};
+template <int Count>
+struct Tile<Int4, Count> : IntegerTile<Int4, Count> {};
 
-// Outputs first .. last, of `Tiles` tiles from `output` on.
-template <class W, int Tiles, int Count>
-INLINE void linear_tiles(const Matrix& m, const Rows& rows, int output, int first, int last, float* y,
-                         int64_t y_stride, bool accumulate) {
-    Vec products[Tiles][Count];
-    Product<W, Tiles, Count>::of(m, rows, output, products);
-    for (int t = 0; t < Tiles; ++t, output += kLanes) {
+template <class W, int Count>
+void linear_rows(const Matrix& m, const Rows& rows, int first, int last, float* y, int64_t y_stride,
+                 bool accumulate) {
+    for (int output = first / kLanes * kLanes; output < last; output += kLanes) {
+        Vec products[Count];
+        Tile<W, Count>::product(m, rows, output, products);
         const int from = first > output ? first - output : 0;
         const int to = last - output < kLanes ? last - output : kLanes;
         for (int r = 0; r < Count; ++r) {
-            if (m.bias) products[t][r] += load<Vec>(m.bias + output);
+            if (m.bias) products[r] += load<Vec>(m.bias + output);
             float* out = y + r * y_stride + output;
             if (to - from == kLanes) {
-                store(out, accumulate ? load<Vec>(out) + products[t][r] : products[t][r]);
+                store(out, accumulate ? load<Vec>(out) + products[r] : products[r]);
             } else {
                 float each[kLanes];
-                store(each, products[t][r]);
+                store(each, products[r]);
                 for (int o = from; o < to; ++o) out[o] = accumulate ? out[o] + each[o] : each[o];
             }
         }
     }
-}
-
-// Tiles that go together share the loads of a row's activations, where there are registers for them.
-template <class W, int Count>
-void linear_rows(const Matrix& m, const Rows& rows, int first, int last, float* y, int64_t y_stride,
-                 bool accumulate) {
-    constexpr int kTiles = kBytes == 64 ? 2 : 1;
-    int output = first / kLanes * kLanes;
-    for (; output + (kTiles - 1) * kLanes < last; output += kTiles * kLanes)
-        linear_tiles<W, kTiles, Count>(m, rows, output, first, last, y, y_stride, accumulate);
-    if (output < last) linear_tiles<W, 1, Count>(m, rows, output, first, last, y, y_stride, accumulate);
 }
 
 template <int N>
