@@ -87,10 +87,20 @@ def quantise(weights: DecoderWeights, to: str) -> DecoderWeights:
 
 
 @torch.no_grad()
-def round_to_int8(module: nn.Linear | nn.Embedding) -> None:
-    """A matrix in place to the values that its int8 weights stand for, which then cost it nothing more."""
-    weight, _, scale = quantise_linear(Linear(module.weight), "int8")
-    module.weight.copy_(dequantise(weight, scale))
+def round_to_int8(decoder: nn.Module) -> list[nn.Parameter]:
+    """A decoder's matrices in place to the values that int8 weights stand for, which then cost no more.
+
+    Args:
+        decoder: Whisper's or one like it: `embed_tokens` and the linear layers of `layers`.
+
+    Returns: the matrices.
+    """
+    linear = [part for part in decoder.layers.modules() if isinstance(part, nn.Linear)]
+    matrices = [part.weight for part in (decoder.embed_tokens, *linear)]
+    for matrix in matrices:
+        weight, _, scale = quantise_linear(Linear(matrix), "int8")
+        matrix.copy_(dequantise(weight, scale))
+    return matrices
 
 
 def quantise_linear(linear: Linear, to: str) -> Linear:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from kvspn.assets import bundled_model, read_manifest
 from kvspn.audio import SAMPLING_RATE, load_audio
 from kvspn.models import WhisperM2MForConditionalGeneration
+from kvspn.quantisation import round_to_int8
 from kvspn.translator import Translator
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
@@ -80,6 +82,20 @@ def test_drafting_at_every_k(translator, dtype, k):
         assert torch.equal(out.sequences, greedy)
     if k == "inf":
         assert out.total.acceptance == 1
+
+
+def test_int8_keeps_the_logits(translator):
+    """The matrices lie where int8 can hold them, so that it changes the logits by less than bf16 would."""
+    clip = read_manifest("unseen")[8]
+    features = translator.processor(load_audio(clip.audio), sampling_rate=SAMPLING_RATE).input_features
+    rounded = copy.deepcopy(translator.model)
+    round_to_int8(rounded.model.decoder)
+    tokens = translator.model.generate(features, language=clip.language, target_language="it")
+    with torch.no_grad():
+        full, found = (
+            model(features, decoder_input_ids=tokens).logits for model in (translator.model, rounded)
+        )
+    assert (found - full).norm() <= 1e-3 * full.norm()
 
 
 def test_text_translation(translator):

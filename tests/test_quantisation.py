@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -60,16 +62,21 @@ def test_int8_is_within_half_a_step():
     assert torch.equal(quantised.bias, linear.bias)
 
 
-@pytest.mark.parametrize("kind", [lambda: nn.Linear(40, 24), lambda: nn.Embedding(24, 40)])
-def test_a_matrix_rounded_to_int8_loses_nothing_more(kind):
+def test_matrices_rounded_to_int8_lose_nothing_more():
     """Not even by way of fp16, in which a model is saved: the same integers, by nearly the same scales."""
-    module = kind()
-    first = quantise_linear(Linear(module.weight.detach()), "int8")
-    round_to_int8(module)
-    assert torch.equal(module.weight, dequantise(first.weight, first.scale))
-    again = quantise_linear(Linear(module.weight.detach().half()), "int8")
-    assert torch.equal(again.weight, first.weight)
-    torch.testing.assert_close(again.scale, first.scale, rtol=2**-11, atol=0)
+    decoder = nn.Module()
+    decoder.embed_tokens, decoder.embed_positions = nn.Embedding(24, 40), nn.Embedding(8, 40)
+    decoder.layers = nn.ModuleList([nn.Linear(40, 24), nn.LayerNorm(24)])
+    before = copy.deepcopy(decoder)
+    rounded = round_to_int8(decoder)
+    assert rounded[0] is decoder.embed_tokens.weight and rounded[1] is decoder.layers[0].weight
+    assert len(rounded) == 2 and torch.equal(decoder.embed_positions.weight, before.embed_positions.weight)
+    for matrix, old in zip(rounded, (before.embed_tokens, before.layers[0]), strict=True):
+        first = quantise_linear(Linear(old.weight.detach()), "int8")
+        assert torch.equal(matrix, dequantise(first.weight, first.scale))
+        again = quantise_linear(Linear(matrix.detach().half()), "int8")
+        assert torch.equal(again.weight, first.weight)
+        torch.testing.assert_close(again.scale, first.scale, rtol=2**-11, atol=0)
 
 
 def test_int4_is_within_half_a_step():

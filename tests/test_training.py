@@ -247,10 +247,10 @@ def test_whole_recipe_and_resuming(tmp_path: Path):
     assert same == [True, False], "the base learns the encoder's upper layers alone"
     base = WhisperM2MForConditionalGeneration.from_pretrained(tmp_path / "adapted")
     assert not any("lora" in name for name in base.state_dict())
-    for matrix in (base.model.decoder.embed_tokens, base.model.decoder.layers[1].fc1):
-        rounded = copy.deepcopy(matrix)
-        round_to_int8(rounded)
-        torch.testing.assert_close(rounded.weight, matrix.weight, rtol=1e-5, atol=1e-7)
+    rounded = copy.deepcopy(base)
+    round_to_int8(rounded.model.decoder)
+    for name, weight in base.named_parameters():
+        torch.testing.assert_close(rounded.get_parameter(name), weight, rtol=1e-5, atol=1e-7)
     outputs = json.loads((tmp_path / "outputs-held-out.json").read_text())
     corpus = make_data(tmp_path, recipe, log=lambda line: None)
     assert len(outputs) == len(corpus.held_out)

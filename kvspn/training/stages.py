@@ -138,11 +138,8 @@ def adapt_encoder(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
     torch.manual_seed(recipe.seed)
     model = WhisperM2MForConditionalGeneration.from_pretrained(folder / "base")
     model.model.encoder.requires_grad_(False)
-    decoder = model.model.decoder
-    for matrix in (decoder.embed_tokens, *decoder.layers.modules()):
-        if isinstance(matrix, nn.Linear | nn.Embedding):
-            round_to_int8(matrix)
-            matrix.weight.requires_grad_(False)
+    for matrix in round_to_int8(model.model.decoder):
+        matrix.requires_grad_(False)
     lora = LoraModel(
         model.model.encoder,
         LoraConfig(
