@@ -62,6 +62,9 @@ void Engine::bind(const kvspn_batch& b) {
     ids_ = std::move(ids), drafts_ = std::move(drafts);
     scores_stride_ = scores;
     const auto cache = [](const kvspn_tensor& kv, const kvspn_tensor* scale, const kvspn_tensor& lengths) {
+        size_t bytes = size_of(Dtype(kv.dtype));
+        for (int i = 0; i < kv.ndim; ++i) bytes *= size_t(kv.shape[i]);
+        prefer_huge_pages(kv.data, bytes);
         return Cache{static_cast<char*>(kv.data), scale ? static_cast<float*>(scale->data) : nullptr,
                      static_cast<int32_t*>(lengths.data), int(kv.shape[4])};
     };

@@ -1,11 +1,9 @@
 #include "core/team.h"
 
-#include <algorithm>
-
 namespace kvspn {
 namespace {
 
-constexpr int kMostSpins = 4000, kFewestSpins = 50;  // some 50 microseconds, and about one
+constexpr int kSpins = 500, kYields = 200;  // some 5 microseconds, and some 50 to 100 more
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -15,7 +13,7 @@ inline void pause() {
 
 }  // namespace
 
-Team::Team(int threads) : size_(threads), spins_(kMostSpins) {
+Team::Team(int threads) : size_(threads) {
     for (int thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { serve(thread); });
 }
 
@@ -39,17 +37,13 @@ void Team::barrier() {
         arrived_.store(0, std::memory_order_relaxed);
         advance(phase_);
     } else {
-        // Where threads share a core, spinning only keeps the others from arriving.
-        const int spins = spins_.load(std::memory_order_relaxed);
-        const bool slept = wait_while(phase_, phase, spins);
-        const int next = slept ? std::max(spins / 2, kFewestSpins) : std::min(spins + spins / 16, kMostSpins);
-        if (next != spins) spins_.store(next, std::memory_order_relaxed);  // or the line moves each time
+        wait_while(phase_, phase);
     }
 }
 
 void Team::serve(int thread) {
     for (uint32_t seen = 0;; ++seen) {
-        wait_while(generation_, seen, kMostSpins);
+        wait_while(generation_, seen);
         if (stop_) return;
         (*work_)(thread);
         barrier();
@@ -58,16 +52,22 @@ void Team::serve(int thread) {
 
 // Either this thread sees the new value before it sleeps, or `advance` sees that it does: both are in the one
 // order of sequentially consistent operations.
-bool Team::wait_while(const std::atomic<uint32_t>& count, uint32_t old, int spins) {
-    for (int spin = 0; spin < spins; ++spin) {
-        if (count.load(std::memory_order_acquire) != old) return false;
-        pause();
+//
+// Where threads share a core, as beside other busy programs, spinning only keeps the others from arriving: a
+// thread that yields makes room for them, and is back at once where there are none. Asleep, it would be back
+// some 50 microseconds after the last one has arrived.
+void Team::wait_while(const std::atomic<uint32_t>& count, uint32_t old) {
+    for (int spin = 0; spin < kSpins + kYields; ++spin) {
+        if (count.load(std::memory_order_acquire) != old) return;
+        if (spin < kSpins)
+            pause();
+        else
+            std::this_thread::yield();
     }
     std::unique_lock<std::mutex> lock(mutex_);
     ++sleepers_;
     wake_.wait(lock, [&] { return count.load() != old; });
     --sleepers_;
-    return true;
 }
 
 void Team::advance(std::atomic<uint32_t>& count) {

@@ -28,12 +28,11 @@ class Team {
   private:
     void serve(int thread);
 
-    // Waits while `count` is `old`, at first spinning; whether it has slept.
-    bool wait_while(const std::atomic<uint32_t>& count, uint32_t old, int spins);
+    // Waits while `count` is `old`: spinning, then giving the core to other threads, at last asleep.
+    void wait_while(const std::atomic<uint32_t>& count, uint32_t old);
     void advance(std::atomic<uint32_t>& count);
 
     const int size_;
-    std::atomic<int> spins_;  // at a barrier, before a thread sleeps
     std::vector<std::thread> workers_;
     const std::function<void(int)>* work_ = nullptr;
     std::atomic<uint32_t> generation_{0};

@@ -104,14 +104,13 @@ Weights::Weights(const kvspn_engine_params& params, const kvspn_tensor* tensors,
             draft_head = read_matrix("draft_head", ids ? rows_of("draft_head") : vocabulary, d);
             if (ids) {
                 check_tensor("draft_ids", *ids, {Dtype::int32}, {draft_head.outputs});
-                Memory memory(draft_head.outputs * sizeof(int32_t));
+                int32_t* own = memory_.take<int32_t>(draft_head.outputs);
                 for (int i = 0; i < draft_head.outputs; ++i) {
                     const int32_t id = static_cast<const int32_t*>(ids->data)[i * ids->strides[0]];
                     require(id >= 0 && id < vocabulary, "draft_ids must be tokens, got ", id);
-                    memory.as<int32_t>()[i] = id;
+                    own[i] = id;
                 }
-                draft_ids = memory.as<int32_t>();
-                memory_.push_back(std::move(memory));
+                draft_ids = own;
             }
         }
     }
@@ -140,10 +139,9 @@ const kvspn_tensor& Weights::get(const std::string& name, std::initializer_list<
 
 const float* Weights::vector(const std::string& name, int size) {
     const kvspn_tensor& tensor = get(name, {size});
-    Memory memory(size * sizeof(float));
-    read_rows(tensor, 1, size, memory.as<float>(), 0);
-    memory_.push_back(std::move(memory));
-    return memory_.back().as<float>();
+    float* own = memory_.take<float>(size);
+    read_rows(tensor, 1, size, own, 0);
+    return own;
 }
 
 Norm Weights::read_norm(const std::string& name) {
@@ -187,23 +185,21 @@ void Weights::copy_rows(const std::string& name, const kvspn_tensor& tensor, int
             matrix.span >= kDepth && !(matrix.span & (matrix.span - 1)) && matrix.span * groups == columns,
             name, ".scale must divide the ", columns, " columns into groups of 8, 16, 32, ..., got ", groups,
             " groups");
-        Memory memory(size_t(matrix.outputs) * groups * sizeof(float));
-        read_rows(scale, matrix.outputs, groups, memory.as<float>(), groups);
-        matrix.scale = memory.as<float>();
-        memory_.push_back(std::move(memory));
+        float* own = memory_.take<float>(size_t(matrix.outputs) * groups);
+        read_rows(scale, matrix.outputs, groups, own, groups);
+        matrix.scale = own;
     }
     const int64_t size = int64_t(size_of(matrix.dtype)), count = tensor.shape[1];
     const int64_t pitch = pad(int(count * size), 16);
     matrix.columns = int(pitch / size) * (int4 ? 2 : 1);
-    Memory memory(size_t(matrix.outputs * pitch));
+    char* own = memory_.take<char>(size_t(matrix.outputs * pitch));
     for (int64_t output = 0; output < matrix.outputs; ++output)
         for (int64_t c = 0; c < count; ++c)
-            std::memcpy(memory.as<char>() + output * pitch + c * size,
+            std::memcpy(own + output * pitch + c * size,
                         static_cast<const char*>(tensor.data) +
                             (output * tensor.strides[0] + c * tensor.strides[1]) * size,
                         size_t(size));
-    matrix.weight = memory.as<void>();
-    memory_.push_back(std::move(memory));
+    matrix.weight = own;
 }
 
 // int8: a scale for each output; int4: for each group of an output's columns.
@@ -220,20 +216,20 @@ void Weights::read_scale(const std::string& name, int columns, Matrix& matrix) {
         matrix.span = columns / int(groups);
     }
     const int spans = (matrix.columns + matrix.span - 1) / matrix.span;
-    Memory memory(size_t(pad(matrix.outputs, kLanes)) * spans * sizeof(float));
+    float* own = memory_.take<float>(size_t(pad(matrix.outputs, kLanes)) * spans);
     for (int output = 0; output < matrix.outputs; ++output)
         for (int span = 0; span < spans; ++span)
-            memory.as<float>()[(output / kLanes * spans + span) * kLanes + output % kLanes] =
+            own[(output / kLanes * spans + span) * kLanes + output % kLanes] =
                 element(scale, output * scale.strides[0] + (int4 ? span * scale.strides[1] : 0));
-    matrix.scale = memory.as<float>();
-    memory_.push_back(std::move(memory));
+    matrix.scale = own;
 }
 
 // The tensor's weights in the order that Matrix describes.
 void Weights::pack(const kvspn_tensor& tensor, int columns, Matrix& matrix) {
     const bool int4 = matrix.dtype == Dtype::int4;
     const size_t size = size_of(matrix.dtype);
-    Memory memory(size_t(pad(matrix.outputs, kLanes)) * matrix.columns * size / (int4 ? 2 : 1));
+    char* own =
+        memory_.take<char>(size_t(pad(matrix.outputs, kLanes)) * matrix.columns * size / (int4 ? 2 : 1));
     for (int64_t output = 0; output < matrix.outputs; ++output) {
         const int64_t tile = output / kLanes * kLanes * matrix.columns, lane = output % kLanes;
         const int64_t from = output * tensor.strides[0];
@@ -243,7 +239,7 @@ void Weights::pack(const kvspn_tensor& tensor, int columns, Matrix& matrix) {
                     static_cast<const uint8_t*>(tensor.data)[from + c / 2 * tensor.strides[1]];
                 const int nibble = ((c % 2 ? byte >> 4 : byte & 15) - 8) & 15;
                 const int64_t word = (tile + c / kDepth * kDepth * kLanes) / 4 + 2 * lane + c % 2;
-                memory.as<uint16_t>()[word] |= uint16_t(nibble << c % kDepth / 2 * 4);
+                reinterpret_cast<uint16_t*>(own)[word] |= uint16_t(nibble << c % kDepth / 2 * 4);
             }
             continue;
         }
@@ -252,12 +248,11 @@ void Weights::pack(const kvspn_tensor& tensor, int columns, Matrix& matrix) {
             const bool paired = pairs && (c | 1) < matrix.columns;
             const int64_t place = paired ? (c - c % 2) * kLanes + 2 * lane + c % 2 : c * kLanes + lane;
             std::memcpy(
-                memory.as<char>() + (tile + place) * size,
+                own + (tile + place) * size,
                 static_cast<const char*>(tensor.data) + (from + c * tensor.strides[1]) * int64_t(size), size);
         }
     }
-    matrix.weight = memory.as<void>();
-    memory_.push_back(std::move(memory));
+    matrix.weight = own;
 }
 
 Table Weights::read_table(const std::string& name) {
@@ -267,15 +262,14 @@ Table Weights::read_table(const std::string& name) {
             name, " must not be empty, got ", tensor.shape[0], " x ", tensor.shape[1]);
     Table table{Dtype(tensor.dtype), nullptr, int(tensor.shape[0]), int(tensor.shape[1])};
     const size_t size = size_of(table.dtype);
-    Memory memory(size_t(table.count) * table.width * size);
+    char* own = memory_.take<char>(size_t(table.count) * table.width * size);
     for (int64_t row = 0; row < table.count; ++row)
         for (int64_t c = 0; c < table.width; ++c)
-            std::memcpy(memory.as<char>() + (row * table.width + c) * size,
+            std::memcpy(own + (row * table.width + c) * size,
                         static_cast<const char*>(tensor.data) +
                             (row * tensor.strides[0] + c * tensor.strides[1]) * int64_t(size),
                         size);
-    table.rows = memory.as<void>();
-    memory_.push_back(std::move(memory));
+    table.rows = own;
     return table;
 }
 

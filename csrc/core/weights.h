@@ -70,7 +70,7 @@ struct Weights {
 
     Layout layout_;
     std::unordered_map<std::string, const kvspn_tensor*> tensors_;  // valid while constructing
-    std::vector<Memory> memory_;
+    Arena memory_;
 };
 
 }  // namespace kvspn
