@@ -132,7 +132,8 @@ KVSPN_API void kvspn_engine_destroy(kvspn_engine* engine);
  * The CPU has none but NULL. */
 KVSPN_API kvspn_status kvspn_engine_set_stream(kvspn_engine* engine, void* stream);
 
-/* Takes the batch that the calls below work on, in place of the last one. */
+/* Takes the batch that the calls below work on, in place of the last one. On the CPU it asks the system to
+ * keep the batch's caches in huge pages: a hint, best given before they are first written. */
 KVSPN_API kvspn_status kvspn_engine_bind(kvspn_engine* engine, const kvspn_batch* batch);
 
 /* Encoder states [E, d] of one row -> its cross-attention keys and values, and cross_lengths[row] = E. With
