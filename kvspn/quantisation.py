@@ -87,7 +87,7 @@ def quantise(weights: DecoderWeights, to: str) -> DecoderWeights:
 
 
 @torch.no_grad()
-def round_to_int8(decoder: nn.Module) -> list[nn.Parameter]:
+def round_to_int8(decoder: Any) -> list[nn.Parameter]:
     """A decoder's matrices in place to the values that int8 weights stand for, which then cost no more.
 
     Args:

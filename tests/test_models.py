@@ -304,6 +304,17 @@ def test_start_from_copies_the_groups_last_layer():
     assert torch.equal(block.fc1.weight, layer.fc1.weight)
 
 
+def test_encoder_outputs_of_different_lengths():
+    """A list of the rows' own states, as if each were alone."""
+    model = make_m2m()
+    states = model.encode(features(2))
+    rows = [states[0, :7], states[1]]
+    together = model.generate(encoder_outputs=(rows,), language="en", return_dict_in_generate=True)
+    for row, each in enumerate(rows):
+        alone = model.generate(encoder_outputs=(each[None],), language="en")[0]
+        assert torch.equal(together.sequences[row, : together.stats[row].tokens], alone)
+
+
 def test_row_by_row():
     """A row's output does not depend on the batch it is in."""
     model, x = make_m2m(), features(3)

@@ -72,7 +72,7 @@ class GenerationMixin:
         *,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        encoder_outputs: Sequence[Tensor] | None = None,
+        encoder_outputs: Sequence[Tensor | Sequence[Tensor]] | None = None,
         language: str | Sequence[str] | None = None,
         task: str | None = None,
         target_language: str | Sequence[str] | None = None,
@@ -92,7 +92,7 @@ class GenerationMixin:
             input_features: speech [B, mel bins, frames], or
             input_ids: source text [B, T] (from the processor), with its `attention_mask`, or
             encoder_outputs: what `encode` made of either, as `(states,)` with states [B, E, d] without
-                padding; one clip's states may be expanded to several rows.
+                padding, or the rows' own, [E, d] each; one clip's may stand for several rows.
             language: the source language ("de" or "<|de|>"), one for all rows or one a row; None detects it.
             task: "transcribe" or "translate"; by default "translate" where there is a target language.
             target_language: what to translate to, one for all rows or one a row; a row whose source it is, is
@@ -160,7 +160,7 @@ class GenerationMixin:
         input_features: Tensor | None,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
-        encoder_outputs: Sequence[Tensor] | None,
+        encoder_outputs: Sequence[Tensor | Sequence[Tensor]] | None,
     ) -> list[Tensor]:
         """Encoder states [E, d] of each row, each computed on its own, so that no row depends on another."""
         if sum(given is not None for given in (input_features, input_ids, encoder_outputs)) != 1:

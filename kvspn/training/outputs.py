@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ def greedy_outputs(
         rows = [states for clip in clips for states in [_states(model, encoded, clip)] * len(LANGUAGES)]
         if len(rows) not in engines:
             engines[len(rows)] = model.engine(len(rows), model.config.max_source_positions)
-        made = model.generate(
+        made: Any = model.generate(
             encoder_outputs=(rows,),
             language=[languages[clip] for clip in clips for _ in LANGUAGES],
             target_language=[target for _ in clips for target in LANGUAGES],
