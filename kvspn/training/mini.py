@@ -6,8 +6,8 @@
     base       its decoder is pruned, a text encoder added:
                speech translation + text translation + distillation from text to speech translation,
                the speech encoder's upper layers learning too
-    adapted    the same with the whole speech encoder, by LoRA
-    draft      KVSPN alone, the base model frozen
+    adapted    the same with the whole speech encoder, by LoRA, the decoder's matrices rounded to int8
+    draft      KVSPN alone, the base model frozen, on what the base model itself says of the clips
     export     fp16 weights, spoken test sets
 
 Each stage leaves its result in a folder of its own and is skipped when it is there; an interrupted stage goes
