@@ -229,6 +229,7 @@ def test_whole_recipe_and_resuming(tmp_path: Path):
         parent_decoder_layers=4,
         decoder_layers=2,
         text_encoder_layers=1,
+        draft_clips=24,
         encoder=stage,
         parent=stage,
         base=stage,
@@ -254,6 +255,7 @@ def test_whole_recipe_and_resuming(tmp_path: Path):
     outputs = json.loads((tmp_path / "outputs-held-out.json").read_text())
     corpus = make_data(tmp_path, recipe, log=lambda line: None)
     assert len(outputs) == len(corpus.held_out)
+    assert len(json.loads((tmp_path / "outputs-train.json").read_text())) == 24 < len(corpus.store)
     stored = StateStore(tmp_path / "draft-states" / "held-out").states(1).astype(np.float32)
     states = base.eval().model.encoder.above(torch.from_numpy(stored)[None], recipe.encoder_layers)
     said = base.generate(

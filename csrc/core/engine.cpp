@@ -421,12 +421,12 @@ void Engine::verify(int thread, const Norm& norm, const Matrix& head, const int3
     for (int i = 0; i < slot_count_; ++i) {
         for (int q = 0; q < slots_[i].queries; ++q) {
             const int r = slots_[i].first + q;
-            best[r] = {0.0f, -1, 0.0f, -1, 0};
+            best[r] = {};
             if (!verify_drafts_ || q + 1 == slots_[i].queries) continue;
             const int draft = drafts_.as<int32_t>()[i];
             Rows row = rows.from(r);
             row.count = 1;
-            Best own{0.0f, -1, 0.0f, -1, 0};
+            Best own;
             kernels_.linear(head, row, draft, draft + 1, logits - draft, 1, false);
             kernels_.judge(logits, mask ? mask + draft : nullptr, draft, 1, own);
             best[r].draft = draft, best[r].draft_value = own.value;

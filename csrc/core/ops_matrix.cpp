@@ -113,9 +113,9 @@ void lm_head_verify(const kvspn_verify_params& p) {
             const int b = r / queries, q = r % queries;
             const bool judged = q + 1 < queries;
             const int32_t draft = judged ? *at(p.draft, b, q) : -1;
-            Best best{0.0f, -1, 0.0f, -1, 0};
+            Best best;
             if (draft >= 0 && draft < vocabulary) {
-                Best own = best;
+                Best own;
                 product.kernels.judge(logits + draft, mask ? mask + draft : nullptr, draft, 1, own);
                 best.draft = draft, best.draft_value = own.value;
             }

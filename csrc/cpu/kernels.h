@@ -82,11 +82,11 @@ struct Attention {
 
 // Of a row of logits: the largest, the first of equals, and how many tokens stand in front of the draft.
 struct Best {
-    float value;
-    int32_t id;  // -1: of none yet
-    float draft_value;
-    int32_t draft;  // -1: none
-    int32_t above;
+    float value = 0;
+    int32_t id = -1;  // of none yet
+    float draft_value = 0;
+    int32_t draft = -1;  // none
+    int32_t above = 0;
 };
 
 struct Kernels {

@@ -259,8 +259,8 @@ def _encode(
     """What the encoder's first `layers` layers hear in the first training clips and in the held-out ones."""
     encoder.eval()
     return [
-        StateStore.build(folder / name, store, encoder, layers, recipe.window, recipe.seed, most)
-        for name, store in zip(_SETS, (corpus.store, corpus.held_out), strict=True)
+        StateStore.build(folder / name, store, encoder, layers, recipe.window, recipe.seed, count)
+        for name, store, count in zip(_SETS, (corpus.store, corpus.held_out), (most, None), strict=True)
     ]
 
 
