@@ -47,6 +47,8 @@ def cuda() -> tuple[bool, str]:
 
 MODULES = [] if EMULATE else ["kvspn._native"] + ["kvspn._torch_ops"] * TORCH
 MODULES += (["kvspn._cuda"] + ["kvspn._torch_ops_cuda"] * TORCH) * cuda()[0]
+# Packages whose files lie outside of kvspn/.
+HOMES = {"kvspn.triton_kernels": "triton_kernels", "kvspn.measure.records": "bench/results"}
 
 
 class NinjaBuild(build_ext):
@@ -108,7 +110,7 @@ def _rules() -> str:
         return output
 
     objects = []
-    for source in sorted([*CSRC.glob("core/*.cpp"), *CSRC.glob("cpu/*.cpp")]):
+    for source in sorted([*CSRC.glob("common/*.cpp"), *CSRC.glob("cpu/*.cpp")]):
         extra = ISA.get(source.stem, "") if x86 else ""
         objects.append(build(f"{source.parent.name}-{source.stem}.o", "compile", source, extra))
     python = f"-I{sysconfig.get_paths()['include']} -I{pybind11.get_include()}"
@@ -127,9 +129,9 @@ def _rules() -> str:
         build("_torch_ops.so", "link", " ".join([ops, *objects]), linked)
 
     defines = f"-DKVSPN_CUDA -DKVSPN_MODULE=_cuda {'-DKVSPN_EMULATE -Wno-unknown-pragmas' * EMULATE}"
-    shared = ("core-batch.o", "core-op_checks.o", "core-tensor.o", "core-weights.o")
+    shared = ("common-batch.o", "common-op_checks.o", "common-tensor.o", "common-weights.o")
     objects = [name for name in objects if name in shared]
-    sources = sorted([CSRC / "core" / "c_api.cpp", *CSRC.glob("cuda/*.cpp"), *CSRC.glob("cuda/*.cu")])
+    sources = sorted([CSRC / "common" / "c_api.cpp", *CSRC.glob("cuda/*.cpp"), *CSRC.glob("cuda/*.cu")])
     for source in sources:
         if EMULATE:
             objects.append(build(f"cuda-{source.stem}.o", "compile", source, f"{defines} -x c++"))
@@ -146,8 +148,8 @@ def _rules() -> str:
 
 
 setup(
-    packages=[*find_packages(include=["kvspn", "kvspn.*"]), "kvspn.triton_kernels"],
-    package_dir={"kvspn.triton_kernels": "triton_kernels"},
+    packages=[*find_packages(include=["kvspn", "kvspn.*"]), *HOMES],
+    package_dir=HOMES,
     ext_modules=[Extension(name, sources=[]) for name in MODULES],
     cmdclass={"build_ext": NinjaBuild},
 )

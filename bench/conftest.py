@@ -19,16 +19,16 @@ import torch
 
 from bench.device import on_device
 from bench.machine import machine
-from kvspn import benchmark
-from kvspn.benchmark import Shape
-from kvspn.timing import synchronise
+from kvspn.measure import steps
+from kvspn.measure.shapes import Shape
+from kvspn.measure.timing import synchronise
 
 T = TypeVar("T")
 
 
 SHAPES = {
     "small": Shape(6, 3, 6, 768, 4096, 200, 32, head_dim=32),
-    "whisperM2M": benchmark.SHAPES["whisperM2M"],
+    "whisperM2M": steps.SHAPES["whisperM2M"],
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvspn.launches import count
+from kvspn.measure.launches import count
 
 _ROUNDS = 20
 _FLUSH = 1 << 28  # bytes written before each timing, more than an L2 cache holds
@@ -16,7 +16,7 @@ _CLOCK = 2e9  # cycles a second, about
 
 
 def on_device(call: Callable[[], object], reset: Callable[[], object], seconds: float) -> dict[str, Any]:
-    """``device_ms`` of a call, median, and what kvspn.launches counts; ``seconds``: what it takes."""
+    """``device_ms`` of a call, median, and what kvspn.measure.launches counts; ``seconds``: what it takes."""
     return {"device_ms": median(device_ms(call, reset, seconds)), **count(call, reset)}
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import kvspn
-from kvspn.machine import cpu
-from kvspn.timing import synchronise
+from kvspn.measure.machine import cpu
+from kvspn.measure.timing import synchronise
 
 
 def machine(device: str) -> dict[str, Any]:

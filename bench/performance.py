@@ -368,7 +368,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def plots() -> dict[str, str]:
     """The svg of each plot."""
-    from kvspn.report import profile_plots
+    from kvspn.measure.report import profile_plots
 
     return profile_plots(_record("profile-cpu"))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.performance import table
-from kvspn.benchmark import miniature
+from kvspn.measure.steps import miniature
 
 _PAGE = """\
 # {device}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import kvspn.ops
-from kvspn.op_benchmark import CALLS, WEIGHTED, Sizes
-from kvspn.quantisation import FORMATS
+from kvspn.measure.ops import CALLS, WEIGHTED, Sizes
+from kvspn.weights.formats import FORMATS
 
 _FLOATS = {dtype: name for name, dtype in FORMATS.items()}
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from bench.conftest import foreign
-from kvspn.benchmark import begin, capacities, faint_draft, step_bytes
 from kvspn.engines import backends, engine
-from kvspn.ops import K_INF, DecoderWeights
-from kvspn.peers import Problem, Skipped, load
-from kvspn.quantisation import FORMATS, quantise
+from kvspn.measure.peers import Problem, Skipped, load
+from kvspn.measure.shapes import begin, capacities
+from kvspn.measure.steps import faint_draft, step_bytes
+from kvspn.ops import K_INF
+from kvspn.weights import DecoderWeights
+from kvspn.weights.formats import FORMATS, quantise
 
 _FORMATS = {dtype: name for name, dtype in FORMATS.items()}
 _DEVICES = {"native": "cpu", "cuda": "cuda", "triton": "cuda"}

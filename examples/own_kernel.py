@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvspn import op_benchmark
-from kvspn.comparison import ratio
+from kvspn.measure import ops
+from kvspn.measure.comparison import ratio
 
 
 def flat_kv_attention(
@@ -47,7 +47,7 @@ def main() -> None:
     options = parser.parse_args()
 
     # Every implementation of the op is timed in turn, round after round, and checked against float64.
-    found = op_benchmark.run(
+    found = ops.run(
         {"sdpa": SimpleNamespace(flat_kv_attention=flat_kv_attention)},
         ops=["flat_kv_attention"],
         shapes=[options.shape],
@@ -74,7 +74,7 @@ def main() -> None:
             )
 
     if options.html:
-        from kvspn import report
+        from kvspn.measure import report
 
         document = {**found, "ops": [asdict(row) for row in found["ops"]]}
         options.html.write_text(report.bench_page(document), "utf-8")

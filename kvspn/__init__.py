@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvspn.cache import StepCache
     from kvspn.engines import engine
+    from kvspn.engines.cache import StepCache
     from kvspn.models import WhisperM2MConfig, WhisperM2MForConditionalGeneration, WhisperM2MProcessor
 
 __version__ = "0.1.0.dev0"
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "StepCache": "kvspn.cache",
+    "StepCache": "kvspn.engines.cache",
     "WhisperM2MConfig": "kvspn.models",
     "WhisperM2MForConditionalGeneration": "kvspn.models",
     "WhisperM2MProcessor": "kvspn.models",

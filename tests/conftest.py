@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import emulated
 import pytest
 import torch
 from torch import Tensor
 
 import kvspn.ops
+from support import emulated
 
 # Before any test module asks which backends there are; where a GPU is, its own build is tested.
 if not torch.cuda.is_available():

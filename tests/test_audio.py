@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from tiny import damaged, sound
 
-from kvspn.audio import SAMPLING_RATE, AudioError, load_audio, split_audio
+from kvspn.speech.audio import SAMPLING_RATE, AudioError, load_audio, split_audio
+from support.tiny import damaged, sound
 
 
 def tone(seconds: float, rate: int, channels: int = 1) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bench.summary import page, summary, write_summary
-from kvspn.launches import tally
+from kvspn.measure.launches import tally
 
 MACHINE = {
     "device": "A device",

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rows import STEP
 
-from kvspn import allocations, benchmark, peers, timing
-from kvspn.benchmark import Shape, speedups
 from kvspn.engines import default_backend
-from kvspn.peers import PEERS, Problem, Skipped
+from kvspn.measure import allocations, peers, steps, timing
+from kvspn.measure.peers import PEERS, Problem, Skipped
+from kvspn.measure.shapes import Shape
+from kvspn.measure.steps import speedups
+from support.rows import STEP
 
 TINY = Shape(2, 1, heads=2, ffn=128, vocabulary=97, encoder_positions=20, length=6)
 BACKEND = default_backend(torch.device("cpu"))
@@ -23,8 +24,8 @@ BACKEND = default_backend(torch.device("cpu"))
 
 @pytest.fixture
 def shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "SHAPES", {"tiny": TINY})
-    monkeypatch.setattr(benchmark, "UNPRUNED", {"tiny": ("whisper-tiny", replace(TINY, layers=4))})
+    monkeypatch.setattr(steps, "SHAPES", {"tiny": TINY})
+    monkeypatch.setattr(steps, "UNPRUNED", {"tiny": ("whisper-tiny", replace(TINY, layers=4))})
     monkeypatch.setattr(timing, "_buffer", lambda device: torch.ones(1 << 18))
 
 
@@ -44,7 +45,7 @@ def stub(logits):
 
 
 def test_every_field_is_filled(shapes: None) -> None:
-    found = benchmark.run(["tiny"], [BACKEND], ["fp32", "int8", "int8/int4"], rounds=2)
+    found = steps.run(["tiny"], [BACKEND], ["fp32", "int8", "int8/int4"], rounds=2)
     document = json.loads(json.dumps({**found, "rows": [asdict(row) for row in found["rows"]]}))
     assert set(document) == {"machine", "rows", "summary", "draft"}
     machine = document["machine"]
@@ -62,7 +63,7 @@ def test_every_field_is_filled(shapes: None) -> None:
     step, _, whole, draft, token = document["rows"][:5]
     summary = document["summary"]
     assert step["bytes"] + draft["bytes"] == whole["bytes"]
-    reached = benchmark.miniature()["tokens_per_step"]
+    reached = steps.miniature()["tokens_per_step"]
     assert summary["tokens_per_step"][f"tiny/{BACKEND}/fp32"] == reached
     assert token["ms_median"] == pytest.approx(whole["ms_median"] / reached, abs=1e-4)
     for ratio in ("two_row_cost", "draft_overhead", "tokens_per_step"):
@@ -73,7 +74,7 @@ def test_every_field_is_filled(shapes: None) -> None:
 def test_a_cheaper_draft(shapes: None) -> None:
     """The weights of the head and the encoder's positions that it no longer reads, to the byte."""
     full, cheap = (
-        benchmark.run(["tiny"], [BACKEND], ["fp32"], rounds=1, short_list=words, encoder_stride=stride)
+        steps.run(["tiny"], [BACKEND], ["fp32"], rounds=1, short_list=words, encoder_stride=stride)
         for words, stride in ((0, 1), (40, 3))
     )
     assert cheap["draft"] == {"vocabulary": 40, "encoder_stride": 3}
@@ -81,11 +82,11 @@ def test_a_cheaper_draft(shapes: None) -> None:
     assert before.correct and after.correct
     assert before.bytes - after.bytes == 4 * TINY.width * ((97 - 40) + 2 * (20 - 7))
     with pytest.raises(ValueError, match="must be from 0 to 97, got 98"):
-        benchmark.run(["tiny"], [BACKEND], ["fp32"], short_list=98)
+        steps.run(["tiny"], [BACKEND], ["fp32"], short_list=98)
 
 
 def test_batches_and_lengths(shapes: None) -> None:
-    found = benchmark.run(["tiny"], [BACKEND], ["fp32"], rounds=2, batches=[1, 3], lengths=[6, 9], cold=True)
+    found = steps.run(["tiny"], [BACKEND], ["fp32"], rounds=2, batches=[1, 3], lengths=[6, 9], cold=True)
     rows = [row for row in found["rows"] if row.what == "kvspn_step"]
     assert [(row.batch, row.kv_length) for row in rows] == [(1, 6), (1, 9), (3, 6), (3, 9)]
     assert all(row.correct and row.cache == "cold" and len(row.ms) == len(row.read_ms) == 2 for row in rows)
@@ -102,20 +103,20 @@ def test_batches_and_lengths(shapes: None) -> None:
 
 def test_bad_input(shapes: None) -> None:
     with pytest.raises(ValueError, match="lengths must be from 1 to 440, got 441"):
-        benchmark.run(["tiny"], [BACKEND], ["fp32"], lengths=[441])
+        steps.run(["tiny"], [BACKEND], ["fp32"], lengths=[441])
     with pytest.raises(ValueError, match="cold must be False with peers"):
-        benchmark.run(["tiny"], [BACKEND], ["fp32"], peers=["openvino"], cold=True)
+        steps.run(["tiny"], [BACKEND], ["fp32"], peers=["openvino"], cold=True)
 
 
 def test_int8_caches(shapes: None) -> None:
-    found = benchmark.run(["tiny"], [BACKEND], ["fp32"], rounds=1, kv=["int8"])
+    found = steps.run(["tiny"], [BACKEND], ["fp32"], rounds=1, kv=["int8"])
     assert all(row.correct for row in found["rows"])
     assert set(found["summary"]["two_row_cost"]) == {f"tiny/{BACKEND}/fp32", f"tiny/{BACKEND}/fp32/int8 KV"}
     rows = [row for row in found["rows"] if row.kv == "int8"]
     assert 2 * len(rows) == len(found["rows"])
     weights = TINY.weights()
     usual, int8, none = (
-        benchmark.step_bytes(weights, shape, 1, False, kv)
+        steps.step_bytes(weights, shape, 1, False, kv)
         for shape, kv in ((TINY, None), (TINY, "int8"), (replace(TINY, length=0, encoder_positions=0), None))
     )
     assert rows[0].bytes == int8
@@ -124,15 +125,15 @@ def test_int8_caches(shapes: None) -> None:
 
 def test_two_rows_cost_no_more_than_the_whole_step_reads() -> None:
     weights = TINY.weights()
-    faint = benchmark.faint_draft(weights)
+    faint = steps.faint_draft(weights)
     assert faint.layers is weights.layers
     assert sum(len(t.flatten()) for t in (faint.blocks[0].fc1.weight, faint.draft_head.weight)) == 17 * 128
 
 
 def test_peers_beside_it(shapes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     right = stub(lambda problem, rows: problem.logits[:rows])
-    monkeypatch.setattr(benchmark, "load", lambda name: right)
-    found = benchmark.run(
+    monkeypatch.setattr(steps, "load", lambda name: right)
+    found = steps.run(
         ["tiny"],
         [BACKEND],
         ["fp32"],
@@ -168,8 +169,8 @@ def test_peers_beside_it(shapes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["other tokens", "a percent off", "nan", "another row's"],
 )
 def test_a_wrong_peer_is_found_out(shapes: None, monkeypatch: pytest.MonkeyPatch, wrong) -> None:
-    monkeypatch.setattr(benchmark, "load", lambda name: stub(wrong))
-    found = benchmark.run(["tiny"], [BACKEND], ["fp32"], rounds=1, peers=["openvino"])
+    monkeypatch.setattr(steps, "load", lambda name: stub(wrong))
+    found = steps.run(["tiny"], [BACKEND], ["fp32"], rounds=1, peers=["openvino"])
     assert not next(row for row in found["rows"] if row.backend == "openvino").correct
     assert "step_1" not in found["summary"]["speedup"]
 
@@ -178,10 +179,10 @@ def test_a_missing_peer_is_skipped_with_a_line(shapes: None, monkeypatch: pytest
     for module in ("ctranslate2", "onnx"):
         monkeypatch.setitem(sys.modules, module, None)
     for name in ("ctranslate2", "openvino", "onnxruntime", "graph"):
-        monkeypatch.delitem(sys.modules, f"kvspn.peers.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"kvspn.measure.peers.{name}", raising=False)
     lines: list[str] = []
     missing = ("ctranslate2", "openvino", "onnxruntime")
-    found = benchmark.run(["tiny"], [BACKEND], ["fp32"], rounds=1, peers=missing, skipped=lines.append)
+    found = steps.run(["tiny"], [BACKEND], ["fp32"], rounds=1, peers=missing, skipped=lines.append)
     assert [line.split(":")[0] for line in lines] == list(missing)
     assert all("pip install 'kvspn[peers]'" in line for line in lines)
     assert {row.backend for row in found["rows"]} == {BACKEND}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from kvspn.engines import backends
-from kvspn.ops.weights import named_tensors
-from kvspn.random_decoder import random_decoder
+from kvspn.weights.decoder import named_tensors
+from kvspn.weights.random import random_decoder
 
 pytestmark = pytest.mark.skipif(backends()["native"] is not None, reason="the extension is not built")
 

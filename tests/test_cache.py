@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kvspn.cache import StepCache, draft_first
+from kvspn.engines.cache import StepCache, draft_first
 from kvspn.ops.append_kv import quantise
 
 

@@ -15,14 +15,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
-from tiny import TEXTS, damaged, save_model, save_whisper, sound
 from typer.testing import CliRunner, Result
 
 import kvspn
 from kvspn import assets
 from kvspn.cli import app
-from kvspn.model_folder import PARTS
-from kvspn.translator import Translator
+from kvspn.models.folder import PARTS
+from kvspn.speech.translator import Translator
+from support.tiny import TEXTS, damaged, save_model, save_whisper, sound
 
 STATS = {"tokens", "steps", "drafted", "accepted", "acceptance", "tokens_per_step", "alpt_ms", "seconds"}
 

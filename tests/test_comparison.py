@@ -9,7 +9,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from kvspn.comparison import compare, ratio
+from kvspn.measure.comparison import compare, ratio
 
 CASE = {
     "what": "step",

@@ -3,17 +3,18 @@
 import random
 from ctypes import byref
 
-import emulated
 import numpy as np
 import pytest
 import test_c_abi
 import torch
-from caches import contents, poison, random_states, tokens_of
 
 from kvspn.engines import engine
-from kvspn.ops import K_INF, DecoderWeights
+from kvspn.ops import K_INF
 from kvspn.ops.append_kv import quantise
-from kvspn.random_decoder import random_decoder
+from kvspn.weights import DecoderWeights
+from kvspn.weights.random import random_decoder
+from support import emulated
+from support.caches import contents, poison, random_states, tokens_of
 
 pytestmark = pytest.mark.skipif(
     not emulated.PATH.exists() or torch.cuda.is_available(),
@@ -194,7 +195,7 @@ def test_engines_on_streams(configure, monkeypatch, mode, kv):
     weights, streams = random_decoder(heads=1, head_dim=16), [emulated.stream() for _ in range(2)]
 
     def start(seed: int, stream: int):
-        monkeypatch.setattr("kvspn.cuda.current_stream", lambda device: stream)
+        monkeypatch.setattr("kvspn.engines.cuda.current_stream", lambda device: stream)
         e = engine("cuda", weights, batch=1, capacity=20, cross_capacity=5, kv=kv)
         assert 0 not in emulated.streams_used()
         states = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(seed))
@@ -203,7 +204,7 @@ def test_engines_on_streams(configure, monkeypatch, mode, kv):
         return e
 
     def step(e, stream: int) -> None:
-        monkeypatch.setattr("kvspn.cuda.current_stream", lambda device: stream)
+        monkeypatch.setattr("kvspn.engines.cuda.current_stream", lambda device: stream)
         e.step()
         e.run(draft=False, steps=2)
         assert emulated.streams_used() == {stream}

@@ -1,6 +1,5 @@
 """The CUDA kernels of single ops on the host: what the ops' own tests, which run on them too, do not ask."""
 
-import emulated
 import pytest
 import torch
 from test_ops_contract import BAD, int8_sample, sample
@@ -8,6 +7,7 @@ from test_ops_fused_linear import pack_int4
 
 from kvspn import ops
 from kvspn.ops.append_kv import quantise
+from support import emulated
 
 pytestmark = pytest.mark.skipif(
     not emulated.OPS_PATH.exists() or torch.cuda.is_available(),

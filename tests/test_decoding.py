@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from kvspn.decoding import DecodeStats, decode, parse_k
 from kvspn.engines import backends, engine
-from kvspn.ops import K_INF, DecoderWeights
-from kvspn.random_decoder import random_decoder
+from kvspn.ops import K_INF
+from kvspn.weights import DecoderWeights
+from kvspn.weights.random import random_decoder
 
 step_module = importlib.import_module("kvspn.ops.decoder_step")  # the package's name for it is the op
 

@@ -13,10 +13,10 @@ import soundfile
 from typer.testing import CliRunner
 
 from kvspn.assets import read_manifest
-from kvspn.audio import SAMPLING_RATE, load_audio
 from kvspn.cli import app
 from kvspn.engines import backends
-from kvspn.translator import Translator
+from kvspn.speech.audio import SAMPLING_RATE, load_audio
+from kvspn.speech.translator import Translator
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [

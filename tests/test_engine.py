@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kvspn.engines import backends, engine
-from kvspn.random_decoder import random_decoder
+from kvspn.weights.random import random_decoder
 
 READY = [name for name, missing in backends().items() if missing is None]
 if torch.cuda.is_available():

@@ -12,7 +12,6 @@ from torch import Tensor
 from kvspn.decoding import DecodeResult, decode
 from kvspn.engines import engine
 from kvspn.ops import (
-    DecoderWeights,
     accept_and_rollback,
     append_kv,
     compact_kv,
@@ -21,7 +20,8 @@ from kvspn.ops import (
     fused_linear,
     lm_head_verify,
 )
-from kvspn.random_decoder import random_decoder
+from kvspn.weights import DecoderWeights
+from kvspn.weights.random import random_decoder
 
 pytestmark = [
     pytest.mark.gpu,

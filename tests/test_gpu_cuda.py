@@ -6,12 +6,13 @@ import time
 
 import pytest
 import torch
-from caches import contents, poison
 
 from kvspn.decoding import decode
 from kvspn.engines import backends, engine
-from kvspn.ops import K_INF, DecoderWeights
-from kvspn.random_decoder import random_decoder
+from kvspn.ops import K_INF
+from kvspn.weights import DecoderWeights
+from kvspn.weights.random import random_decoder
+from support.caches import contents, poison
 
 pytestmark = [
     pytest.mark.gpu,

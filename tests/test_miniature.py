@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from kvspn.assets import bundled_model, read_manifest
-from kvspn.audio import SAMPLING_RATE, load_audio
 from kvspn.models import WhisperM2MForConditionalGeneration
-from kvspn.quantisation import round_to_int8
-from kvspn.translator import Translator
+from kvspn.speech.audio import SAMPLING_RATE, load_audio
+from kvspn.speech.translator import Translator
+from kvspn.weights.formats import round_to_int8
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 LANGUAGES = {"en", "zh", "de", "es", "fr", "it"}

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from torch.nn import functional as F
 from transformers import (
@@ -25,6 +24,7 @@ from kvspn.models import (
     spread_layers,
 )
 from kvspn.models.modeling import SpeechEncoder
+from support import tiny
 
 VOCAB, START, EOS, WINDOW = 96, 80, 79, 40
 LANGUAGES = {"<|en|>": 81, "<|de|>": 82, "<|zh|>": 83}

@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from caches import contents, poison, random_states, tokens_of
 
 from kvspn import ops
 from kvspn.engines import backends, engine
-from kvspn.ops import K_INF, DecoderWeights
+from kvspn.ops import K_INF
 from kvspn.ops.fused_linear import reference
-from kvspn.ops.weights import named_tensors
-from kvspn.random_decoder import random_decoder
+from kvspn.weights import DecoderWeights
+from kvspn.weights.decoder import named_tensors
+from kvspn.weights.random import random_decoder
+from support.caches import contents, poison, random_states, tokens_of
 
 pytestmark = pytest.mark.skipif(backends()["native"] is not None, reason="the extension is not built")
 

@@ -11,17 +11,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvspn import benchmark, launches, timing
-from kvspn.benchmark import Shape
-from kvspn.op_benchmark import CALLS, OPS, WEIGHTED, Sizes, run
-from kvspn.quantisation import FORMATS
+from kvspn.measure import launches, steps, timing
+from kvspn.measure.ops import CALLS, OPS, WEIGHTED, Sizes, run
+from kvspn.measure.shapes import Shape
+from kvspn.weights.formats import FORMATS
 
 TINY = Shape(4, 2, heads=2, ffn=96, vocabulary=97, encoder_positions=20, length=6, head_dim=32)
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(benchmark.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(steps.SHAPES, "tiny", TINY)
     monkeypatch.setattr(timing, "_buffer", lambda device: torch.ones(1 << 18))
 
 

@@ -8,7 +8,7 @@ import torch
 
 from kvspn import ops
 from kvspn.ops.append_kv import quantise
-from kvspn.random_decoder import random_decoder
+from kvspn.weights.random import random_decoder
 
 INF = torch.inf
 

@@ -8,11 +8,11 @@ from torch.nn import functional as F
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
-from kvspn.cache import StepCache
 from kvspn.decoding import decode
 from kvspn.engines import engine
-from kvspn.ops import DecoderWeights, LayerWeights, Linear, Norm
-from kvspn.random_decoder import random_decoder
+from kvspn.engines.cache import StepCache
+from kvspn.weights import DecoderWeights, LayerWeights, Linear, Norm
+from kvspn.weights.random import random_decoder
 
 step_module = importlib.import_module("kvspn.ops.decoder_step")  # the package's name for it is the op
 

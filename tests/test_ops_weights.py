@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 import torch
 
-from kvspn.ops import DecoderWeights, Linear
-from kvspn.random_decoder import random_decoder
+from kvspn.weights import DecoderWeights, Linear
+from kvspn.weights.random import random_decoder
 
 
 @pytest.mark.parametrize(

@@ -4,30 +4,30 @@ import json
 
 import pytest
 import torch
-from pages import Page, assert_shown
 from typer.testing import CliRunner
 
-from kvspn import profiling
 from kvspn.cli import app
 from kvspn.engines import backends
+from kvspn.measure import profile
+from support.pages import Page, assert_shown
 
 pytestmark = pytest.mark.skipif(backends()["native"] is not None, reason="the extension is not built")
 
 
 def test_speedup():
-    assert profiling.speedup(0.35, 0.85) == pytest.approx(1.37, abs=0.01)  # the paper's own figures
-    assert profiling.speedup(0.4, 0.4) == 1
+    assert profile.speedup(0.35, 0.85) == pytest.approx(1.37, abs=0.01)  # the paper's own figures
+    assert profile.speedup(0.4, 0.4) == 1
 
 
-@pytest.mark.parametrize("name", profiling.VARIANTS)
+@pytest.mark.parametrize("name", profile.VARIANTS)
 def test_variants_are_told_from_wrong_ones(name, monkeypatch):
-    q, keys = torch.randn(1, 2, 1, 8), profiling.Keys.of(torch.randn(3, 2, 1, 2, 97, 8))
+    q, keys = torch.randn(1, 2, 1, 8), profile.Keys.of(torch.randn(3, 2, 1, 2, 97, 8))
     length = 90
-    assert profiling._correct(name, q, keys, length)
+    assert profile._correct(name, q, keys, length)
     monkeypatch.setitem(
-        profiling.VARIANTS, name, lambda q, keys, length: profiling.flattened(q, keys, length - 2)
+        profile.VARIANTS, name, lambda q, keys, length: profile.flattened(q, keys, length - 2)
     )
-    assert not profiling._correct(name, q, keys, length)
+    assert not profile._correct(name, q, keys, length)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_figures(written):
     assert (short["length"], long["length"]) == (3, 90)
     for point in document["points"]:
         assert point["correct"]
-        assert set(point["attention"]) == set(point["attention_bytes"]) == set(profiling.VARIANTS)
+        assert set(point["attention"]) == set(point["attention_bytes"]) == set(profile.VARIANTS)
         assert min(point["step"], point["kvspn_step"], *point["attention"].values()) > 0
     # bf16: layers x K and V x heads x T x width x 2 bytes
     assert long["kv_bytes"] == 4 * 2 * 3 * 90 * 64 * 2
@@ -81,11 +81,11 @@ def test_page_in_a_browser(written):
 
 def test_acceptance_is_that_of_the_record(monkeypatch):
     records = {"": {"acceptance": 0.4}, "int8-kv": {"acceptance": 0.3}}
-    monkeypatch.setattr(profiling, "miniature", records.get)
+    monkeypatch.setattr(profile, "miniature", records.get)
     known = {"flattened": 0.4, "concatenated": 0.4, "merged": 0.4, "int8": 0.3}
-    assert profiling.acceptance() == dict.fromkeys(profiling.VARIANTS) | known
-    monkeypatch.setattr(profiling, "miniature", lambda variant: None)
-    assert set(profiling.acceptance().values()) == {None}
+    assert profile.acceptance() == dict.fromkeys(profile.VARIANTS) | known
+    monkeypatch.setattr(profile, "miniature", lambda variant: None)
+    assert set(profile.acceptance().values()) == {None}
 
 
 def test_trace(written):

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from kvspn.engines import engine
-from kvspn.ops.fused_linear import dequantise
-from kvspn.ops.weights import Linear
-from kvspn.quantisation import FORMATS, quantise, quantise_linear, round_to_int8
-from kvspn.random_decoder import random_decoder
+from kvspn.weights import Linear
+from kvspn.weights.formats import FORMATS, quantise, round_to_int8
+from kvspn.weights.linear import dequantise, quantise_linear
+from kvspn.weights.random import random_decoder
 
 WEIGHTS = {"layers": 4, "blocks": 2, "short_list": 12}
 

@@ -6,10 +6,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from pages import Page, assert_shown
-from rows import STEP
 
-report = pytest.importorskip("kvspn.report", exc_type=ValueError, reason="matplotlib is not installed")
+from support.pages import Page, assert_shown
+from support.rows import STEP
+
+report = pytest.importorskip(
+    "kvspn.measure.report", exc_type=ValueError, reason="matplotlib is not installed"
+)
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ pytest.importorskip("babel")
 pytest.importorskip("peft")
 
 from kvspn.models import WhisperM2MForConditionalGeneration
-from kvspn.quantisation import round_to_int8
 from kvspn.training.corpus import LANGUAGES, Phrasebook, Template, split
 from kvspn.training.data import IGNORE, alphabet, pad, prompt_tokens
 from kvspn.training.losses import accuracy, cross_entropy, ctc, distillation
@@ -35,6 +34,7 @@ from kvspn.training.states import StateStore
 from kvspn.training.store import log_mel, pad_features
 from kvspn.training.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from kvspn.training.trainer import fit
+from kvspn.weights.formats import round_to_int8
 
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs espeak-ng")
 

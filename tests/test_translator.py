@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TEXTS, save_model, save_whisper, sound, tokenizer
 
 from kvspn import assets
 from kvspn.decoding import DecodeStats
-from kvspn.model_folder import PARTS, ModelError
-from kvspn.translator import Translator, _TextStream
+from kvspn.models.folder import PARTS, ModelError
+from kvspn.speech.translator import Translator, _TextStream
+from support.tiny import TEXTS, save_model, save_whisper, sound, tokenizer
 
 
 @pytest.fixture(scope="module")

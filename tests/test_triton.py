@@ -15,14 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import contents, poison, random_states, tokens_of
 
 from kvspn.assets import read_manifest
-from kvspn.audio import load_audio
 from kvspn.engines import backends, engine
-from kvspn.ops import K_INF, DecoderWeights
-from kvspn.random_decoder import random_decoder
-from kvspn.translator import Translator
+from kvspn.ops import K_INF
+from kvspn.speech.audio import load_audio
+from kvspn.speech.translator import Translator
+from kvspn.weights import DecoderWeights
+from kvspn.weights.random import random_decoder
+from support.caches import contents, poison, random_states, tokens_of
 
 _HERE = all(map(find_spec, ("triton", "kvspn.triton_kernels")))
 needs_triton = pytest.mark.skipif(not _HERE, reason="triton is not installed")

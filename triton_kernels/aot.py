@@ -23,13 +23,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvspn.benchmark import SHAPES
+from kvspn.measure.shapes import SHAPES
 from kvspn.ops.decoder_step import step
-from kvspn.quantisation import quantise
 from kvspn.triton_kernels import configurations
 from kvspn.triton_kernels.compact_kv import launch_compact_kv
 from kvspn.triton_kernels.decoder_step import LAUNCHERS
 from kvspn.triton_kernels.launch import INTERPRETED, Launch, recording
+from kvspn.weights.formats import quantise
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942")
 _TYPES = {

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvspn.ops._checks import part
+from kvspn.checks import part
 from kvspn.triton_kernels.launch import launch, register
 
 

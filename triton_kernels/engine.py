@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvspn.engines import ReferenceEngine
-from kvspn.ops import DecoderWeights
+from kvspn.engines.reference import ReferenceEngine
 from kvspn.triton_kernels.decoder_step import LAUNCHERS
 from kvspn.triton_kernels.launch import INTERPRETED
+from kvspn.weights import DecoderWeights
 
 
 class TritonEngine(ReferenceEngine):

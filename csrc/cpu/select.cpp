@@ -1,7 +1,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "core/error.h"
+#include "common/error.h"
 #include "cpu/kernels.h"
 
 namespace kvspn {

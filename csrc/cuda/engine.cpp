@@ -5,9 +5,9 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "core/batch.h"
-#include "core/error.h"
-#include "core/ops.h"
+#include "common/batch.h"
+#include "common/error.h"
+#include "common/ops.h"
 
 namespace kvspn {
 namespace cuda {

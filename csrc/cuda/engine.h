@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "core/weights.h"
+#include "common/weights.h"
 #include "cuda/kernels.h"
 #include "kvspn.h"
 

@@ -1,12 +1,12 @@
 // The ops of the C ABI on a CUDA device: checks, scratch memory, launches.
-#include "core/ops.h"
+#include "common/ops.h"
 
 #include <algorithm>
 #include <new>
 
-#include "core/error.h"
-#include "core/op_checks.h"
-#include "core/tensor.h"
+#include "common/error.h"
+#include "common/op_checks.h"
+#include "common/tensor.h"
 #include "cuda/op_kernels.h"
 
 namespace kvspn {

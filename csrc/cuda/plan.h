@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/kernels.h"
+#include "common/matrix.h"
 
 namespace kvspn::cuda {
 

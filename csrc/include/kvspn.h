@@ -120,7 +120,7 @@ KVSPN_API const char* kvspn_last_error(void);
  * there: "persistent" (the default: one launch, for all the steps of generate too), "graph" or "kernels". */
 KVSPN_API const char* kvspn_instruction_set(void);
 
-/* Packs the weights, which may be freed afterwards. Names and shapes are those of kvspn/ops/weights.py:
+/* Packs the weights, which may be freed afterwards. Names and shapes are those of kvspn/weights/decoder.py:
  * "embed_tokens", "layers.0.self_qkv.weight", "blocks.2.fc1.scale", ... A matrix is FP32, BF16, FP16,
  * INT8 with a "scale" [N], or INT4, [N, K / 2], with a "scale" [N, groups]. Other names are ignored. */
 KVSPN_API kvspn_status kvspn_engine_create(const kvspn_engine_params* params, const kvspn_tensor* weights,

@@ -21,8 +21,8 @@ from rich.table import Table
 from kvspn.cli.common import KV, whole_numbers, write_json
 
 if TYPE_CHECKING:
-    from kvspn.comparison import Change
-    from kvspn.timing import Row
+    from kvspn.measure.comparison import Change
+    from kvspn.measure.timing import Row
 
 _SHAPES = ("whisperM2M", "miniature")
 _FORMATS = "fp32,bf16,int8,int4"
@@ -160,12 +160,15 @@ def bench(
             f"--save must be a name of letters, digits, '.', '_', '+', '-'; got {save!r}"
         )
     if picture is not None or page is not None:
-        from kvspn import report  # before the work: it may miss matplotlib
+        from kvspn.measure import report  # before the work: it may miss matplotlib
     import torch
 
-    from kvspn import benchmark, op_benchmark, quantisation
     from kvspn.engines import default_backend
-    from kvspn.peers import PEERS
+    from kvspn.measure import steps
+    from kvspn.measure.ops import run as time_ops
+    from kvspn.measure.peers import PEERS
+    from kvspn.measure.shapes import MAX_LENGTH, device_of
+    from kvspn.weights.formats import base_and_draft
 
     if backends is not None:
         names = [name.strip() for name in backends.split(",")]
@@ -175,16 +178,16 @@ def bench(
         names = [default_backend(torch.device("cpu"))]
     weights = [fmt.strip() for fmt in (formats or _FORMATS).split(",")]
     many = whole_numbers("--batch", batches or (_BATCHES if everything else "1"), 256)
-    long = whole_numbers("--lengths", lengths, benchmark.MAX_LENGTH) if lengths else []
+    long = whole_numbers("--lengths", lengths, MAX_LENGTH) if lengths else []
     if everything and not lengths:
-        long = whole_numbers("--lengths", _LENGTHS, benchmark.MAX_LENGTH)
+        long = whole_numbers("--lengths", _LENGTHS, MAX_LENGTH)
     others = PEERS if peers or (everything and not cold) else ()
     if others:  # theirs would break into the table
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
     errors = Console(stderr=True)
     with errors.status("") as status:
-        found = benchmark.run(
+        found = steps.run(
             chosen,
             names,
             weights,
@@ -203,10 +206,10 @@ def bench(
         document: dict[str, Any] = {**found, "rows": [asdict(row) for row in rows]}
         if ops or everything:
             timed: list[Row] = []
-            for device in dict.fromkeys(benchmark.device_of(name) for name in names):
-                timed += op_benchmark.run(
+            for device in dict.fromkeys(device_of(name) for name in names):
+                timed += time_ops(
                     shapes=chosen,
-                    formats=list(dict.fromkeys(quantisation.formats(fmt)[0] for fmt in weights)),
+                    formats=list(dict.fromkeys(base_and_draft(fmt)[0] for fmt in weights)),
                     batches=many,
                     lengths=long,
                     rounds=rounds,
@@ -303,7 +306,7 @@ def _write_csv(file: Path, rows: list[Row]) -> None:
 
 
 def _compare(before: str, after: str, output: Path | None) -> None:
-    from kvspn.comparison import compare
+    from kvspn.measure.comparison import compare
 
     documents = [_open(name) for name in (before, after)]
     changes = compare(documents[0], documents[1])

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from kvspn.translator import Translator
+    from kvspn.speech.translator import Translator
 
 
 def parse_k(text: str) -> int | str:
@@ -127,7 +127,7 @@ def open_translator(
 ) -> Translator:
     """The model of the --model option, with a note on the terminal while it loads."""
     with Console(stderr=True).status("Loading the model"):
-        from kvspn.translator import Translator
+        from kvspn.speech.translator import Translator
 
         silence_transformers()
         return Translator.from_folder(model, backend, weights, kv)

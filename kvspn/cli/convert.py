@@ -88,8 +88,8 @@ def convert(
     """
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-    from kvspn.model_folder import open_folder
     from kvspn.models import convert_whisper, spread_layers
+    from kvspn.models.folder import open_folder
 
     silence_transformers()
     if layers is not None and decoder_layers is not None:

@@ -14,7 +14,7 @@ from kvspn.cli.common import Backend, Model, open_translator
 
 if TYPE_CHECKING:
     from kvspn.decoding import DecodeStats
-    from kvspn.translator import Translation
+    from kvspn.speech.translator import Translation
 
     Pair = tuple[Translation, Translation]  # greedy, KVSPN
 
@@ -32,7 +32,7 @@ def demo(model: Model = None, backend: Backend = None) -> None:
     KVSPN at k = 1, which must give exactly the same text.
     """
     from kvspn.assets import read_manifest
-    from kvspn.audio import load_audio
+    from kvspn.speech.audio import load_audio
 
     clips = read_manifest("demo")
     translator = open_translator(model, backend)

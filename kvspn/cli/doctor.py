@@ -46,10 +46,10 @@ def _state(reason: str | None) -> Text:
 
 def _examine() -> dict[str, Any]:
     """Everything by name; for backends and the model, None where ready, else why not."""
-    from kvspn import machine
     from kvspn.assets import bundled_model
     from kvspn.engines import backends
-    from kvspn.model_folder import ModelError, check_parts
+    from kvspn.measure import machine
+    from kvspn.models.folder import ModelError, check_parts
 
     missing = None
     try:

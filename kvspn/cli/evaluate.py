@@ -31,8 +31,8 @@ from kvspn.cli.common import KV, Backend, Model, Weights, open_translator, parse
 
 if TYPE_CHECKING:
     from kvspn.assets import SpokenSentence
-    from kvspn.evaluation import ClipDecoder, Output, Row
-    from kvspn.translator import Translator
+    from kvspn.speech.evaluation import ClipDecoder, Output, Row
+    from kvspn.speech.translator import Translator
 
     Outputs = Mapping[int | str, Sequence[Output]]
     # model, backend, weights, kv: what a worker opens again
@@ -93,7 +93,7 @@ def evaluate(
     spoken language is given.
     """
     from kvspn.assets import read_manifest
-    from kvspn.evaluation import score
+    from kvspn.speech.evaluation import score
 
     if output is not None and not output.absolute().parent.is_dir():
         raise ValueError(f"{output}: no such folder to write to")
@@ -125,7 +125,7 @@ def _decoder(
     translator: Translator, opened: Opened, ks: list[int | str], workers: int
 ) -> Iterator[Callable[[list[SpokenSentence]], Iterable[Outputs]]]:
     """Decodes clips in order: here, or in worker processes that each open the model again."""
-    from kvspn.evaluation import ClipDecoder
+    from kvspn.speech.evaluation import ClipDecoder
 
     decoder = ClipDecoder(translator, ks)
     if workers == 1:
@@ -140,8 +140,8 @@ def _decoder(
 def _start_worker(opened: Opened, ks: list[int | str]) -> None:
     import torch
 
-    from kvspn.evaluation import ClipDecoder
-    from kvspn.translator import Translator
+    from kvspn.speech.evaluation import ClipDecoder
+    from kvspn.speech.translator import Translator
 
     global _worker_decoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
@@ -172,7 +172,7 @@ def _table(rows: list[Row]) -> Table:
 
 
 def _machine(translator: Translator, model: Path | None) -> dict[str, Any]:
-    from kvspn.machine import cpu, gpu, versions
+    from kvspn.measure.machine import cpu, gpu, versions
 
     return {
         "model": "mini (bundled)" if model is None else model.name,

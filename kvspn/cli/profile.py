@@ -52,22 +52,22 @@ def profile(
     """
     from dataclasses import asdict
 
-    from kvspn import profiling
-    from kvspn.benchmark import SHAPES
-    from kvspn.machine import cpu, versions
+    from kvspn.measure.machine import cpu, versions
+    from kvspn.measure.profile import LENGTHS, measure
+    from kvspn.measure.shapes import SHAPES
 
-    chosen = profiling.LENGTHS if lengths is None else whole_numbers("--lengths", lengths, 1 << 20)
+    chosen = LENGTHS if lengths is None else whole_numbers("--lengths", lengths, 1 << 20)
     if shape not in SHAPES:
         raise typer.BadParameter(f"--shape must be of {', '.join(SHAPES)}; got {shape!r}")
     for file in (output, page, trace):
         if file is not None and not file.absolute().parent.is_dir():
             raise ValueError(f"{file}: no such folder to write to")
     if page is not None:
-        from kvspn import report  # before the work: it may miss matplotlib
+        from kvspn.measure import report  # before the work: it may miss matplotlib
     with Console(stderr=True).status("") as status:
-        found = profiling.measure(chosen, shape=shape, weights=weights, rounds=rounds, progress=status.update)
+        found = measure(chosen, shape=shape, weights=weights, rounds=rounds, progress=status.update)
         if trace is not None:
-            from kvspn.trace import write_trace
+            from kvspn.measure.trace import write_trace
 
             status.update("tracing single steps")
             write_trace(trace, shape=shape, weights=weights)

@@ -32,9 +32,9 @@ def quantize(
     import torch
 
     from kvspn.assets import bundled_model
-    from kvspn.export import export
-    from kvspn.model_folder import open_folder
     from kvspn.models import WhisperM2MForConditionalGeneration, WhisperM2MProcessor
+    from kvspn.models.folder import open_folder
+    from kvspn.models.one_file import export
 
     silence_transformers()
     if not out.absolute().parent.is_dir():

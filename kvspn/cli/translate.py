@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from kvspn.cli.common import KV, Backend, K, Model, Weights, muted_stderr, open_translator, print_error
 
 if TYPE_CHECKING:
-    from kvspn.translator import Translation
+    from kvspn.speech.translator import Translation
 
 _STATS = ("tokens", "steps", "drafted", "accepted", "acceptance", "tokens_per_step", "alpt_ms", "seconds")
 
@@ -58,7 +58,7 @@ def translate(
 
     Example: kvspn translate talk.mp3 --to de
     """
-    from kvspn.audio import AudioError, load_audio
+    from kvspn.speech.audio import AudioError, load_audio
 
     translator = open_translator(model, backend, weights, kv)
     for code in {target, source} - {"auto"}:

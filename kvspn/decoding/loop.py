@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kvspn.checks import integer
 from kvspn.decoding.statistics import DecodeStats
 from kvspn.engines import Engine
 from kvspn.ops import K_INF
-from kvspn.ops._checks import integer
 
 Streamer = Callable[[int, list[int]], None]
 

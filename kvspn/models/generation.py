@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from kvspn.decoding import DecodeResult, DecodeStats, decode
 from kvspn.engines import Engine, default_backend, engine
 from kvspn.models.weights import decoder_weights
-from kvspn.quantisation import quantise
+from kvspn.weights.formats import quantise
 
 TASKS = ("transcribe", "translate")
 
@@ -52,7 +52,7 @@ class GenerationMixin:
             batch: rows decoded together.
             cross_capacity: encoder positions that a row may hold.
             backend: a name from `kvspn.engines.backends`; None is the fastest that is here.
-            weights: "bf16", "int8/int4", ... (see `kvspn.quantisation.quantise`); None leaves them.
+            weights: "bf16", "int8/int4", ... (see `kvspn.weights.formats.quantise`); None leaves them.
             kv: "int8" for int8 caches; None for those of the embeddings' dtype.
         """
         named = decoder_weights(self)

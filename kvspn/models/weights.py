@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from kvspn.ops import DecoderWeights
-from kvspn.ops.weights import DraftBlockWeights, LayerWeights, Linear, Norm
+from kvspn.weights import DecoderWeights, DraftBlockWeights, LayerWeights, Linear, Norm
 
 if TYPE_CHECKING:
     from kvspn.models.kvspn_network import CrossModelAttention, KVSPNBlock

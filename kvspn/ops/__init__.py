@@ -16,15 +16,9 @@ from kvspn.ops.decoder_step import composed, decoder_step
 from kvspn.ops.flat_kv_attention import flat_kv_attention
 from kvspn.ops.fused_linear import fused_linear
 from kvspn.ops.lm_head_verify import K_INF, lm_head_verify
-from kvspn.ops.weights import DecoderWeights, DraftBlockWeights, LayerWeights, Linear, Norm
 
 __all__ = [
     "K_INF",
-    "DecoderWeights",
-    "DraftBlockWeights",
-    "LayerWeights",
-    "Linear",
-    "Norm",
     "accept_and_rollback",
     "append_kv",
     "compact_kv",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvspn.ops._checks import BOOL, INT32, Shapes, integer
+from kvspn.checks import BOOL, INT32, Shapes, integer
 from kvspn.ops._library import register
 from kvspn.ops.lm_head_verify import K_INF
 

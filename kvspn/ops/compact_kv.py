@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvspn.ops._checks import INT32, Shapes
+from kvspn.checks import INT32, Shapes
 from kvspn.ops._library import register
 
 

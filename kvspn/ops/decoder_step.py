@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvspn.ops._checks import BOOL, FLOATS, INT32, Shapes, boolean, integer, part, same_dtype
+from kvspn.checks import BOOL, FLOATS, FP32, INT32, Shapes, boolean, integer, part, same_dtype
 from kvspn.ops._library import register
 from kvspn.ops.accept_and_rollback import reference as accept_and_rollback
 from kvspn.ops.append_kv import reference as append_kv
 from kvspn.ops.flat_kv_attention import reference as flat_kv_attention
-from kvspn.ops.fused_linear import FP32
 from kvspn.ops.fused_linear import reference as fused_linear
 from kvspn.ops.lm_head_verify import K_INF
 from kvspn.ops.lm_head_verify import reference as lm_head_verify
-from kvspn.ops.weights import DecoderWeights, Linear, Norm
+from kvspn.weights import DecoderWeights, Linear, Norm
 
 REFERENCE = SimpleNamespace(
     append_kv=append_kv,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvspn.ops._checks import FLOATS, INT32, Shapes, boolean, number, same_dtype
+from kvspn.checks import FLOATS, INT32, Shapes, boolean, number, same_dtype
 from kvspn.ops._library import register
 
 

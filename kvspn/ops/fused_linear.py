@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvspn.ops._checks import FLOATS, Shapes, boolean, number, same_dtype
+from kvspn.checks import FLOATS, Shapes, boolean, number, same_dtype
 from kvspn.ops._library import register
-
-FP32 = (torch.float32,)
+from kvspn.weights.linear import check_weight, dequantise
 
 
 def check(
@@ -36,26 +35,6 @@ def check(
         if residual.shape[:-1] != x.shape[:-1]:
             expected = [*x.shape[:-1], shapes["N"]]
             raise ValueError(f"residual must have shape {expected}, got {list(residual.shape)}")
-
-
-def check_weight(
-    shapes: Shapes, weight_name: str, scale_name: str, weight: Tensor, scale: Tensor | None, n: str, k: str
-) -> None:
-    """Check a weight [n, k] in any format; the letter ``k`` must be bound already."""
-    if isinstance(weight, Tensor) and weight.dtype == torch.uint8:
-        shapes.sizes[f"{k}/2"] = shapes[k] // 2
-        shapes.tensor(weight_name, weight, f"{n} {k}/2", (torch.uint8,))
-        shapes.tensor(scale_name, scale, f"{n} ?", FP32)
-        if scale is not None and (shapes[k] % 2 or not scale.shape[1] or shapes[k] % scale.shape[1]):
-            raise ValueError(
-                f"{scale_name} must divide {k}={shapes[k]} (even) into groups, got {scale.shape[1]}"
-            )
-        return
-    shapes.tensor(weight_name, weight, f"{n} {k}", (*FLOATS, torch.int8, torch.uint8))
-    if weight.dtype == torch.int8:
-        shapes.tensor(scale_name, scale, n, FP32)
-    elif scale is not None:
-        raise ValueError(f"{scale_name} must be None unless {weight_name} is int8 or uint8, got a tensor")
 
 
 def check_norm(shapes: Shapes, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float) -> None:
@@ -108,16 +87,6 @@ def reference(
         out[r] = F.gelu(y) if gelu else y
     out = out.view(*x.shape[:-1], matrix.shape[0])
     return (out if residual is None else out + residual).to(x.dtype)
-
-
-def dequantise(weight: Tensor, scale: Tensor | None) -> Tensor:
-    """A weight in any format -> fp32 [N, K]."""
-    if scale is None:
-        return weight.float()
-    if weight.dtype == torch.int8:
-        return weight * scale[:, None]
-    nibbles = torch.stack([weight & 15, weight >> 4], dim=-1).flatten(1).float() - 8
-    return (nibbles.unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1)
 
 
 def project(

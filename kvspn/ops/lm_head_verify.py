@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvspn.ops._checks import FLOATS, INT32, Shapes
+from kvspn.checks import FLOATS, FP32, INT32, Shapes
 from kvspn.ops._library import register
-from kvspn.ops.fused_linear import FP32, check_norm, check_weight, dequantise, project
+from kvspn.ops.fused_linear import check_norm, project
+from kvspn.weights.linear import check_weight, dequantise
 
 K_INF = 2**31 - 1  # the k that accepts every draft
 

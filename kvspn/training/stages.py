@@ -21,7 +21,6 @@ from transformers import (
 from kvspn.models.configuration import WhisperM2MConfig
 from kvspn.models.conversion import convert_whisper, spread_layers
 from kvspn.models.modeling import Decoder, SpeechEncoder, WhisperM2MForConditionalGeneration
-from kvspn.quantisation import round_to_int8
 from kvspn.training.corpus import LANGUAGES
 from kvspn.training.data import IGNORE, Collator, alphabet
 from kvspn.training.losses import accuracy, cross_entropy, ctc, distillation
@@ -31,6 +30,7 @@ from kvspn.training.recipe import Recipe, Stage
 from kvspn.training.states import StateStore
 from kvspn.training.tokenizer import SPECIAL_TOKENS
 from kvspn.training.trainer import Batch, Losses, fit
+from kvspn.weights.formats import round_to_int8
 
 
 def train_encoder(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:

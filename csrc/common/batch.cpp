@@ -1,0 +1,57 @@
+#include "common/batch.h"
+
+#include <tuple>
+
+#include "common/error.h"
+
+namespace kvspn {
+namespace {
+
+void check_contiguous(const std::string& name, const kvspn_tensor& tensor) {
+    int64_t stride = 1;
+    for (int i = tensor.ndim - 1; i >= 0; --i) {
+        require(tensor.shape[i] <= 1 || tensor.strides[i] == stride, name, " must be contiguous, got stride ",
+                tensor.strides[i], " in dimension ", i);
+        stride *= tensor.shape[i];
+    }
+}
+
+}  // namespace
+
+BatchSizes check_batch(const kvspn_batch& b, const Weights& weights) {
+    const int64_t layers = int64_t(weights.layers.size()), heads = weights.heads, width = weights.head_dim;
+    check_tensor("kv", b.kv, {Dtype::fp32, Dtype::bf16, Dtype::fp16, Dtype::int8},
+                 {layers, 2, -1, heads, -1, width});
+    const int64_t rows = b.kv.shape[2], capacity = b.kv.shape[4];
+    check_tensor("lengths", b.lengths, {Dtype::int32}, {rows});
+    check_tensor("tokens", b.tokens, {Dtype::int32}, {rows, -1});
+    check_tensor("finished", b.finished, {Dtype::boolean}, {rows});
+    check_tensor("stats", b.stats, {Dtype::int32}, {rows, 3});
+    check_tensor("cross_kv", b.cross_kv, {Dtype(b.kv.dtype)}, {layers, 2, rows, heads, -1, width});
+    check_tensor("cross_lengths", b.cross_lengths, {Dtype::int32}, {rows});
+    const int64_t cross = b.cross_kv.shape[4], tokens = b.tokens.shape[1];
+    for (int64_t size : {rows, capacity, cross, tokens})
+        require(size >= 1 && size < (1 << 24), "kv, cross_kv and tokens must have 1 to 2^24 rows, got ",
+                size);
+    for (auto& [name, tensor] : {std::pair<const char*, const kvspn_tensor*>{"kv", &b.kv},
+                                 {"lengths", &b.lengths},
+                                 {"tokens", &b.tokens},
+                                 {"finished", &b.finished},
+                                 {"stats", &b.stats},
+                                 {"cross_kv", &b.cross_kv},
+                                 {"cross_lengths", &b.cross_lengths}})
+        check_contiguous(name, *tensor);
+    const bool scaled = b.kv.dtype == KVSPN_INT8;
+    for (auto& [name, tensor, positions] :
+         {std::tuple<const char*, const kvspn_tensor*, int64_t>{"kv_scale", b.kv_scale, capacity},
+          {"cross_kv_scale", b.cross_kv_scale, cross}}) {
+        require(tensor || !scaled, name, " must be given with int8 caches, got a null pointer");
+        require(scaled || !tensor, name, " must be a null pointer without int8 caches, got a tensor");
+        if (!tensor) continue;
+        check_tensor(name, *tensor, {Dtype::fp32}, {layers, 2, rows, heads, positions});
+        check_contiguous(name, *tensor);
+    }
+    return {rows, capacity, cross, tokens};
+}
+
+}  // namespace kvspn

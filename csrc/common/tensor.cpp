@@ -1,0 +1,108 @@
+#include "common/tensor.h"
+
+#include <cstring>
+
+#include "common/error.h"
+
+namespace kvspn {
+namespace {
+
+const char* kNames[] = {"fp32", "bf16", "fp16", "int8", "int32", "bool", "int4"};
+
+std::string describe(const int64_t* sizes, size_t count) {
+    std::string text = "[";
+    for (size_t i = 0; i < count; ++i)
+        text += (i ? ", " : "") + (sizes[i] < 0 ? std::string("any") : std::to_string(sizes[i]));
+    return text + "]";
+}
+
+}  // namespace
+
+size_t size_of(Dtype dtype) {
+    switch (dtype) {
+        case Dtype::fp32:
+        case Dtype::int32:
+            return 4;
+        case Dtype::bf16:
+        case Dtype::fp16:
+            return 2;
+        default:
+            return 1;
+    }
+}
+
+void check_tensor(const std::string& name, const kvspn_tensor& tensor, std::initializer_list<Dtype> dtypes,
+                  std::initializer_list<int64_t> shape) {
+    bool known = false;
+    std::string wanted;
+    for (Dtype dtype : dtypes) {
+        known |= tensor.dtype == int(dtype);
+        wanted += (wanted.empty() ? "" : " or ") + std::string(kNames[int(dtype)]);
+    }
+    bool named = tensor.dtype >= 0 && tensor.dtype < 7;
+    require(known, name, " must be ", wanted, ", got ", named ? kNames[tensor.dtype] : "an unknown dtype");
+    bool fits = tensor.ndim == int(shape.size());
+    for (size_t i = 0; fits && i < shape.size(); ++i)
+        fits = tensor.shape[i] >= 0 && (shape.begin()[i] < 0 || tensor.shape[i] == shape.begin()[i]);
+    bool countable = tensor.ndim >= 0 && tensor.ndim <= KVSPN_MAX_DIMS;
+    require(fits, name, " must have shape ", describe(shape.begin(), shape.size()), ", got ",
+            countable ? describe(tensor.shape, tensor.ndim) : "too many dimensions");
+    int64_t elements = 1;
+    for (size_t i = 0; i < shape.size(); ++i) elements *= tensor.shape[i];
+    require(tensor.data || !elements, name, " must have data, got a null pointer");
+}
+
+void read_rows(const kvspn_tensor& tensor, int64_t rows, int64_t columns, float* out, int64_t stride) {
+    const int64_t last = tensor.strides[tensor.ndim - 1];
+    const int64_t step = tensor.ndim > 1 ? tensor.strides[tensor.ndim - 2] : 0;
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < columns; ++c) out[r * stride + c] = element(tensor, r * step + c * last);
+}
+
+kvspn_tensor every(int stride, int first, const kvspn_tensor& tensor) {
+    kvspn_tensor rows = tensor;
+    rows.data =
+        static_cast<char*>(tensor.data) + first * tensor.strides[0] * int64_t(size_of(Dtype(tensor.dtype)));
+    rows.shape[0] = (tensor.shape[0] - first + stride - 1) / stride, rows.strides[0] *= stride;
+    return rows;
+}
+
+float bf16_to_float(uint16_t bits) {
+    uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+float element(const kvspn_tensor& tensor, int64_t index) {
+    switch (Dtype(tensor.dtype)) {
+        case Dtype::bf16:
+            return bf16_to_float(static_cast<const uint16_t*>(tensor.data)[index]);
+        case Dtype::fp16:
+            return float(static_cast<const _Float16*>(tensor.data)[index]);
+        case Dtype::int8:
+            return static_cast<const int8_t*>(tensor.data)[index];
+        default:
+            return static_cast<const float*>(tensor.data)[index];
+    }
+}
+
+void store(Dtype dtype, void* out, int64_t index, float value) {
+    switch (dtype) {
+        case Dtype::bf16: {
+            uint32_t bits;
+            std::memcpy(&bits, &value, sizeof bits);
+            const bool nan = value != value;  // rounding must not turn it into an infinity
+            static_cast<uint16_t*>(out)[index] =
+                nan ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+            break;
+        }
+        case Dtype::fp16:
+            static_cast<_Float16*>(out)[index] = _Float16(value);
+            break;
+        default:
+            static_cast<float*>(out)[index] = value;
+    }
+}
+
+}  // namespace kvspn

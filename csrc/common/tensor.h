@@ -1,0 +1,30 @@
+// Tensors of the caller: checks, and elements in any format.
+#pragma once
+
+#include <initializer_list>
+#include <string>
+
+#include "common/matrix.h"
+#include "kvspn.h"
+
+namespace kvspn {
+
+size_t size_of(Dtype dtype);
+
+// Throws InvalidArgument unless the tensor has one of the dtypes and the shape (-1: any size).
+void check_tensor(const std::string& name, const kvspn_tensor& tensor, std::initializer_list<Dtype> dtypes,
+                  std::initializer_list<int64_t> shape);
+
+// Whether an optional tensor is there.
+inline bool given(const kvspn_tensor& tensor) { return tensor.data || tensor.ndim; }
+
+// Every `stride`-th row from the `first`.
+kvspn_tensor every(int stride, int first, const kvspn_tensor& tensor);
+float bf16_to_float(uint16_t bits);
+float element(const kvspn_tensor& tensor, int64_t index);
+void store(Dtype dtype, void* out, int64_t index, float value);  // rounds to nearest
+
+// The tensor's last two dimensions as floats, row after row of `columns`.
+void read_rows(const kvspn_tensor& tensor, int64_t rows, int64_t columns, float* out, int64_t stride);
+
+}  // namespace kvspn

@@ -1,0 +1,129 @@
+// fused_linear and lm_head_verify on the CPU, from weights as the caller holds them.
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "common/memory.h"
+#include "common/op_checks.h"
+#include "common/ops.h"
+#include "cpu/parts.h"
+#include "common/tensor.h"
+
+namespace kvspn {
+namespace {
+
+constexpr int kLeast = 1 << 15;  // weights that are worth a thread
+
+// [LayerNorm ->] x W^T of rows [R, K], not yet rounded.
+class Product {
+  public:
+    // x [R, K] or [B, Q, K].
+    Product(const kvspn_tensor& x, const kvspn_tensor& weight, const kvspn_tensor& scale,
+            const kvspn_stream* stream)
+        : rows(1),
+          outputs(int(weight.shape[0])),
+          inputs_(int(x.shape[x.ndim - 1])),
+          parts_(stream, int64_t(outputs) * inputs_ / kLeast) {
+        for (int i = 0; i + 1 < x.ndim; ++i) rows *= int(x.shape[i]);
+        x_ = scratch<float>(size_t(rows) * inputs_), y_ = scratch<float>(size_t(rows) * outputs);
+        const int64_t batches = x.ndim == 3 ? x.shape[0] : 1, queries = x.shape[x.ndim - 2];
+        for (int64_t b = 0; b < batches; ++b) {
+            kvspn_tensor one = x;
+            if (x.ndim == 3)
+                one.data = static_cast<char*>(x.data) + b * x.strides[0] * int64_t(size_of(Dtype(x.dtype)));
+            read_rows(one, queries, inputs_, x_.get() + b * queries * inputs_, inputs_);
+        }
+        const bool int4 = weight.dtype == KVSPN_INT4;
+        matrix_ = {Dtype(weight.dtype),
+                   weight.data,
+                   weight.strides[0],
+                   static_cast<const float*>(scale.data),
+                   given(scale) ? scale.strides[0] : 0,
+                   int4 ? int(scale.shape[1]) : 1,
+                   inputs_};
+    }
+
+    void normalise(const kvspn_tensor& weight, const kvspn_tensor& bias, float eps) {
+        if (!given(weight)) return;
+        std::vector<float> w(inputs_), b(inputs_);
+        read_rows(weight, 1, inputs_, w.data(), inputs_);
+        if (given(bias)) read_rows(bias, 1, inputs_, b.data(), inputs_);
+        for (int r = 0; r < rows; ++r) {
+            float* x = x_.get() + int64_t(r) * inputs_;
+            kernels.layer_norm(x, w.data(), b.data(), inputs_, eps, x);
+        }
+    }
+
+    // Every row's outputs; then finish(row, first, last) of each thread's own.
+    template <class Finish>
+    void run(const Finish& finish) const {
+        parts_.run([&](int part) {
+            auto [first, last] = share(outputs, part, parts_.count());
+            kernels.linear_by_rows(matrix_, x_.get(), inputs_, rows, first, last, y_.get(), outputs);
+            for (int r = 0; r < rows; ++r) finish(r, first, last);
+        });
+    }
+
+    float* row(int r) const { return y_.get() + int64_t(r) * outputs; }
+
+    int rows, outputs;
+    const Kernels& kernels = select_kernels();
+
+  private:
+    int inputs_;
+    Parts parts_;
+    RowMatrix matrix_;
+    std::unique_ptr<float[]> x_, y_;
+};
+
+}  // namespace
+
+void fused_linear(const kvspn_linear_params& p) {
+    check(p);
+    Product product(p.x, p.weight, p.scale, p.stream);
+    product.normalise(p.norm_weight, p.norm_bias, p.eps);
+    const auto at = [](const kvspn_tensor& tensor, int r, int n) {
+        return r * tensor.strides[0] + n * tensor.strides[1];
+    };
+    product.run([&](int r, int first, int last) {
+        float* y = product.row(r);
+        if (given(p.bias))
+            for (int n = first; n < last; ++n) y[n] += element(p.bias, n * p.bias.strides[0]);
+        if (p.gelu) product.kernels.gelu(y + first, last - first);
+        if (given(p.residual))
+            for (int n = first; n < last; ++n) y[n] += element(p.residual, at(p.residual, r, n));
+        for (int n = first; n < last; ++n) store(Dtype(p.out.dtype), p.out.data, at(p.out, r, n), y[n]);
+    });
+}
+
+void lm_head_verify(const kvspn_verify_params& p) {
+    check(p);
+    Product product(p.x, p.weight, p.scale, p.stream);
+    product.normalise(p.norm_weight, p.norm_bias, p.eps);
+    const float* mask = static_cast<const float*>(p.mask.data);
+    product.run([](int, int, int) {});
+    const int queries = int(p.x.shape[1]), vocabulary = product.outputs;
+    const auto at = [](const kvspn_tensor& tensor, int b, int q) {
+        return static_cast<int32_t*>(tensor.data) + b * tensor.strides[0] + q * tensor.strides[1];
+    };
+    const Parts parts(p.stream, product.rows);
+    parts.run([&](int part) {
+        for (int r = part; r < product.rows; r += parts.count()) {
+            const float* logits = product.row(r);
+            const int b = r / queries, q = r % queries;
+            const bool judged = q + 1 < queries;
+            const int32_t draft = judged ? *at(p.draft, b, q) : -1;
+            Best best;
+            if (draft >= 0 && draft < vocabulary) {
+                Best own;
+                product.kernels.judge(logits + draft, mask ? mask + draft : nullptr, draft, 1, own);
+                best.draft = draft, best.draft_value = own.value;
+            }
+            product.kernels.judge(logits, mask, 0, vocabulary, best);
+            *at(p.argmax, b, q) = best.id;
+            if (judged) *at(p.rank, b, q) = best.draft < 0 ? std::numeric_limits<int32_t>::max() : best.above;
+        }
+    });
+}
+
+}  // namespace kvspn

@@ -1,0 +1,217 @@
+"""The decoder step as an object, on a chosen backend."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvspn.checks import FLOATS, FP32, Shapes, integer
+from kvspn.engines.cache import StepCache
+from kvspn.ops import K_INF
+from kvspn.weights import DecoderWeights
+
+PREFILL_CHUNK = 16  # query tokens of one pass
+
+
+class Engine(abc.ABC):
+    """Decodes a batch of rows, each independent of the others, in buffers whose addresses never change.
+
+    Attributes:
+        tokens: int32 [batch, capacity]; row b holds lengths[b] + 1 tokens, prompt included.
+        lengths: int32 [batch], positions in the cache: all tokens but the newest.
+        finished: bool [batch].
+        stats: int32 [batch, 3]: steps, drafted tokens, accepted tokens.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    finished: Tensor
+    stats: Tensor
+
+    @abc.abstractmethod
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        *,
+        batch: int,
+        capacity: int,
+        cross_capacity: int,
+        kv: str | None = None,
+    ) -> None:
+        """Allocate everything: see :func:`engine`."""
+
+    @abc.abstractmethod
+    def start(
+        self,
+        encoder_states: Sequence[Tensor],
+        prompt: Sequence[Sequence[int]],
+        *,
+        eos: int,
+        max_length: int,
+        mask: Tensor | None = None,
+        begin_mask: Tensor | None = None,
+    ) -> None:
+        """Forget the last utterances, take new ones, and process their prompts up to the newest token.
+
+        Args:
+            encoder_states: per row one tensor [E_b, d] without padding; a tensor [batch, E, d] is such a
+                sequence too.
+            prompt: per row one or more token ids; rows may differ in number.
+            eos: the token that ends a row; -1 for none.
+            max_length: tokens of a row at most, prompt included; at most capacity. A row whose prompt is
+                that long is finished from the start.
+            mask: fp32 [V], added to the logits of every step; -inf suppresses a token.
+            begin_mask: fp32 [V], added to ``mask`` for the first generated token alone, which a plain
+                greedy step then makes.
+
+        Raises:
+            TypeError, ValueError: naming the argument, before anything changes.
+        """
+
+    @abc.abstractmethod
+    def step(self, k: int = 1, draft: bool = True) -> None:
+        """One decoder step of every unfinished row: tokens, lengths, finished and stats move on.
+
+        Args:
+            k: a drafted token stands if it is among the k best; K_INF accepts every one.
+            draft: False for a plain greedy step.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+
+
+class CachedEngine(Engine):
+    """An engine on a StepCache: buffers, checks and the life of an utterance; a backend adds three passes."""
+
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        *,
+        batch: int,
+        capacity: int,
+        cross_capacity: int,
+        kv: str | None = None,
+    ) -> None:
+        if not isinstance(weights, DecoderWeights):
+            raise TypeError(f"weights must be DecoderWeights, got {type(weights).__name__}")
+        integer("batch", batch, 1, K_INF)
+        integer("capacity", capacity, 1, len(weights.embed_positions))
+        if kv not in (None, "int8"):
+            raise ValueError(f"kv must be int8, or None for the embeddings' dtype, got {kv!r}")
+        self._weights = weights
+        self._embed = weights.embed_tokens
+        self.cache = StepCache(
+            len(weights.layers),
+            batch,
+            weights.heads,
+            self._embed.shape[1] // weights.heads,
+            capacity,
+            cross_capacity,
+            self._embed.dtype if kv is None else torch.int8,
+            self._embed.device,
+        )
+        with torch.inference_mode(False):
+            self.tokens = torch.zeros(batch, capacity, dtype=torch.int32, device=self._embed.device)
+            self.finished = torch.ones(batch, dtype=torch.bool, device=self._embed.device)
+            self.stats = torch.zeros(batch, 3, dtype=torch.int32, device=self._embed.device)
+        self.lengths = self.cache.lengths
+        self._mask: Tensor | None = None
+        self._first_mask: Tensor | None = None  # None once the first token is made
+        self._eos, self._max_length = -1, 1
+
+    @torch.no_grad()
+    def start(
+        self,
+        encoder_states: Sequence[Tensor],
+        prompt: Sequence[Sequence[int]],
+        *,
+        eos: int,
+        max_length: int,
+        mask: Tensor | None = None,
+        begin_mask: Tensor | None = None,
+    ) -> None:
+        self._check_start(encoder_states, prompt, eos, max_length, mask, begin_mask)
+        self._eos, self._max_length, self._mask = eos, max_length, mask
+        self._first_mask = begin_mask if mask is None or begin_mask is None else mask + begin_mask
+        self.cache.reset()
+        self.stats.zero_()
+        for row, (states, ids) in enumerate(zip(encoder_states, prompt, strict=True)):
+            self._encode(row, states)
+            self.tokens[row, : len(ids)] = self.tokens.new_tensor(ids)
+            self.finished[row] = len(ids) >= max_length
+            self._prefill(row, len(ids) - 1)
+
+    @torch.no_grad()
+    def step(self, k: int = 1, draft: bool = True) -> None:
+        self.run(k, draft, steps=1)
+
+    @torch.no_grad()
+    def run(self, k: int = 1, draft: bool = True, *, steps: int) -> None:
+        """Step until every row has finished, ``steps`` times at most; see :meth:`step`.
+
+        One call of a backend that loops by itself, and there nothing waits for the device.
+        """
+        integer("steps", steps, 0, K_INF)
+        integer("k", k, 1, K_INF)
+        if draft and not self._weights.blocks:
+            raise ValueError("draft must be False without draft blocks among the weights, got True")
+        first = self._first_mask
+        if first is not None and steps:
+            self._first_mask = None
+            self._step(first, k, False)
+            steps -= 1
+        if steps == 1:
+            self._step(self._mask, k, draft)
+        elif steps:
+            self._run(self._mask, k, draft, steps)
+
+    @abc.abstractmethod
+    def _encode(self, row: int, states: Tensor) -> None:
+        """Write the cross-attention keys and values of one row's encoder states [E, d]."""
+
+    @abc.abstractmethod
+    def _prefill(self, row: int, count: int) -> None:
+        """Process the first ``count`` tokens of one row into the cache."""
+
+    @abc.abstractmethod
+    def _step(self, mask: Tensor | None, k: int, draft: bool) -> None:
+        """One checked step of every unfinished row."""
+
+    def _run(self, mask: Tensor | None, k: int, draft: bool, steps: int) -> None:
+        """Two checked steps or more, fewer where every row has finished."""
+        for _ in range(steps):
+            if self.finished.all():
+                break
+            self._step(mask, k, draft)
+
+    def _check_start(
+        self,
+        encoder_states: Sequence[Tensor],
+        prompt: Sequence[Sequence[int]],
+        eos: int,
+        max_length: int,
+        mask: Tensor | None,
+        begin_mask: Tensor | None,
+    ) -> None:
+        batch, capacity = self.tokens.shape
+        vocabulary = len(self._embed)
+        integer("eos", eos, -1, K_INF)
+        integer("max_length", max_length, 1, capacity)
+        for name, rows in (("encoder_states", encoder_states), ("prompt", prompt)):
+            if len(rows) != batch:
+                raise ValueError(f"{name} must hold {batch} rows, got {len(rows)}")
+        shapes = Shapes()
+        shapes.tensor("embed_tokens", self._embed, "V d", FLOATS)
+        for row, (states, ids) in enumerate(zip(encoder_states, prompt, strict=True)):
+            shapes.tensor(f"encoder_states[{row}]", states, "? d", FLOATS)
+            integer(f"the number of encoder_states[{row}]", len(states), 1, self.cache.cross_kv.shape[4])
+            integer(f"the number of tokens in prompt[{row}]", len(ids), 1, max_length)
+            for token in ids:
+                integer(f"every token of prompt[{row}]", token, 0, vocabulary - 1)
+        for name, value in (("mask", mask), ("begin_mask", begin_mask)):
+            if value is not None:
+                shapes.tensor(name, value, "V", FP32)

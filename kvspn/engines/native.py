@@ -1,0 +1,75 @@
+"""The C++ engine (csrc): the whole decoder step as one call, on the CPU."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kvspn import _native
+from kvspn.engines.base import CachedEngine
+from kvspn.weights import DecoderWeights
+from kvspn.weights.decoder import named_tensors
+
+
+class NativeEngine(CachedEngine):
+    """One call of the C++ engine a step, on torch's present number of threads.
+
+    Activations and logits are fp32; weights stay in their own format, the cache in that of the embeddings.
+    Integer weights meet activations rounded to int16, each row with its own scale. The instruction set is
+    chosen at run time; the environment variable KVSPN_CPU (avx512vnni, avx512, avx2, portable) names another.
+    """
+
+    module: ClassVar[ModuleType] = _native
+    device: ClassVar[str] = "cpu"
+
+    def __init__(self, weights: DecoderWeights, **sizes: Any) -> None:
+        super().__init__(weights, **sizes)
+        if self._embed.device.type != self.device:
+            raise ValueError(f"weights must be on the device {self.device}, got {self._embed.device}")
+        self._made = self.module.Engine(
+            {name: tensor.cpu() for name, tensor in named_tensors(weights)},
+            layers=len(weights.layers),
+            heads=weights.heads,
+            blocks=len(weights.blocks),
+            groups=weights.groups,
+            last_layer_only=weights.last_layer_only,
+            encoder_stride=weights.encoder_stride,
+            threads=torch.get_num_threads(),
+        )
+        self._engine.bind(
+            kv=self.cache.kv,
+            lengths=self.lengths,
+            tokens=self.tokens,
+            finished=self.finished,
+            stats=self.stats,
+            cross_kv=self.cache.cross_kv,
+            cross_lengths=self.cache.cross_lengths,
+            kv_scale=self.cache.kv_scale,
+            cross_kv_scale=self.cache.cross_kv_scale,
+        )
+
+    @property
+    def _engine(self) -> Any:
+        """The C++ object, ready for a call."""
+        return self._made
+
+    def _encode(self, row: int, states: Tensor) -> None:
+        self._engine.encode(row, states.detach())
+
+    def _prefill(self, row: int, count: int) -> None:
+        self._engine.prefill(row, count)
+
+    def _step(self, mask: Tensor | None, k: int, draft: bool) -> None:
+        mask = None if mask is None else mask.contiguous()
+        self._engine.step(mask, k=k, eos=self._eos, max_length=self._max_length, draft=draft)
+
+    def _run(self, mask: Tensor | None, k: int, draft: bool, steps: int) -> None:
+        mask = None if mask is None else mask.contiguous()
+        self._engine.run(mask, k=k, eos=self._eos, max_length=self._max_length, draft=draft, steps=steps)
+
+    def progress(self, row: int) -> list[int]:
+        """The tokens that steps have given one row since start(): on a CUDA device also while run() runs."""
+        return self._made.progress(row)

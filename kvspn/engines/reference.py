@@ -1,0 +1,86 @@
+"""The step by the references of the ops: plain PyTorch on any device, the oracle of every other engine."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvspn.checks import part
+from kvspn.engines.base import CachedEngine
+from kvspn.engines.cache import draft_first
+from kvspn.ops.decoder_step import REFERENCE, base_pass, step, step_rows
+from kvspn.weights.linear import dequantise
+
+PREFILL_CHUNK = 16  # query tokens of one pass
+
+
+class ReferenceEngine(CachedEngine):
+    """The plain-PyTorch references of the ops, one row at a time, on any device."""
+
+    ops: Any = REFERENCE
+
+    def _encode(self, row: int, states: Tensor) -> None:
+        self.cache.write_cross(row, self._cross_kv(states))
+
+    def _cross_kv(self, states: Tensor) -> Tensor:
+        """Encoder states [E, d] of one row -> [L, 2, H, E, D]."""
+        states = draft_first(states.float(), self._weights.encoder_stride)
+        projections = []
+        for layer in self._weights.layers:
+            weight, bias, scale = layer.cross_kv
+            projections.append(
+                F.linear(states, dequantise(weight, scale), None if bias is None else bias.float())
+            )
+        # [L, E, 2 * d] -> [L, 2, H, E, D]
+        kv = torch.stack(projections).unflatten(2, (2, self._weights.heads, -1)).permute(0, 2, 3, 1, 4)
+        return kv.to(self._embed.dtype)
+
+    def _prefill(self, row: int, count: int) -> None:
+        here, both = slice(row, row + 1), (slice(None), slice(None))
+        for first in range(0, count, PREFILL_CHUNK):
+            ids = self.tokens[here, first : min(first + PREFILL_CHUNK, count)]
+            base_pass(
+                self._weights,
+                ids,
+                self.cache.kv[:, :, here],
+                self.lengths[here],
+                self.cache.cross_kv[:, :, here],
+                self.cache.cross_lengths[here],
+                None,
+                self.ops,
+                part(self.cache.kv_scale, *both, here),
+                part(self.cache.cross_kv_scale, *both, here),
+            )
+            self.lengths[here] += ids.shape[1]
+
+    def _step(self, mask: Tensor | None, k: int, draft: bool) -> None:
+        self._call(step_rows, mask, k, draft)
+
+    def _together(self, mask: Tensor | None, k: int, draft: bool) -> None:
+        """The step of all rows at once, by this engine's ops."""
+        self._call(functools.partial(step, self.ops), mask, k, draft)
+
+    def _call(self, take: Callable[..., None], mask: Tensor | None, k: int, draft: bool) -> None:
+        """`take`: `step_rows`, or `step` on some ops."""
+        take(
+            self._weights,
+            self.cache.kv,
+            self.lengths,
+            self.tokens,
+            self.finished,
+            self.stats,
+            self.cache.cross_kv,
+            self.cache.cross_lengths,
+            mask,
+            k,
+            self._eos,
+            self._max_length,
+            draft,
+            self.cache.kv_scale,
+            self.cache.cross_kv_scale,
+        )

@@ -1,0 +1,195 @@
+"""Speech of any length to text in another language: a model, its processor and one engine for every chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from kvspn.assets import bundled_model
+from kvspn.decoding import DecodeStats
+from kvspn.engines import default_backend
+from kvspn.models import WhisperM2MForConditionalGeneration, WhisperM2MProcessor
+from kvspn.models.folder import ModelError, open_folder
+from kvspn.speech.audio import SAMPLING_RATE, split_audio
+
+UNSPACED = frozenset({"zh", "yue", "ja", "th", "lo", "my"})
+"""Languages written without spaces between words."""
+
+
+@dataclass(frozen=True)
+class Translation:
+    """One clip's translation.
+
+    source, target: language codes; the same for a transcription. tokens: the generated ones, chunk after
+    chunk, with the end tokens. chunks: figures of each chunk; total: those of all together.
+    """
+
+    text: str
+    source: str
+    target: str
+    tokens: list[int]
+    chunks: list[DecodeStats]
+    total: DecodeStats
+
+
+class Translator:
+    """Translates clip after clip on the same engine.
+
+    Raises:
+        ModelError: a model without languages, or whose window the preprocessor does not fit.
+    """
+
+    def __init__(
+        self,
+        model: WhisperM2MForConditionalGeneration,
+        processor: WhisperM2MProcessor,
+        backend: str | None = None,
+        weights: str | None = None,
+        kv: str | None = None,
+    ) -> None:
+        """`backend`: a name from `kvspn.engines.backends`; None is the fastest that is here. `weights`: their
+        format in the decoder (see `kvspn.weights.formats.quantise`); None leaves them as they are.
+        `kv`: "int8" for int8 caches; None for those of the embeddings' dtype."""
+        self.model = model
+        self.processor = processor
+        tokens = getattr(model.generation_config, "lang_to_id", None) or {}
+        self.languages = sorted(token.strip("<|>") for token in tokens)
+        self.window = processor.feature_extractor.n_samples
+        positions = model.config.max_source_positions
+        if not self.languages:
+            raise ModelError("the model's generation configuration names no languages (lang_to_id)")
+        if processor.feature_extractor.nb_max_frames != 2 * positions:
+            frames = processor.feature_extractor.nb_max_frames
+            raise ModelError(f"the preprocessor makes {frames} frames, the model takes {2 * positions}")
+        self.backend = backend or default_backend(model.device)
+        self.weights = weights
+        self.kv = kv
+        self.engine = model.engine(1, positions, self.backend, weights, kv)
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | PathLike[str] | None = None,
+        backend: str | None = None,
+        weights: str | None = None,
+        kv: str | None = None,
+    ) -> Translator:
+        """Opens a whisperM2M folder, float32 on the CPU; None for the bundled miniature.
+
+        Raises:
+            ModelError: naming the folder and the part that is missing or wrong.
+        """
+        path = bundled_model() if folder is None else Path(folder)
+        parts = open_folder(path, WhisperM2MForConditionalGeneration, WhisperM2MProcessor, torch.float32)
+        try:
+            return cls(*parts, backend, weights, kv)
+        except ModelError as error:
+            raise ModelError(f"{path}: {error}") from error
+
+    def check_language(self, code: str) -> None:
+        """Raises ValueError for a language that the model does not know."""
+        if code not in self.languages:
+            raise ValueError(f"unknown language {code!r}: this model knows {', '.join(self.languages)}")
+
+    def translate(
+        self,
+        samples: np.ndarray,
+        target: str,
+        source: str | None = None,
+        *,
+        k: int | float | str = 1,
+        draft: bool = True,
+        on_text: Callable[[str], object] = lambda text: None,
+        on_chunk: Callable[[int, int], object] = lambda done, total: None,
+    ) -> Translation:
+        """Translates one clip, or transcribes it where `target` is its language.
+
+        Args:
+            samples: float32 [N], mono at 16 kHz (see `kvspn.speech.audio.load_audio`); what is longer than
+                the model's window is cut at pauses and translated chunk by chunk.
+            target: code of the language to translate to.
+            source: code of the language spoken; None detects it on the first chunk.
+            k: a draft is accepted if among the base model's k likeliest tokens; "inf" accepts all.
+            draft: False for plain greedy decoding, as always for a model without a draft network.
+            on_text: called with each new piece of text; the pieces together are the whole text.
+            on_chunk: called with the number of chunks done and their total.
+
+        Raises:
+            ValueError: an unknown language, a bad k, samples that are not finite or only silence.
+        """
+        for code in (target,) if source is None else (target, source):
+            self.check_language(code)
+        if not np.isfinite(samples).all():
+            raise ValueError("samples must be finite, got NaN or infinity")
+        chunks = split_audio(samples, self.window)
+        if not chunks:
+            raise ValueError("samples must hold speech, got only silence")
+        pieces: list[str] = []
+        tokens: list[int] = []
+        stats: list[DecodeStats] = []
+
+        def emit(text: str) -> None:
+            pieces.append(text)
+            on_text(text)
+
+        for done, chunk in enumerate(chunks, 1):
+            features = self.processor(chunk, sampling_rate=SAMPLING_RATE).input_features
+            output: Any = self.model.generate(
+                features,
+                language=source,
+                target_language=target,
+                k=k,
+                draft=draft and self.model.kvspn is not None,
+                streamer=_TextStream(self.decode, emit, "" if not pieces or target in UNSPACED else " "),
+                return_dict_in_generate=True,
+                engine=self.engine,
+            )
+            source = output.languages[0]
+            tokens += output.sequences[0].tolist()
+            stats += output.stats
+            on_chunk(done, len(chunks))
+        assert source is not None  # one chunk at least has been decoded
+        total = DecodeStats.total(stats, sum(each.seconds for each in stats))
+        return Translation("".join(pieces), source, target, tokens, stats, total)
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of generated tokens; special ones are left out."""
+        return self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+class _TextStream(BaseStreamer):
+    """Passes on the text of the tokens that it is given, as soon as its characters are complete.
+
+    White space at both ends is dropped; `separator` goes before the first piece.
+    """
+
+    def __init__(
+        self, decode: Callable[[list[int]], str], emit: Callable[[str], None], separator: str
+    ) -> None:
+        self._decode = decode
+        self._emit = emit
+        self._separator = separator
+        self._tokens: list[int] = []
+        self._sent = 0  # characters
+
+    def put(self, value: Tensor) -> None:
+        """value: new token ids [T]."""
+        self._tokens += value.tolist()
+        # A character's first bytes alone decode to replacement characters.
+        self._send(self._decode(self._tokens).strip().rstrip("\N{REPLACEMENT CHARACTER}"))
+
+    def end(self) -> None:
+        self._send(self._decode(self._tokens).strip())
+
+    def _send(self, text: str) -> None:
+        if len(text) > self._sent:
+            self._emit((self._separator if not self._sent else "") + text[self._sent :])
+            self._sent = len(text)

@@ -1,0 +1,6 @@
+"""What a decoder and its draft network are made of, and the formats that their matrices are stored in."""
+
+from kvspn.weights.decoder import DecoderWeights, DraftBlockWeights, LayerWeights, Norm
+from kvspn.weights.linear import Linear
+
+__all__ = ["DecoderWeights", "DraftBlockWeights", "LayerWeights", "Linear", "Norm"]

@@ -1,0 +1,289 @@
+"""The decoder's weights by name, and the flat list of tensors that crosses an op's schema.
+
+``d = H * D`` is the model's width, ``F`` a feed-forward width, ``V`` the vocabulary, ``P`` the number of
+positions. Names and shapes are shared by every backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvspn.checks import FLOATS, INT32, INT32_MAX, Shapes, integer, same_dtype
+from kvspn.weights.linear import Linear, check_weight
+
+
+class Norm(NamedTuple):
+    """LayerNorm with eps 1e-5: weight [d], bias [d]."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class LayerWeights(NamedTuple):
+    """One decoder layer (pre-LayerNorm, as Whisper's). Projections of one input are fused."""
+
+    self_norm: Norm
+    self_qkv: Linear  # [3d, d]: q, k, v; Whisper's k has no bias, so bias[d:2d] is zero
+    self_out: Linear  # [d, d]
+    cross_norm: Norm
+    cross_q: Linear  # [d, d]
+    cross_kv: Linear  # [2d, d]: k, v; bias[:d] is zero; used once per utterance
+    cross_out: Linear  # [d, d]
+    ffn_norm: Norm
+    fc1: Linear  # [F, d]
+    fc2: Linear  # [d, F]
+
+
+class DraftBlockWeights(NamedTuple):
+    """A block of KVSPN: ``kv_*`` attends to the base model's cache, ``cross_*`` to the encoder's output.
+
+    ``Hq`` query heads, a multiple of the base model's H. The three ``cross_*`` are given together or not at
+    all.
+    """
+
+    kv_norm: Norm
+    kv_q: Linear  # [Hq * D, d]
+    kv_out: Linear  # [d, Hq * D]
+    ffn_norm: Norm
+    fc1: Linear  # [F, d]
+    fc2: Linear  # [d, F]
+    cross_norm: Norm | None = None
+    cross_q: Linear | None = None  # [Hq * D, d]
+    cross_out: Linear | None = None  # [d, Hq * D]
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderWeights:
+    """A decoder and its draft network (arXiv 2508.11189); shapes, dtypes and devices are checked when made.
+
+    Attributes:
+        heads: the base model's attention heads H.
+        embed_tokens: [V, d], embed_positions: [P, d]. Their dtype is that of activations and cache.
+        layers: the decoder layers.
+        norm: the final LayerNorm.
+        head: the output embedding [V, d]; ``Linear(embed_tokens)`` when tied. No bias.
+        blocks: the draft network's blocks; none means that there is no draft network.
+        draft_norm: the draft network's final LayerNorm, given if ``blocks`` are.
+        draft_head: [V, d], or [Vd, d] with ``draft_ids``; None uses ``head``. No bias.
+        draft_ids: int32 [Vd]: row i of ``draft_head`` scores token draft_ids[i], of a short list.
+        groups: groups of consecutive layers, len(layers) / groups each; block i reads group
+            i * groups // len(blocks). 0 means one group per block.
+        last_layer_only: an ablation: a block reads the last layer of its group alone.
+        encoder_stride: a block attends to every n-th of the encoder's positions alone: the first of the
+            cross-attention cache, where :func:`kvspn.engines.cache.draft_first` puts them.
+
+    Raises:
+        TypeError, ValueError: naming the field.
+    """
+
+    heads: int
+    embed_tokens: Tensor
+    embed_positions: Tensor
+    layers: tuple[LayerWeights, ...]
+    norm: Norm
+    head: Linear
+    blocks: tuple[DraftBlockWeights, ...] = ()
+    draft_norm: Norm | None = None
+    draft_head: Linear | None = None
+    draft_ids: Tensor | None = None
+    groups: int = 0
+    last_layer_only: bool = False
+    encoder_stride: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", self.groups or len(self.blocks))
+        _check(self)
+
+    @property
+    def draft_output(self) -> Linear:
+        """The output embedding that the draft network uses."""
+        return self.head if self.draft_head is None else self.draft_head
+
+    def group(self, block: int) -> slice:
+        """The layers whose cache a draft block reads."""
+        size = len(self.layers) // self.groups
+        end = (block * self.groups // len(self.blocks) + 1) * size
+        return slice(end - (1 if self.last_layer_only else size), end)
+
+    def to(self, device: torch.device | str) -> DecoderWeights:
+        """The same on another device."""
+        return DecoderWeights.unflatten(
+            [tensor.to(device) for tensor in self.flatten()],
+            heads=self.heads,
+            num_layers=len(self.layers),
+            groups=self.groups,
+            last_layer_only=self.last_layer_only,
+            encoder_stride=self.encoder_stride,
+        )
+
+    def flatten(self) -> list[Tensor]:
+        """Every tensor, in the order that :meth:`unflatten` reads; an empty tensor stands for None."""
+        absent = self.embed_tokens.new_empty(0)
+        return [absent if tensor is None else tensor for tensor in self._tensors()]
+
+    def _tensors(self) -> Iterator[Tensor | None]:
+        yield from (self.embed_tokens, self.embed_positions, self.draft_ids)
+        yield from _spread((self.norm, self.head, self.draft_norm, self.draft_head), _ENDS)
+        for layer in self.layers:
+            yield from _spread(layer, _LAYER)
+        for block in self.blocks:
+            yield from _spread(block, _BLOCK)
+
+    @classmethod
+    def unflatten(
+        cls,
+        tensors: Sequence[Tensor],
+        *,
+        heads: int,
+        num_layers: int,
+        groups: int = 0,
+        last_layer_only: bool = False,
+        encoder_stride: int = 1,
+    ) -> DecoderWeights:
+        """The inverse of :meth:`flatten`; the number of tensors tells the number of blocks.
+
+        Raises:
+            TypeError, ValueError: naming the field, or "weights" when the number of tensors cannot be right.
+        """
+        base = 3 + _size(_ENDS) + num_layers * _size(_LAYER)
+        extra = len(tensors) - base
+        num_blocks = extra // _size(_BLOCK)
+        if extra < 0 or extra % _size(_BLOCK):
+            raise ValueError(
+                f"weights must hold {base} tensors for {num_layers} layers and {_size(_BLOCK)} more for each "
+                f"draft block, got {len(tensors)}"
+            )
+        rest: Iterator[Any] = (tensor if tensor.numel() else None for tensor in tensors)
+        embed_tokens, embed_positions, draft_ids = (next(rest) for _ in range(3))
+        norm, head, draft_norm, draft_head = _gather(rest, _ENDS)
+        return cls(
+            heads=heads,
+            embed_tokens=embed_tokens,
+            embed_positions=embed_positions,
+            norm=norm,
+            head=head,
+            layers=tuple(LayerWeights(*_gather(rest, _LAYER)) for _ in range(num_layers)),
+            blocks=tuple(DraftBlockWeights(*_gather(rest, _BLOCK)) for _ in range(num_blocks)),
+            draft_norm=draft_norm,
+            draft_head=draft_head,
+            draft_ids=draft_ids,
+            groups=groups,
+            last_layer_only=last_layer_only,
+            encoder_stride=encoder_stride,
+        )
+
+
+# The kinds of the fields, in order.
+_ENDS = (Norm, Linear, Norm, Linear)
+_LAYER = (Norm, Linear, Linear, Norm, Linear, Linear, Linear, Norm, Linear, Linear)
+_BLOCK = (Norm, Linear, Linear, Norm, Linear, Linear, Norm, Linear, Linear)
+
+
+def named_tensors(weights: DecoderWeights) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under the name that csrc knows: "embed_tokens", "layers.0.self_qkv.weight", ..."""
+    yield "embed_tokens", weights.embed_tokens.detach()
+    yield "embed_positions", weights.embed_positions.detach()
+    if weights.draft_ids is not None:
+        yield "draft_ids", weights.draft_ids
+    parts: dict[str, Any] = {  # a Norm or a Linear each, or None
+        name: getattr(weights, name) for name in ("norm", "head", "draft_norm", "draft_head")
+    }
+    for i, layer in enumerate(weights.layers):
+        parts |= {f"layers.{i}.{field}": part for field, part in layer._asdict().items()}
+    for i, block in enumerate(weights.blocks):
+        parts |= {f"blocks.{i}.{field}": part for field, part in block._asdict().items()}
+    for name, part in parts.items():
+        for field, tensor in () if part is None else part._asdict().items():
+            if tensor is not None:
+                yield f"{name}.{field}", tensor.detach()
+
+
+def _size(kinds: Sequence[Any]) -> int:
+    return sum(len(kind._fields) for kind in kinds)
+
+
+def _spread(parts: Sequence[Any], kinds: Sequence[Any]) -> Iterator[Tensor | None]:
+    for part, kind in zip(parts, kinds, strict=True):
+        yield from part or (None,) * len(kind._fields)
+
+
+def _gather(tensors: Iterator[Tensor | None], kinds: Sequence[Any]) -> Iterator[Any]:
+    for kind in kinds:
+        part = [next(tensors) for _ in kind._fields]
+        yield None if part[0] is None else kind(*part)
+
+
+def _check(w: DecoderWeights) -> None:
+    shapes = Shapes()
+
+    def norm(name: str, part: Norm | None) -> None:
+        if not isinstance(part, Norm):
+            raise TypeError(f"{name} must be a Norm, got {type(part).__name__}")
+        shapes.tensor(f"{name}.weight", part.weight, "d", FLOATS)
+        shapes.tensor(f"{name}.bias", part.bias, "d", FLOATS)
+
+    def linear(name: str, part: Linear | None, n: str, k: str) -> None:
+        if not isinstance(part, Linear):
+            raise TypeError(f"{name} must be a Linear, got {type(part).__name__}")
+        check_weight(shapes, f"{name}.weight", f"{name}.scale", part.weight, part.scale, n, k)
+        if part.bias is not None:
+            shapes.tensor(f"{name}.bias", part.bias, n, FLOATS)
+
+    def head(name: str, part: Linear, n: str) -> None:
+        linear(name, part, n, "d")
+        if part.bias is not None:
+            raise ValueError(f"{name}.bias must be None, got a tensor")
+
+    shapes.tensor("embed_tokens", w.embed_tokens, "V d", FLOATS)
+    shapes.tensor("embed_positions", w.embed_positions, "P d", FLOATS)
+    same_dtype("embed_positions", w.embed_positions, "embed_tokens", w.embed_tokens.dtype)
+    d = shapes["d"]
+    integer("heads", w.heads, 1, d)
+    if d % w.heads:
+        raise ValueError(f"heads must divide the width d={d}, got {w.heads}")
+    shapes.sizes |= {"2d": 2 * d, "3d": 3 * d}
+    if not w.layers:
+        raise ValueError("layers must hold at least one layer, got 0")
+    for i, layer in enumerate(w.layers):
+        at = f"layers[{i}]"
+        norm(f"{at}.self_norm", layer.self_norm)
+        linear(f"{at}.self_qkv", layer.self_qkv, "3d", "d")
+        linear(f"{at}.self_out", layer.self_out, "d", "d")
+        norm(f"{at}.cross_norm", layer.cross_norm)
+        linear(f"{at}.cross_q", layer.cross_q, "d", "d")
+        linear(f"{at}.cross_kv", layer.cross_kv, "2d", "d")
+        linear(f"{at}.cross_out", layer.cross_out, "d", "d")
+        norm(f"{at}.ffn_norm", layer.ffn_norm)
+        linear(f"{at}.fc1", layer.fc1, "F", "d")
+        linear(f"{at}.fc2", layer.fc2, "d", "F")
+    norm("norm", w.norm)
+    head("head", w.head, "V")
+    if not w.blocks:
+        return
+    integer("groups", w.groups, 1, len(w.layers))
+    if len(w.layers) % w.groups:
+        raise ValueError(f"groups must divide the {len(w.layers)} layers, got {w.groups}")
+    integer("encoder_stride", w.encoder_stride, 1, INT32_MAX)
+    for i, block in enumerate(w.blocks):
+        at = f"blocks[{i}]"
+        norm(f"{at}.kv_norm", block.kv_norm)
+        linear(f"{at}.kv_q", block.kv_q, "Hq*D", "d")
+        if shapes["Hq*D"] % d:
+            raise ValueError(f"{at}.kv_q.weight must have a multiple of d={d} rows, got {shapes['Hq*D']}")
+        linear(f"{at}.kv_out", block.kv_out, "d", "Hq*D")
+        if block.cross_norm or block.cross_q or block.cross_out:
+            norm(f"{at}.cross_norm", block.cross_norm)
+            linear(f"{at}.cross_q", block.cross_q, "Hq*D", "d")
+            linear(f"{at}.cross_out", block.cross_out, "d", "Hq*D")
+        norm(f"{at}.ffn_norm", block.ffn_norm)
+        linear(f"{at}.fc1", block.fc1, "F_draft", "d")
+        linear(f"{at}.fc2", block.fc2, "d", "F_draft")
+    norm("draft_norm", w.draft_norm)
+    if w.draft_ids is not None:
+        shapes.tensor("draft_ids", w.draft_ids, "Vd", INT32)
+    head("draft_head", w.draft_output, "V" if w.draft_ids is None else "Vd")
