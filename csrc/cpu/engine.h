@@ -2,9 +2,9 @@
 #pragma once
 
 #include "common/memory.h"
+#include "common/weights.h"
 #include "cpu/kernels.h"
 #include "cpu/team.h"
-#include "common/weights.h"
 #include "kvspn.h"
 
 namespace kvspn {

@@ -5,8 +5,8 @@
 #include "common/memory.h"
 #include "common/op_checks.h"
 #include "common/ops.h"
-#include "cpu/parts.h"
 #include "common/tensor.h"
+#include "cpu/parts.h"
 
 namespace kvspn {
 namespace {
