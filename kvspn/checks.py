@@ -1,4 +1,4 @@
-"""Argument checks that the ops share: types, shapes and devices, on the host; device data is never read."""
+"""Argument checks that the ops share, on the host: types, shapes, devices. `finite` alone reads the data."""
 
 from __future__ import annotations
 
@@ -81,6 +81,14 @@ def number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
+
+
+def finite(name: str, value: Tensor) -> None:
+    """Check that no number is NaN or infinite, and say where the first is. Reads the tensor."""
+    wrong = ~value.isfinite()
+    if wrong.any():
+        at = wrong.nonzero()[0].tolist()
+        raise ValueError(f"{name} must be finite, got {value[tuple(at)].item()} at {at}")
 
 
 def boolean(name: str, value: object) -> None:

@@ -39,8 +39,8 @@ def decode(
     encoder_states: Sequence[Tensor],
     prompt: Sequence[Sequence[int]],
     *,
-    eos: int,
-    max_length: int,
+    eos: int | Sequence[int],
+    max_length: int | Sequence[int],
     k: int | float | str = 1,
     draft: bool = True,
     mask: Tensor | None = None,
@@ -50,10 +50,13 @@ def decode(
     """Decode one batch until every row has ended.
 
     With k = 1 the tokens are exactly those of ``draft=False``, plain greedy decoding of the base model.
+    Threads that share an engine wait for each other's utterances.
 
     Args:
         engine: its batch is the number of rows here.
-        encoder_states, prompt, eos, max_length, mask, begin_mask: as in :meth:`Engine.start`.
+        encoder_states, prompt, mask, begin_mask: as in :meth:`Engine.start`.
+        eos: the token that ends a row, or several that do; -1 for none.
+        max_length: tokens of a row at most, prompt included: one number for all rows or one a row.
         k: a drafted token stands if it is among the base model's k best; an int >= 1, math.inf or "inf".
         draft: False for plain greedy decoding.
         streamer: called as streamer(row, new_token_ids) after each step for each row that grew. For a
@@ -64,27 +67,55 @@ def decode(
         TypeError, ValueError: naming the argument, before any step runs.
     """
     accept = parse_k(k)
-    engine.start(encoder_states, prompt, eos=eos, max_length=max_length, mask=mask, begin_mask=begin_mask)
-    finished = engine.finished.tolist()
-    counts = [len(ids) for ids in prompt]
-    seconds = [0.0] * len(counts)
-    begin = time.perf_counter()
-    while not all(finished):
-        engine.step(accept, draft)
-        grown = [length + 1 for length in engine.lengths.tolist()]
-        now = time.perf_counter() - begin
-        for row, (old, new) in enumerate(zip(counts, grown, strict=True)):
-            if new > old:
+    ends = [eos] if isinstance(eos, int) else list(eos)
+    limits = [max_length] * len(prompt) if isinstance(max_length, int) else list(max_length)
+    _check_stops(prompt, ends, limits)
+    with engine.lock:
+        engine.start(
+            encoder_states, prompt, eos=ends[0], max_length=max(limits), mask=mask, begin_mask=begin_mask
+        )
+        sequences = [list(ids) for ids in prompt]
+        seconds = [0.0] * len(sequences)
+        # The engine knows one end and one limit; a row's own stop it here.
+        full = [row for row, ids in enumerate(prompt) if len(ids) >= limits[row]]
+        engine.finished[full] = True
+        finished = engine.finished.tolist()
+        begin = time.perf_counter()
+        while not all(finished):
+            engine.step(accept, draft)
+            lengths = engine.lengths.tolist()
+            now = time.perf_counter() - begin
+            done = engine.finished.tolist()
+            for row, tokens in enumerate(sequences):
+                if finished[row]:
+                    continue
+                new = engine.tokens[row, len(tokens) : min(lengths[row] + 1, limits[row])].tolist()
+                new = new[: next((i + 1 for i, token in enumerate(new) if token in ends), len(new))]
+                tokens += new
                 seconds[row] = now
-                if streamer is not None:
-                    streamer(row, engine.tokens[row, old:new].tolist())
-        counts, finished = grown, engine.finished.tolist()
+                if not done[row] and (len(tokens) >= limits[row] or tokens[-1] in ends):
+                    engine.finished[row] = done[row] = True
+                if new and streamer is not None:
+                    streamer(row, new)
+            finished = done
+        counts = engine.stats.tolist()
     elapsed = max(seconds)
     rows = [
-        DecodeStats(count - len(ids), steps, drafted, accepted, took)
-        for count, ids, (steps, drafted, accepted), took in zip(
-            counts, prompt, engine.stats.tolist(), seconds, strict=True
+        DecodeStats(len(tokens) - len(ids), steps, drafted, accepted, took)
+        for tokens, ids, (steps, drafted, accepted), took in zip(
+            sequences, prompt, counts, seconds, strict=True
         )
     ]
-    sequences = [engine.tokens[row, :count].tolist() for row, count in enumerate(counts)]
     return DecodeResult(sequences, rows, DecodeStats.total(rows, elapsed))
+
+
+def _check_stops(prompt: Sequence[Sequence[int]], ends: Sequence[int], limits: Sequence[int]) -> None:
+    if not ends:
+        raise ValueError("eos must hold at least one token, got none")
+    for token in ends:
+        integer("eos", token, -1, K_INF)
+    if len(limits) != len(prompt):
+        raise ValueError(f"max_length must be one for all rows or {len(prompt)}, got {len(limits)}")
+    for row, (ids, limit) in enumerate(zip(prompt, limits, strict=True)):
+        integer("max_length", limit, 1, K_INF)
+        integer(f"the number of tokens in prompt[{row}]", len(ids), 1, limit)

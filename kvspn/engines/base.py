@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import abc
+import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvspn.checks import FLOATS, FP32, Shapes, integer
+from kvspn.checks import FLOATS, FP32, Shapes, finite, integer
 from kvspn.engines.cache import StepCache
 from kvspn.ops import K_INF
 from kvspn.weights import DecoderWeights
@@ -24,8 +27,10 @@ class Engine(abc.ABC):
         lengths: int32 [batch], positions in the cache: all tokens but the newest.
         finished: bool [batch].
         stats: int32 [batch, 3]: steps, drafted tokens, accepted tokens.
+        lock: held from start() to the reading of the last token, where threads share an engine.
     """
 
+    lock: AbstractContextManager[Any]
     tokens: Tensor
     lengths: Tensor
     finished: Tensor
@@ -102,6 +107,7 @@ class CachedEngine(Engine):
         integer("capacity", capacity, 1, len(weights.embed_positions))
         if kv not in (None, "int8"):
             raise ValueError(f"kv must be int8, or None for the embeddings' dtype, got {kv!r}")
+        self.lock = threading.RLock()  # a thread may hold it over several utterances
         self._weights = weights
         self._embed = weights.embed_tokens
         self.cache = StepCache(
@@ -208,6 +214,7 @@ class CachedEngine(Engine):
         shapes.tensor("embed_tokens", self._embed, "V d", FLOATS)
         for row, (states, ids) in enumerate(zip(encoder_states, prompt, strict=True)):
             shapes.tensor(f"encoder_states[{row}]", states, "? d", FLOATS)
+            finite(f"encoder_states[{row}]", states)
             integer(f"the number of encoder_states[{row}]", len(states), 1, self.cache.cross_kv.shape[4])
             integer(f"the number of tokens in prompt[{row}]", len(ids), 1, max_length)
             for token in ids:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,13 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from kvspn.decoding import DecodeResult, DecodeStats, decode
+from kvspn.checks import finite, integer
+from kvspn.decoding import DecodeStats, decode
 from kvspn.engines import Engine, default_backend, engine
+from kvspn.models import settings
+from kvspn.models.packed import packed_engine
 from kvspn.models.weights import decoder_weights
+from kvspn.ops import K_INF
 from kvspn.weights.formats import quantise
 
 TASKS = ("transcribe", "translate")
@@ -65,6 +69,12 @@ class GenerationMixin:
             kv=kv,
         )
 
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """Settles the generation configuration of `from_pretrained`."""
+        super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]
+        # Said outright, or transformers' pipeline fills in 5 beams of its own, which `generate` would refuse.
+        self.generation_config.num_beams = self.generation_config.num_beams or 1
+
     @torch.no_grad()
     def generate(
         self,
@@ -82,18 +92,22 @@ class GenerationMixin:
         max_new_tokens: int | None = None,
         streamer: BaseStreamer | None = None,
         generation_config: GenerationConfig | None = None,
-        return_dict_in_generate: bool = False,
+        return_dict_in_generate: bool | None = None,
         engine: Engine | None = None,
         backend: str | None = None,
+        labels: Tensor | None = None,
+        **more: Any,
     ) -> Tensor | GenerateOutput:
-        """Transcribes or translates speech, or translates text.
+        """Transcribes or translates speech, or translates text. Several threads may share a model.
 
         Args:
             input_features: speech [B, mel bins, frames], or
             input_ids: source text [B, T] (from the processor), with its `attention_mask`, or
             encoder_outputs: what `encode` made of either, as `(states,)` with states [B, E, d] without
                 padding, or the rows' own, [E, d] each; one clip's may stand for several rows.
-            language: the source language ("de" or "<|de|>"), one for all rows or one a row; None detects it.
+            attention_mask: [B, T] of `input_ids`, 1 keeps; for speech it has no meaning, as in Whisper.
+            language: the source language ("de", "<|de|>" or "German"), one for all rows or one a row; None
+                takes it from the generation configuration, or else detects it.
             task: "transcribe" or "translate"; by default "translate" where there is a target language.
             target_language: what to translate to, one for all rows or one a row; a row whose source it is, is
                 transcribed.
@@ -101,59 +115,92 @@ class GenerationMixin:
             k: a draft is accepted if among the base model's k likeliest tokens; 1 gives exactly the greedy
                 output, "inf" accepts all.
             draft: False for plain greedy decoding; by default True where the model has a draft network.
-            max_new_tokens: at most; by default what the decoder's positions allow.
-            streamer: a transformers streamer, such as TextStreamer, for a batch of one.
-            generation_config: Whisper's ids of languages, tasks and suppressed tokens; by default the
-                model's. Its sampling and beam settings have no meaning here.
+            max_new_tokens: at most, each row after its own prompt; by default what the decoder's positions
+                allow.
+            streamer: a transformers streamer, such as TextStreamer, for a batch of one; it gets the prompt
+                first, then each step's new tokens.
+            generation_config: settings that count before those of the model's own generation configuration.
             return_dict_in_generate: a GenerateOutput instead of its `sequences`.
-            engine: one from `self.engine`, to use again; else made for this call on `backend`.
+            engine: one from `self.engine`, to use again. By default the model keeps one with its present
+                weights, active adapters merged (see `kvspn.models.packed`).
             backend: a name from `kvspn.engines.backends`; None is the fastest that is here.
+            labels: not read; Seq2SeqTrainer hands them on.
+            more: other fields of a generation configuration, such as `max_length` (the prompt included) or
+                `eos_token_id` (one or several). What `kvspn.models.settings` does not name as honoured must
+                be at its default, here and in both configurations.
 
         Returns: int64 [B, T] generated tokens without the prompt, padded on the right, or GenerateOutput.
 
         Raises ValueError or TypeError that name the argument.
         """
-        ids = generation_config if hasattr(generation_config, "lang_to_id") else self.generation_config
+        said = settings.merge(
+            self.generation_config,
+            generation_config,
+            {
+                "language": language,
+                "task": task,
+                "max_new_tokens": max_new_tokens,
+                "return_dict_in_generate": return_dict_in_generate,
+                **more,
+            },
+        )
         states = self._encode_rows(input_features, input_ids, attention_mask, encoder_outputs)
         batch = len(states)
         if streamer is not None and batch != 1:
             raise ValueError(f"streamer takes a batch of one, got {batch} rows")
-        if task not in (None, *TASKS):
-            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-        if task == "translate" and target_language is None:
+        if target_language is not None and task is None:
+            said.pop("task", None)  # the target, given here, counts before a configured task
+        wanted = said.get("task")
+        if wanted not in (None, *TASKS):
+            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {wanted!r}")
+        if wanted == "translate" and target_language is None:
             target_language = "en"  # as in Whisper
-        if task == "transcribe" and target_language is not None:
+        if wanted == "transcribe" and target_language is not None:
             raise ValueError(f"target_language must be None for task 'transcribe', got {target_language!r}")
-        language_ids = _language_ids(ids)
+        language_ids = _language_ids(said)
         targets = _languages("target_language", target_language, batch, language_ids)
-        languages = _languages("language", language, batch, language_ids)
-        if engine is None:
-            engine = self.engine(batch, max(map(len, states)), backend)
-        mask = _mask(self.config.vocab_size, ids.suppress_tokens, self.device)
-        languages = languages or self._detect(engine, states, language_ids)
+        languages = _languages("language", said.get("language"), batch, language_ids)
+        start = said.get("decoder_start_token_id", self.config.decoder_start_token_id)
         context = [] if prompt_ids is None else [int(token) for token in prompt_ids]
         if len(context) > self.config.max_target_positions // 2:
             limit = self.config.max_target_positions // 2
             raise ValueError(f"prompt_ids must hold at most {limit} tokens, got {len(context)}")
+        mask, first_mask = (self._mask(name, said) for name in ("suppress_tokens", "begin_suppress_tokens"))
+        if engine is None:
+            engine = packed_engine(self, batch, max(map(len, states)), backend)
+        languages = languages or self._detect(engine, states, start, language_ids)
         prompts = [
-            context + self._prompt(ids, language_ids, source, target)
+            [*context, start, *_prompt(said, language_ids, source, target)]
             for source, target in zip(languages, targets or languages, strict=True)
         ]
+        eos = said.get("eos_token_id", self.config.eos_token_id)
+        limits = self._limits(list(map(len, prompts)), max_new_tokens, said)
+        if streamer is not None:
+            streamer.put(torch.tensor(prompts))
         result = decode(
             engine,
             states,
             prompts,
-            eos=self.config.eos_token_id,
-            max_length=self._max_length(max(map(len, prompts)), max_new_tokens, generation_config),
+            eos=settings.token_ids("eos_token_id", eos, self.config.vocab_size),
+            max_length=limits,
             k=k,
             draft=self.kvspn is not None if draft is None else draft,
             mask=mask,
-            begin_mask=_mask(self.config.vocab_size, ids.begin_suppress_tokens, self.device),
+            begin_mask=first_mask,
             streamer=None if streamer is None else lambda row, new: streamer.put(torch.tensor(new)),
         )
         if streamer is not None:
             streamer.end()
-        return self._output(result, prompts, languages, return_dict_in_generate)
+        rows = [
+            torch.tensor(tokens[len(prompt) :])
+            for tokens, prompt in zip(result.sequences, prompts, strict=True)
+        ]
+        sequences = torch.nn.utils.rnn.pad_sequence(
+            rows, batch_first=True, padding_value=said.get("pad_token_id", self.config.pad_token_id)
+        ).to(self.device)
+        if not said.get("return_dict_in_generate"):
+            return sequences
+        return GenerateOutput(sequences=sequences, languages=languages, stats=result.rows, total=result.total)
 
     def _encode_rows(
         self,
@@ -170,67 +217,71 @@ class GenerationMixin:
         if encoder_outputs is not None:
             return list(encoder_outputs[0])
         if input_features is not None:
+            if not isinstance(input_features, Tensor):
+                raise TypeError(f"input_features must be a tensor, got {type(input_features).__name__}")
+            finite("input_features", input_features)
             return [self.encode(row[None])[0] for row in input_features]
+        assert input_ids is not None
+        settings.token_ids("input_ids", input_ids.flatten().tolist(), self.config.vocab_size)
         kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         return [
             self.encode(input_ids=row[None, each.bool()])[0]
             for row, each in zip(input_ids, kept, strict=True)
         ]
 
-    def _detect(self, engine: Engine, states: list[Tensor], language_ids: dict[str, int]) -> list[str]:
+    def _detect(
+        self, engine: Engine, states: list[Tensor], start: int, language_ids: dict[str, int]
+    ) -> list[str]:
         """The likeliest language token after the start token, as Whisper does it."""
         mask = torch.full((self.config.vocab_size,), -torch.inf, device=self.device)
         mask[list(language_ids.values())] = 0
-        start = self.config.decoder_start_token_id
         found = decode(engine, states, [[start]] * len(states), eos=-1, max_length=2, draft=False, mask=mask)
         by_id = {token: code for code, token in language_ids.items()}
+        for row, tokens in enumerate(found.sequences):
+            if tokens[-1] not in by_id:
+                raise ValueError(
+                    f"language of row {row} cannot be detected: the model's logits are not numbers"
+                )
         return [by_id[tokens[-1]] for tokens in found.sequences]
 
-    def _prompt(
-        self, ids: GenerationConfig, language_ids: dict[str, int], source: str, target: str
-    ) -> list[int]:
-        """Whisper's prompt; to translate, the target language follows the task."""
-        if target == source:
-            task = [ids.task_to_id["transcribe"]]
-        else:
-            task = [ids.task_to_id["translate"], language_ids[target]]
-        start = self.config.decoder_start_token_id
-        return [start, language_ids[source], *task, ids.no_timestamps_token_id]
+    def _limits(self, prompts: list[int], max_new_tokens: int | None, said: Mapping[str, Any]) -> list[int]:
+        """Tokens of each row at most, its prompt included, from the prompts' lengths."""
+        positions = self.config.max_target_positions
+        if max_new_tokens is not None:
+            integer("max_new_tokens", max_new_tokens, 1, positions - max(prompts))
+        if "max_new_tokens" in said:
+            integer("max_new_tokens", said["max_new_tokens"], 1, K_INF)
+            return [min(positions, prompt + said["max_new_tokens"]) for prompt in prompts]
+        if "max_length" in said:
+            integer("max_length", said["max_length"], max(prompts) + 1, K_INF)
+        return [min(positions, said.get("max_length", positions))] * len(prompts)
 
-    def _max_length(self, prompt: int, max_new_tokens: int | None, given: GenerationConfig | None) -> int:
-        limit = self.config.max_target_positions
-        if max_new_tokens is None:
-            wished = getattr(given, "max_new_tokens", None)
-            return limit if wished is None else min(limit, prompt + wished)
-        if not 1 <= max_new_tokens <= limit - prompt:
-            raise ValueError(f"max_new_tokens must be 1 to {limit - prompt}, got {max_new_tokens}")
-        return prompt + max_new_tokens
-
-    def _output(
-        self, result: DecodeResult, prompts: list[list[int]], languages: list[str], as_dict: bool
-    ) -> Tensor | GenerateOutput:
-        rows = [
-            torch.tensor(tokens[len(prompt) :])
-            for tokens, prompt in zip(result.sequences, prompts, strict=True)
-        ]
-        sequences = torch.nn.utils.rnn.pad_sequence(
-            rows, batch_first=True, padding_value=self.config.pad_token_id
-        )
-        sequences = sequences.to(self.device)
-        if not as_dict:
-            return sequences
-        return GenerateOutput(sequences=sequences, languages=languages, stats=result.rows, total=result.total)
+    def _mask(self, name: str, said: Mapping[str, Any]) -> Tensor | None:
+        """Additive float32 [V]: -inf at the tokens of a setting; None where there are none."""
+        suppressed = settings.token_ids(name, said.get(name, ()), self.config.vocab_size)
+        if not suppressed:
+            return None
+        mask = torch.zeros(self.config.vocab_size, device=self.device)
+        mask[suppressed] = -torch.inf
+        return mask
 
 
-def _code(language: str) -> str:
-    return language.removeprefix("<|").removesuffix("|>")
+def _prompt(said: Mapping[str, Any], language_ids: Mapping[str, int], source: str, target: str) -> list[int]:
+    """Whisper's prompt after the start token; to translate, the target language follows the task."""
+    if target == source:
+        task = [said["task_to_id"]["transcribe"]]
+    else:
+        task = [said["task_to_id"]["translate"], language_ids[target]]
+    return [language_ids[source], *task, said["no_timestamps_token_id"]]
 
 
-def _language_ids(ids: Any) -> dict[str, int]:
-    found = getattr(ids, "lang_to_id", None)
-    if not found:
-        raise ValueError("generation_config has no lang_to_id: the model's languages are not known")
-    return {_code(token): i for token, i in found.items()}
+def _language_ids(said: Mapping[str, Any]) -> dict[str, int]:
+    for name in ("lang_to_id", "task_to_id", "no_timestamps_token_id"):
+        if not said.get(name):
+            raise ValueError(
+                f"generation_config has no {name}: the model's languages and tasks are not known"
+            )
+    return {settings.code(token): i for token, i in said["lang_to_id"].items()}
 
 
 def _languages(
@@ -243,15 +294,6 @@ def _languages(
     if len(rows) != batch:
         raise ValueError(f"{name} must be one for all or {batch}, one a row, got {len(rows)}")
     for language in rows:
-        if _code(language) not in known:
+        if not isinstance(language, str) or settings.code(language) not in known:
             raise ValueError(f"{name} must be one of {', '.join(sorted(known))}, got {language!r}")
-    return [_code(language) for language in rows]
-
-
-def _mask(vocab_size: int, suppressed: Sequence[int] | None, device: torch.device) -> Tensor | None:
-    """Additive float32 [V]: -inf at the suppressed tokens; None where there are none."""
-    if not suppressed:
-        return None
-    mask = torch.zeros(vocab_size, device=device)
-    mask[list(suppressed)] = -torch.inf
-    return mask
+    return [settings.code(language) for language in rows]

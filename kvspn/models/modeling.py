@@ -168,6 +168,7 @@ class WhisperM2MForConditionalGeneration(GenerationMixin, WhisperForConditionalG
     """
 
     config_class = WhisperM2MConfig
+    accepts_loss_kwargs = False  # Trainer divides the loss by the accumulated steps itself
 
     def __init__(self, config: WhisperM2MConfig):
         WhisperPreTrainedModel.__init__(self, config)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.models.whisper.modeling_whisper import (
+    WhisperAttention,
+    WhisperDecoderLayer,
+    WhisperEncoderLayer,
+    WhisperPositionalEmbedding,
+)
 
 from kvspn.weights import DecoderWeights, DraftBlockWeights, LayerWeights, Linear, Norm
 
@@ -14,23 +23,85 @@ if TYPE_CHECKING:
     from kvspn.models.modeling import WhisperM2MForConditionalGeneration
 
 
+_PLAIN = {  # what the engines compute by themselves; this package's own modules are known too
+    kind.forward
+    for kind in (
+        nn.Conv1d,
+        nn.Embedding,
+        nn.LayerNorm,
+        nn.Linear,
+        nn.ModuleList,
+        WhisperAttention,
+        WhisperDecoderLayer,
+        WhisperEncoderLayer,
+        WhisperPositionalEmbedding,
+        type(ACT2FN["gelu"]),
+    )
+}
+LAYER_NORM_EPS = 1e-5
+_NO_CHANGE = "make_inputs_require_grads"  # transformers' hook for gradient checkpointing returns nothing
+
+
+def packed_parts(model: WhisperM2MForConditionalGeneration) -> dict[str, nn.Module]:
+    """The modules, by name, whose weights `decoder_weights` takes."""
+    parts: dict[str, nn.Module] = {"model.decoder": model.model.decoder, "proj_out": model.proj_out}
+    return parts if model.kvspn is None else parts | {"kvspn": model.kvspn}
+
+
+def check_plain(parts: Mapping[str, nn.Module]) -> None:
+    """Checks that engines, which take weights alone, compute what the modules' `forward` does.
+
+    Raises:
+        TypeError: naming a module with forward hooks, another `forward` (a quantised layer) or weights of
+            another kind. PEFT's adapters are no fault: their active ones are merged.
+    """
+    for name, module in parts.items():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if "forward" in vars(module) or any(_NO_CHANGE not in str(hook) for hook in hooks):
+            raise TypeError(f"{name} must have no forward hooks to be packed into an engine, got some")
+        base = _base_layer(module)
+        if base is not module:
+            check_plain({f"{name}.base_layer": base})
+            continue
+        kind = type(module)
+        tensors = [tensor for tensor in module._parameters.values() if tensor is not None]
+        if (kind.forward not in _PLAIN and not kind.__module__.startswith("kvspn.models.")) or any(
+            type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors
+        ):
+            kinds = ", ".join(dict.fromkeys(type(tensor).__name__ for tensor in tensors))
+            raise TypeError(
+                f"{name} must be a plain layer to be packed into an engine, got {kind.__name__} ({kinds})"
+            )
+        if isinstance(module, nn.LayerNorm) and (module.eps != LAYER_NORM_EPS or len(tensors) != 2):
+            raise TypeError(
+                f"{name} must have eps {LAYER_NORM_EPS}, a weight and a bias to be packed into an engine, "
+                f"got {module}"
+            )
+        check_plain({f"{name}.{child}": part for child, part in module.named_children()})
+
+
 def decoder_weights(model: WhisperM2MForConditionalGeneration) -> DecoderWeights:
-    """Shares the model's storage but for the projections that are fused (q, k, v)."""
+    """Shares the model's storage but for what is fused (q, k, v) and what has adapters, which are merged.
+
+    Raises:
+        TypeError: see `check_plain`.
+    """
+    check_plain(packed_parts(model))
     decoder, draft = model.model.decoder, model.kvspn
-    embed = decoder.embed_tokens.weight
     ids = None if draft is None else draft.draft_ids
     with torch.no_grad():
+        embed, head = (_merged(part).weight.detach() for part in (decoder.embed_tokens, model.proj_out))
         return DecoderWeights(
             heads=model.config.decoder_attention_heads,
-            embed_tokens=embed.detach() * decoder.embed_scale if decoder.embed_scale != 1 else embed.detach(),
-            embed_positions=decoder.embed_positions.weight.detach(),
+            embed_tokens=embed * decoder.embed_scale if decoder.embed_scale != 1 else embed,
+            embed_positions=_merged(decoder.embed_positions).weight.detach(),
             layers=tuple(_layer(layer) for layer in decoder.layers),
             norm=_norm(decoder.layer_norm),
-            head=Linear(model.proj_out.weight.detach()),
+            head=Linear(head),
             blocks=() if draft is None else tuple(_block(block) for block in draft.blocks),
             groups=0 if draft is None else draft.groups,
             draft_norm=None if draft is None else _norm(draft.layer_norm),
-            draft_head=None if ids is None else Linear(draft.head_weight(model.proj_out.weight).detach()),
+            draft_head=None if ids is None else Linear(draft.head_weight(head)),
             draft_ids=None if ids is None else ids.to(torch.int32),
             last_layer_only=draft is not None and draft.last_layer_only,
             encoder_stride=1 if draft is None else draft.encoder_stride,
@@ -40,6 +111,7 @@ def decoder_weights(model: WhisperM2MForConditionalGeneration) -> DecoderWeights
 def encoder_weights(model: WhisperM2MForConditionalGeneration) -> dict[str, Tensor]:
     """The speech encoder by name: "encoder.conv1.weight", "encoder.layers.0.self_qkv.bias", ..., in fp32."""
     encoder = model.model.encoder
+    check_plain({"model.encoder": encoder})
     parts: dict[str, Norm | Linear] = {
         "conv1": _linear(encoder.conv1),
         "conv2": _linear(encoder.conv2),
@@ -57,7 +129,7 @@ def encoder_weights(model: WhisperM2MForConditionalGeneration) -> dict[str, Tens
         }
     tensors = {f"encoder.{name}.weight": part.weight.float() for name, part in parts.items()}
     tensors |= {f"encoder.{name}.bias": part.bias.float() for name, part in parts.items()}
-    return tensors | {"encoder.embed_positions": encoder.embed_positions.weight.detach().float()}
+    return tensors | {"encoder.embed_positions": _merged(encoder.embed_positions).weight.detach().float()}
 
 
 def _layer(layer: nn.Module) -> LayerWeights:
@@ -90,19 +162,37 @@ def _block(block: KVSPNBlock) -> DraftBlockWeights:
     )
 
 
+def _base_layer(module: Any) -> nn.Module:
+    """What PEFT has wrapped, or the module itself."""
+    if hasattr(module, "modules_to_save"):  # a copy of the whole module, trained in its place
+        chosen = [] if module.disable_adapters else module.active_adapters
+        return module.modules_to_save[chosen[0]] if chosen else module.original_module
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
+def _merged(layer: Any) -> Any:
+    """The layer with its active adapters merged: by PEFT's own merge, on a copy."""
+    if hasattr(layer, "get_base_layer"):
+        layer = copy.deepcopy(layer)
+        if layer.disable_adapters and layer.merged:
+            layer.unmerge()
+        elif not layer.disable_adapters and not layer.merged:
+            layer.merge()
+    return _base_layer(layer)
+
+
 def _norm(norm: nn.LayerNorm) -> Norm:
+    norm = _merged(norm)
     return Norm(norm.weight.detach(), norm.bias.detach())
 
 
 def _linear(linear: nn.Linear) -> Linear:
+    linear = _merged(linear)
     return Linear(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
 
 
 def _stack(*linears: nn.Linear) -> Linear:
     """Along the output; zeros stand in for a missing bias (Whisper's k)."""
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    biases = [
-        linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
-        for linear in linears
-    ]
-    return Linear(weight, torch.cat(biases))
+    parts = list(map(_linear, linears))
+    biases = [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts]
+    return Linear(torch.cat([part.weight for part in parts]), torch.cat(biases))

@@ -181,7 +181,9 @@ class _TextStream(BaseStreamer):
         self._sent = 0  # characters
 
     def put(self, value: Tensor) -> None:
-        """value: new token ids [T]."""
+        """value: new token ids [T]; the prompt, which is no text of its own, comes first as [1, T]."""
+        if value.dim() > 1:
+            return
         self._tokens += value.tolist()
         # A character's first bytes alone decode to replacement characters.
         self._send(self._decode(self._tokens).strip().rstrip("\N{REPLACEMENT CHARACTER}"))

@@ -1,0 +1,143 @@
+"""What transformers can ask of `generate`: every setting is honoured, or refused by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from reprlib import repr as short
+from typing import Any
+
+from transformers import GenerationConfig
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+HONOURED = frozenset(
+    {
+        "begin_suppress_tokens",
+        "decoder_start_token_id",
+        "eos_token_id",
+        "lang_to_id",
+        "language",
+        "max_length",
+        "max_new_tokens",
+        "no_timestamps_token_id",
+        "pad_token_id",
+        "return_dict_in_generate",
+        "suppress_tokens",
+        "task",
+        "task_to_id",
+    }
+)
+
+# They change no token of greedy decoding without timestamps: speed, names, Whisper's own bookkeeping.
+WITHOUT_EFFECT = frozenset(
+    {
+        "alignment_heads",
+        "bos_token_id",
+        "disable_compile",
+        "is_multilingual",
+        "max_initial_timestamp_index",
+        "prev_sot_token_id",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+_DEFAULTS = GenerationConfig._get_default_generation_params()
+_NEUTRAL = {name: (value,) for name, value in _DEFAULTS.items()} | {
+    "min_new_tokens": (0,),
+    "temperature": (0, 1),  # Whisper's own word for greedy decoding is 0
+}
+
+
+def merge(
+    own: GenerationConfig, given: GenerationConfig | None, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The settings of one call: an argument counts before `given`, that before the model's `own`.
+
+    `forced_decoder_ids`, the old form of language and task, becomes these. What is at its default, None,
+    False or empty, asks for nothing.
+
+    Raises:
+        TypeError, ValueError: naming the setting that `generate` does not honour.
+    """
+    if given is not None and not isinstance(given, GenerationConfig):
+        raise TypeError(f"generation_config must be a GenerationConfig, got {type(given).__name__}")
+    layers = [
+        _fields(own),
+        {} if given is None else _fields(given),
+        {name: value for name, value in arguments.items() if value is not None},
+    ]
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        forced = layer.pop("forced_decoder_ids", None)
+        for name, value in _forced(forced or (), {**merged, **layer}):
+            said = layer.setdefault(name, value)
+            if {code(each) for each in ([said] if isinstance(said, str) else said)} != {value}:
+                raise ValueError(f"forced_decoder_ids must agree with {name} {said!r}, got {value!r}")
+        if layer.keys() & {"max_length", "max_new_tokens"}:  # two words for one limit
+            merged.pop("max_length", None)
+            merged.pop("max_new_tokens", None)
+        merged |= layer
+    for name, value in merged.items():
+        if name not in HONOURED | WITHOUT_EFFECT and not _asks_for_nothing(name, value):
+            neutral = " or ".join(repr(each) for each in _NEUTRAL.get(name, ()) if each is not None)
+            wanted = f"{neutral} or left out" if neutral else "left out"
+            raise ValueError(f"{name} must be {wanted}, as generate() does not honour it, got {short(value)}")
+    return merged
+
+
+def code(language: str) -> str:
+    """The code of a language or task, however it is written: "de", "<|de|>" or "German" -> "de"."""
+    word = language.removeprefix("<|").removesuffix("|>").lower()
+    return TO_LANGUAGE_CODE.get(word, word)
+
+
+def token_ids(name: str, value: int | Sequence[int], vocab_size: int) -> list[int]:
+    """One token id or several, as a list.
+
+    Raises:
+        ValueError: naming the setting, for what is no token of the vocabulary.
+    """
+    ids = [value] if isinstance(value, int) else list(value)
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise ValueError(f"{name} must hold token ids 0 to {vocab_size - 1}, got {token!r}")
+    return ids
+
+
+def _fields(config: GenerationConfig) -> dict[str, Any]:
+    """What is set in a configuration."""
+    found = {
+        name: value for name, value in vars(config).items() if value is not None and not name.startswith("_")
+    }
+    filled = {name for name, value in _DEFAULTS.items() if value is not None} <= found.keys()
+    if filled and found["max_length"] == _DEFAULTS["max_length"]:
+        # transformers' pipeline and Seq2SeqTrainer write every default into the configuration; nobody asked
+        # for the 20 tokens among them.
+        del found["max_length"]
+    return found
+
+
+def _forced(ids: Sequence[Sequence[int | None]], known: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Pairs of a position in Whisper's prompt and a token id -> ("language", "de"), ("task", "translate")."""
+    words = {
+        1: ("language", {token: word for word, token in (known.get("lang_to_id") or {}).items()}),
+        2: ("task", {token: word for word, token in (known.get("task_to_id") or {}).items()}),
+        3: ("no_timestamps_token_id", {known.get("no_timestamps_token_id"): ""}),
+    }
+    found = []
+    for position, token in ids:
+        name, by_id = words.get(position or 0, ("", {}))
+        if token is not None and token not in by_id:
+            raise ValueError(
+                "forced_decoder_ids must be Whisper's prompt, [1, a language], [2, a task] and "
+                f"[3, no timestamps], got {short(list(ids))}"
+            )
+        if token is not None and name in ("language", "task"):
+            found.append((name, code(by_id[token])))
+    return found
+
+
+def _asks_for_nothing(name: str, value: object) -> bool:
+    if isinstance(value, (bool, int, float, str)):
+        return value is False or value in _NEUTRAL.get(name, ())
+    return isinstance(value, (list, tuple, dict, set)) and not value
