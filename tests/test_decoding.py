@@ -108,6 +108,48 @@ def test_k_1_is_greedy_and_rows_are_independent(backend, task):
             assert mask is None or all(mask[token] > -torch.inf for token in masked)
 
 
+@pytest.mark.parametrize("backend", READY)
+@settings(max_examples=25, deadline=None)
+@given(task=tasks(), data=st.data())
+def test_faults_limits_and_ends_are_a_rows_own(backend, task, data):
+    """Several end tokens, a limit for each row: greedy's tokens up to there, whatever the neighbours."""
+    ends = data.draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4))
+    limits = [data.draw(st.integers(len(ids), MAX_LENGTH)) for ids in task.prompt]
+    endless = {**task.options, "eos": -1, "max_length": MAX_LENGTH}
+    expected = Task(task.weights, task.states, task.prompt, endless).decode(backend, draft=False)[0].sequences
+    for row, (tokens, ids, limit) in enumerate(zip(expected, task.prompt, limits, strict=True)):
+        stop = next((i + 1 for i in range(len(ids), limit) if tokens[i] in ends), limit)
+        expected[row] = tokens[:stop]
+    for draft in (False, True):
+        own = {**task.options, "eos": ends, "max_length": limits}
+        together, _ = Task(task.weights, task.states, task.prompt, own).decode(backend, draft=draft)
+        assert together.sequences == expected
+        for b in range(len(limits)):
+            own = {**own, "max_length": limits[b]}
+            alone, _ = Task(task.weights, task.states, task.prompt, own).decode(
+                backend, rows=slice(b, b + 1), draft=draft
+            )
+            assert alone.sequences[0] == expected[b]
+            assert counts(alone.rows[0]) == counts(together.rows[b])
+
+
+@pytest.mark.parametrize(
+    ("stops", "message"),
+    [
+        ({"eos": []}, "eos must hold at least one token"),
+        ({"eos": [3, -2]}, "eos must be in -1"),
+        ({"max_length": [9, 9]}, "max_length must be one for all rows or 3, got 2"),
+        ({"max_length": [9, 9, 2]}, r"the number of tokens in prompt\[2\] must be in 1..2, got 3"),
+        ({"max_length": [9, 9, MAX_LENGTH + 1]}, "max_length must be in 1"),
+    ],
+)
+def test_bad_stops(stops, message):
+    t = task()
+    t.options |= stops
+    with pytest.raises(ValueError, match=f"^{message}"):
+        t.decode()
+
+
 class DecodeRow:
     """One row of a batch's result."""
 

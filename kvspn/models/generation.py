@@ -290,7 +290,7 @@ def _languages(
     """One code a row, from one for all rows or one a row; None where none is given."""
     if given is None:
         return None
-    rows = [given] * batch if isinstance(given, str) else given
+    rows = list(given) if isinstance(given, (list, tuple)) else [given] * batch
     if len(rows) != batch:
         raise ValueError(f"{name} must be one for all or {batch}, one a row, got {len(rows)}")
     for language in rows:
