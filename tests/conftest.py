@@ -14,6 +14,7 @@ from torch import Tensor
 
 import kvspn.ops
 from support import emulated
+from support.skips import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
 
 # Before any test module asks which backends there are; where a GPU is, its own build is tested.
 if not torch.cuda.is_available():
