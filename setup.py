@@ -129,7 +129,7 @@ def _rules() -> str:
         build("_torch_ops.so", "link", " ".join([ops, *objects]), linked)
 
     defines = f"-DKVSPN_CUDA -DKVSPN_MODULE=_cuda {'-DKVSPN_EMULATE -Wno-unknown-pragmas' * EMULATE}"
-    shared = ("common-batch.o", "common-op_checks.o", "common-tensor.o", "common-weights.o")
+    shared = ("common-batch.o", "common-cores.o", "common-op_checks.o", "common-tensor.o", "common-weights.o")
     objects = [name for name in objects if name in shared]
     sources = sorted([CSRC / "common" / "c_api.cpp", *CSRC.glob("cuda/*.cpp"), *CSRC.glob("cuda/*.cu")])
     for source in sources:

@@ -5,6 +5,7 @@ from typing import Any
 ABI_VERSION: int
 
 def instruction_set() -> str: ...
+def default_threads() -> int: ...
 
 class Engine:
     def __init__(

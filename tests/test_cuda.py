@@ -27,6 +27,7 @@ SHAPES = {
     "flattened": {"layers": 4, "blocks": 2, "draft_heads": 4, "ffn": 37},
     "ablations": {"layers": 4, "blocks": 2, "last_layer_only": True, "encoder_attention": False},
     "strided": {"layers": 4, "blocks": 2, "encoder_stride": 3},
+    "two blocks a group": {"layers": 4, "blocks": 4, "groups": 2},
     "wide": {"heads": 1, "head_dim": 64, "ffn": 200, "vocabulary": 101},
     "short list": {"heads": 3, "vocabulary": 90, "short_list": 40},
     "int8": {"quantised": "int8", "heads": 1, "head_dim": 64, "ffn": 600},
@@ -274,6 +275,40 @@ def test_a_row_with_an_absurd_length_is_left_alone(configure):
         after = e.tokens[0], e.stats[0], e.cache.kv[:, :, 0]
         torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
     assert e.stats[1, 0] == 3
+
+
+def test_a_row_whose_length_is_past_its_tokens_is_left_alone():
+    """A batch may hold fewer tokens than its cache has places."""
+    lib = test_c_abi.library(emulated.PATH)
+    status, made = test_c_abi.create(lib, test_c_abi.random_weights())
+    assert status == test_c_abi.OK
+    values = test_c_abi.arrays(rows=2)
+    values["tokens"] = np.full((2, 8), 3, np.int32)
+    assert lib.kvspn_engine_bind(made, byref(test_c_abi.batch(values))) == test_c_abi.OK
+    states = test_c_abi.Tensor.of("states", np.ones((4, 16), np.float32))
+    for row in range(2):
+        assert lib.kvspn_engine_encode(made, row, byref(states)) == test_c_abi.OK
+    for length in (8, 11):
+        values["lengths"][0] = length
+        before = {name: value[0].copy() for name, value in values.items() if name not in ("kv", "cross_kv")}
+        assert lib.kvspn_engine_step(made, byref(test_c_abi.step(max_length=8))) == test_c_abi.OK
+        for name, value in before.items():
+            assert np.array_equal(values[name][0], value), name
+    assert values["stats"][1, 0] == 2
+    lib.kvspn_engine_destroy(made)
+
+
+def test_absurd_encoder_lengths_see_no_more_than_there_is(configure):
+    """As the cache's end does; 2^31 - 1 does not wrap."""
+    weights = random_decoder(layers=4, blocks=2, encoder_stride=3)
+    runs = []
+    for length in (4, 5, 2**31 - 1):
+        e = engine("cuda", weights, batch=1, capacity=9, cross_capacity=4)
+        e.start(torch.ones(1, 4, 16), [[1, 2]], eos=-1, max_length=9)
+        e.cache.cross_lengths.fill_(length)
+        e.step(K_INF)
+        runs.append(e.tokens)
+    assert all(torch.equal(run, runs[0]) for run in runs)
 
 
 @pytest.mark.parametrize(

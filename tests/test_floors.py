@@ -33,7 +33,7 @@ INCLUDES = {
     "cpu": {"include", "common", "cpu"},
     "cuda": {"include", "common", "cuda"},
     "bindings": {"include", "bindings"},
-    "tests": {"include", "tests"},
+    "tests": {"include", "common", "tests"},
 }
 BORDER = "csrc/common/c_api.cpp"  # It chooses the device, so it alone in common knows both.
 

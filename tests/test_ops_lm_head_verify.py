@@ -63,14 +63,41 @@ def test_ties_and_mask(ops):
     assert ranks.tolist() == [[1]]
 
 
-def test_nan_is_never_chosen(ops):
-    weight = torch.tensor([[torch.nan], [1.0], [torch.nan], [2.0]])
+@pytest.mark.parametrize("token", [0, 9, 2999])
+@pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf])
+def test_faults_a_row_with_nan_has_no_token(ops, token, value):
+    """Wherever it is, and whatever else the row holds; the other rows have theirs. Infinity is a number."""
+    weight = torch.linspace(-1, 1, 3000)[:, None].repeat(1, 2)
+    weight[token, 1] = value
+    weight[17, 0] = 5
+    x, draft = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]]), torch.tensor([[17]], dtype=torch.int32)
+    x = torch.cat([x, x.flip(1)])
+    draft = torch.tensor([[17], [17]], dtype=torch.int32)
+    if value == torch.inf:
+        x[x == 0] = 0.5
+    choices, ranks = ops.lm_head_verify(x, weight, draft)
+    if value == torch.inf:
+        assert choices.tolist() == [[token, token]] * 2
+        assert ranks.tolist() == [[1], [1]]
+        return
+    assert choices.tolist() == [[-1, -1], [-1, -1]]  # 0 times NaN, too
+    choices, ranks = ops.lm_head_verify(x[..., :1].contiguous(), weight[:, :1].contiguous(), draft)
+    assert choices.tolist() == [[17, 17]] * 2
+    mask = torch.zeros(3000)
+    mask[token] = torch.nan
+    choices, ranks = ops.lm_head_verify(x[..., :1].contiguous(), weight[:, :1].contiguous(), draft, mask)
+    assert choices.tolist() == [[-1, -1]] * 2
+    assert ranks.tolist() == [[K_INF]] * 2
+
+
+def test_faults_a_row_of_which_everything_is_forbidden_has_no_token(ops):
+    mask = torch.full((3000,), -torch.inf)
     draft = torch.tensor([[2]], dtype=torch.int32)
-    choices, ranks = ops.lm_head_verify(torch.ones(1, 2, 1), weight, draft)
-    assert choices.tolist() == [[3, 3]]
-    assert ranks.tolist() == [[3]]  # behind 3, 1 and its equal 0
-    choices, _ = ops.lm_head_verify(torch.full((1, 2, 1), torch.nan), weight, draft)
-    assert choices.tolist() == [[0, 0]]
+    choices, ranks = ops.lm_head_verify(torch.ones(1, 2, 4), torch.ones(3000, 4), draft, mask)
+    assert (choices.tolist(), ranks.tolist()) == ([[-1, -1]], [[K_INF]])
+    mask[2999] = -5
+    choices, _ = ops.lm_head_verify(torch.ones(1, 2, 4), torch.ones(3000, 4), draft, mask)
+    assert choices.tolist() == [[2999, 2999]]
 
 
 @pytest.mark.parametrize("draft", [-1, 7, 2**31 - 1, -(2**31)])

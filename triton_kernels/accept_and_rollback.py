@@ -26,7 +26,7 @@ def accept_and_rollback_kernel(
         chosen = tl.load(argmax + b * argmax_b + accepted)
         token = tl.where(i < accepted, guesses, chosen)
         emitted = tl.minimum(accepted + 1, tl.maximum(max_length - count, 0))
-        ends = tl.min(tl.where((i < emitted) & (token == eos), i, BLOCK_Q), axis=0)
+        ends = tl.min(tl.where((i < emitted) & ((token == eos) | (token < 0)), i, BLOCK_Q), axis=0)
         emitted = tl.minimum(emitted, ends + 1)
         tl.store(tokens + b * tokens_b + count + i, token, mask=i < emitted)
         tl.store(lengths + b, length + emitted)

@@ -27,10 +27,9 @@ def _draft_of(draft, draft_b, row, rows, queries):
 
 @triton.jit
 def _masked(logits, mask, column, columns):
-    """The mask added, NaN to -inf, and -inf outside of the vocabulary."""
+    """The mask added, and -inf outside of the vocabulary."""
     if mask is not None:
         logits += tl.load(mask + column, mask=(column >= 0) & (column < columns), other=0)[None, :]
-    logits = tl.where(logits == logits, logits, float("-inf"))
     return tl.where((column < columns)[None, :], logits, float("-inf"))
 
 
@@ -62,7 +61,10 @@ def vocabulary_kernel(
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile's largest logit, its smallest id, and how many of its tokens go ahead of the draft."""
+    """A tile's largest logit, its smallest id, and how many of its tokens go ahead of the draft.
+
+    With NaN among its logits: infinity and -1, which win over every other tile's.
+    """
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     logits = project(
@@ -70,12 +72,13 @@ def vocabulary_kernel(
         weight, weight_stride, scale, scale_stride, group, column, v, K, BLOCK_K, PRECISION,
     )  # fmt: skip
     logits = _masked(logits, mask, column, v)
-    largest = tl.max(logits, axis=1)
+    broken = tl.max((logits != logits).to(tl.int32), axis=1) > 0
+    largest = tl.max(tl.where(logits == logits, logits, float("-inf")), axis=1)
     inside = (column < v)[None, :]
-    ids = tl.where((logits == largest[:, None]) & inside, column[None, :], v)
+    ids = tl.min(tl.where((logits == largest[:, None]) & inside, column[None, :], v), axis=1)
     at = row.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(best + at, largest, mask=row < rows)
-    tl.store(choice + at, tl.min(ids, axis=1), mask=row < rows)
+    tl.store(best + at, tl.where(broken, float("inf"), largest), mask=row < rows)
+    tl.store(choice + at, tl.where(broken, -1, ids), mask=row < rows)
     if own is not None:
         guess = _draft_of(draft, draft_b, row, rows, queries)[:, None]
         value = tl.load(own + row, mask=row < rows, other=0)[:, None]
@@ -95,12 +98,14 @@ def combine_kernel(
     at = row.to(tl.int64) * tiles + tile
     values = tl.load(best + at, mask=inside, other=float("-inf"))
     ids = tl.load(choice + at, mask=inside, other=v)
-    ids = tl.where(values == tl.max(values, axis=0), ids, v)
-    tl.store(argmax + row, tl.min(ids, axis=0))
+    largest = tl.max(values, axis=0)
+    chosen = tl.min(tl.where(values == largest, ids, v), axis=0)
+    chosen = tl.where(largest > float("-inf"), chosen, -1)
+    tl.store(argmax + row, chosen)
     if row % queries < queries - 1:
         guess = _draft_of(draft, draft_b, row, rows, queries)
         count = tl.sum(tl.load(ahead + at, mask=inside, other=0), axis=0)
-        place = tl.where((guess >= 0) & (guess < v), count, LAST)
+        place = tl.where((chosen >= 0) & (guess >= 0) & (guess < v), count, LAST)
         tl.store(rank + row // queries * (queries - 1) + row % queries, place)
 
 

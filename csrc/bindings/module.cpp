@@ -23,7 +23,8 @@ constexpr int kDevice = kCpu;
 
 void check(kvspn_status status) {
     if (status == KVSPN_OK) return;
-    if (status == KVSPN_INVALID_ARGUMENT) throw py::value_error(kvspn_last_error());
+    if (status == KVSPN_INVALID_ARGUMENT || status == KVSPN_NO_TOKEN)
+        throw py::value_error(kvspn_last_error());
     if (status == KVSPN_OUT_OF_MEMORY) throw std::bad_alloc();
     throw std::runtime_error(kvspn_last_error());
 }
@@ -105,6 +106,8 @@ class Engine {
         }
         check(status);
         engine_.reset(engine);
+        for (const kvspn_tensor& tensor : tensors)
+            if (std::string(tensor.name) == "embed_tokens") vocabulary_ = tensor.shape[0];
     }
 
     void set_stream(uintptr_t stream) {
@@ -167,8 +170,10 @@ class Engine {
         if (!mask.is_none()) {
             held = std::make_unique<Tensor>("mask", mask);
             const kvspn_tensor& t = held->get();
-            if (t.dtype != KVSPN_FP32 || t.ndim != 1 || (t.shape[0] > 1 && t.strides[0] != 1))
-                throw py::value_error("mask must be fp32 and contiguous, [V], got another tensor");
+            if (t.dtype != KVSPN_FP32 || t.ndim != 1 || t.shape[0] != vocabulary_ ||
+                (t.shape[0] > 1 && t.strides[0] != 1))
+                throw py::value_error("mask must be fp32 and contiguous, [" + std::to_string(vocabulary_) +
+                                      "], got another tensor");
         }
         const float* values = held ? static_cast<const float*>(held->get().data) : nullptr;
         kvspn_generate_params params{};
@@ -194,6 +199,7 @@ class Engine {
   private:
     Tensors batch_;  // outlives its use by the engine
     std::unique_ptr<kvspn_engine, Free> engine_;
+    int64_t vocabulary_ = 0;
 };
 
 }  // namespace
@@ -201,6 +207,7 @@ class Engine {
 PYBIND11_MODULE(KVSPN_MODULE, m) {
     m.doc() = "kvspn's C++ engine; every tensor is taken through DLPack. See csrc/include/kvspn.h.";
     m.def("instruction_set", [] { return std::string(kvspn_instruction_set()); });
+    m.def("default_threads", &kvspn_default_threads);
     m.attr("ABI_VERSION") = kvspn_abi_version();
     py::class_<Engine>(m, "Engine")
         .def(py::init<const py::dict&, int, int, int, int, bool, int, int>(), py::arg("weights"),

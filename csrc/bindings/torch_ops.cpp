@@ -114,6 +114,11 @@ class Place {
     std::exception_ptr error_;
 };
 
+int32_t integer(const char* name, int64_t value) {
+    STD_TORCH_CHECK(value >= INT32_MIN && value <= INT32_MAX, name, " must fit into 32 bits, got ", value);
+    return int32_t(value);
+}
+
 std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
     return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
 }
@@ -191,7 +196,7 @@ void append_kv(Tensor kv, Tensor k, Tensor v, Tensor lengths, int64_t layer, std
     kvspn_append_params params{};
     params.kv = place.view("kv", kv), params.k = place.view("k", k), params.v = place.view("v", v);
     params.lengths = place.view("lengths", lengths), params.finished = place.view("finished", finished);
-    params.layer = int32_t(layer), params.kv_scale = place.view("kv_scale", kv_scale);
+    params.layer = integer("layer", layer), params.kv_scale = place.view("kv_scale", kv_scale);
     place.run(&kvspn_append_kv, params);
 }
 
@@ -203,7 +208,8 @@ void accept_and_rollback(Tensor tokens, Tensor lengths, Tensor finished, Tensor 
     params.finished = place.view("finished", finished), params.stats = place.view("stats", stats);
     params.draft = place.view("draft", draft), params.rank = place.view("rank", rank);
     params.argmax = place.view("argmax", argmax);
-    params.k = int32_t(k), params.eos = int32_t(eos), params.max_length = int32_t(max_length);
+    params.k = integer("k", k), params.eos = integer("eos", eos);
+    params.max_length = integer("max_length", max_length);
     place.run(&kvspn_accept_and_rollback, params);
 }
 

@@ -3,11 +3,20 @@
 
 #include <sstream>
 #include <stdexcept>
+#include <string>
 
 namespace kvspn {
 
 struct InvalidArgument : std::runtime_error {
     using std::runtime_error::runtime_error;
+};
+
+// What a row's logits raise that no token can be chosen by.
+struct NoToken : std::runtime_error {
+    NoToken(int row, int position)
+        : std::runtime_error("the logits of row " + std::to_string(row) + " at position " +
+                             std::to_string(position) +
+                             " must be numbers, one of them above -inf, got NaN or -inf alone") {}
 };
 
 template <class... Parts>

@@ -22,9 +22,6 @@ void check_given(const char* name, const kvspn_tensor& tensor, std::initializer_
                  std::initializer_list<int64_t> shape) {
     check_tensor(name, tensor, dtypes, shape);
     check_rows(name, tensor);
-    for (int i = 0; i < tensor.ndim; ++i)
-        require(tensor.shape[i] < (int64_t(1) << 30), name,
-                " must have less than 2^30 elements in dimension ", i, ", got ", tensor.shape[i]);
 }
 
 void check_optional(const char* name, const kvspn_tensor& tensor, std::initializer_list<Dtype> dtypes,

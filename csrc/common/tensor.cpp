@@ -43,12 +43,24 @@ void check_tensor(const std::string& name, const kvspn_tensor& tensor, std::init
     require(known, name, " must be ", wanted, ", got ", named ? kNames[tensor.dtype] : "an unknown dtype");
     bool fits = tensor.ndim == int(shape.size());
     for (size_t i = 0; fits && i < shape.size(); ++i)
-        fits = tensor.shape[i] >= 0 && (shape.begin()[i] < 0 || tensor.shape[i] == shape.begin()[i]);
+        fits = tensor.shape[i] >= 0 && (shape.begin()[i] == kAny || tensor.shape[i] == shape.begin()[i]);
     bool countable = tensor.ndim >= 0 && tensor.ndim <= KVSPN_MAX_DIMS;
     require(fits, name, " must have shape ", describe(shape.begin(), shape.size()), ", got ",
             countable ? describe(tensor.shape, tensor.ndim) : "too many dimensions");
-    int64_t elements = 1;
-    for (size_t i = 0; i < shape.size(); ++i) elements *= tensor.shape[i];
+    int64_t elements = 1, reach = 0;  // reach: the farthest element, by the strides
+    for (int i = 0; i < tensor.ndim; ++i) {
+        const int64_t size = tensor.shape[i], stride = tensor.strides[i];
+        require(size <= kMostSize, name, " must have at most 2^30 elements in dimension ", i, ", got ", size);
+        require(!size || elements <= kMostElements / size, name, " must have at most 2^40 elements, got ",
+                describe(tensor.shape, tensor.ndim));
+        elements *= size;
+        require(stride >= -kMostElements && stride <= kMostElements, name,
+                " must have strides of at most 2^40, got ", stride);
+        const int64_t step = stride < 0 ? -stride : stride, steps = size - 1;
+        require(steps <= 0 || step <= (kMostElements - reach) / steps, name,
+                " must lie within 2^40 elements, got stride ", stride, " in dimension ", i);
+        if (steps > 0) reach += step * steps;
+    }
     require(tensor.data || !elements, name, " must have data, got a null pointer");
 }
 

@@ -11,7 +11,11 @@ namespace kvspn {
 
 size_t size_of(Dtype dtype);
 
-// Throws InvalidArgument unless the tensor has one of the dtypes and the shape (-1: any size).
+constexpr int64_t kAny = -1;  // size of a dimension
+constexpr int64_t kMostSize = int64_t(1) << 30, kMostElements = int64_t(1) << 40;
+
+// Throws InvalidArgument unless the tensor has one of the dtypes and the shape. Sizes are then so small, at
+// most kMostSize in a dimension and kMostElements in all, strides included, that no later product wraps.
 void check_tensor(const std::string& name, const kvspn_tensor& tensor, std::initializer_list<Dtype> dtypes,
                   std::initializer_list<int64_t> shape);
 

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "common/batch.h"
+#include "common/cores.h"
 #include "common/error.h"
 #include "cpu/parts.h"
 
@@ -15,7 +16,7 @@ constexpr int kStrip = 64;     // logits that exist at a time, on each thread
 
 int thread_count(int threads) {
     require(threads >= 0 && threads <= 1024, "threads must be 0 to 1024, got ", threads);
-    return threads ? threads : std::max(1u, std::thread::hardware_concurrency());
+    return threads ? threads : usable_cores();
 }
 
 }  // namespace
@@ -45,8 +46,13 @@ void Engine::bind(const kvspn_batch& b) {
     const auto [rows, capacity, cross, tokens] = check_batch(b, weights_);
     const int64_t queries = std::max<int64_t>(kPrefillChunk, 2 * rows);
     const int group = weights_.blocks.empty() ? 1 : int(weights_.layers.size()) / weights_.groups;
-    const int scores = pad(int(std::max(capacity * group, cross) + int64_t(kLanes) * group));
+    const int64_t positions = std::max(capacity * group, cross) + int64_t(kLanes) * group;
+    require(positions < (1 << 30), "kv must have less than 2^30 positions in a group of layers, got ",
+            positions);
+    const int scores = pad(int(positions));
     const int threads = team_.size();
+    require(queries <= kMostElements / (int64_t(threads) * wide_stride_), "kv must have fewer rows beside ",
+            wide_stride_, " columns and ", threads, " threads, got ", rows);
     Memory x(queries * width_stride_ * sizeof(float)), wide(queries * wide_stride_ * sizeof(float)),
         attended(queries * wide_stride_ * sizeof(float)), hidden(queries * wide_stride_ * sizeof(float)),
         normed(threads * queries * width_stride_ * sizeof(float)),
@@ -81,9 +87,9 @@ void Engine::bind(const kvspn_batch& b) {
 void Engine::encode(int row, const kvspn_tensor& states) {
     check_row(row);
     check_tensor("states", states, {Dtype::fp32, Dtype::bf16, Dtype::fp16}, {-1, weights_.width});
-    const int count = int(std::min<int64_t>(states.shape[0], 1 << 24));
+    const int count = int(states.shape[0]);
     require(count >= 1 && count <= batch_.cross.capacity, "states must hold 1 to ", batch_.cross.capacity,
-            " positions, got ", states.shape[0]);
+            " positions, got ", count);
     const int d = weights_.width, heads = weights_.heads, head_dim = weights_.head_dim;
     Memory x(size_t(count) * width_stride_ * sizeof(float)), y(size_t(count) * 2 * d * sizeof(float));
     int at = 0;  // the draft network's positions come first
@@ -92,6 +98,10 @@ void Engine::encode(int row, const kvspn_tensor& states) {
         read_rows(rows, int(rows.shape[0]), d, x.as<float>() + int64_t(at) * width_stride_, width_stride_);
         at += int(rows.shape[0]);
     }
+    for (int e = 0; e < count; ++e)
+        for (int c = 0; c < d; ++c)
+            require(std::isfinite(x.as<float>()[int64_t(e) * width_stride_ + c]),
+                    "states must be finite, got NaN or infinity");
     Memory quantised(size_t(count) * width_stride_ * sizeof(int16_t)), scales(size_t(count) * sizeof(float));
     for (int e = 0; e < count; ++e)
         scales.as<float>()[e] =
@@ -117,16 +127,15 @@ void Engine::prefill(int row, int count) {
     check_row(row);
     const int limit = std::min({batch_.self.capacity, batch_.token_capacity, weights_.positions.count});
     require(count >= 0 && count <= limit, "count must be 0 to ", limit, ", got ", count);
-    check_cross(row);
+    const int cross = cross_length(row);
     const int32_t* ids = batch_.tokens + int64_t(row) * batch_.token_capacity;
     for (int i = 0; i < count; ++i)
         require(ids[i] >= 0 && ids[i] < weights_.vocabulary, "tokens must be 0 to ", weights_.vocabulary - 1,
                 ", got ", ids[i]);
     for (int first = 0; first < count; first += kPrefillChunk) {
         const int queries = std::min(kPrefillChunk, count - first);
-        slots_[0] = {row, first, queries, 0};
+        slots_[0] = {row, first, queries, 0, cross};
         slot_count_ = 1, rows_ = queries;
-        batch_.self.lengths[row] = first;
         embed(ids + first);
         team_.run([this](int thread) { base_pass(thread); });
     }
@@ -140,11 +149,12 @@ void Engine::check_row(int row) const {
     require(row >= 0 && row < batch_.rows, "row must be 0 to ", batch_.rows - 1, ", got ", row);
 }
 
-// The caller owns the lengths: they may hold anything.
-void Engine::check_cross(int row) const {
+// The caller owns the lengths: they may hold anything, and are read once a call.
+int Engine::cross_length(int row) const {
     const int cross = batch_.cross.lengths[row];
     require(cross >= 0 && cross <= batch_.cross.capacity, "cross_lengths[", row, "] must be 0 to ",
             batch_.cross.capacity, ", got ", cross);
+    return cross;
 }
 
 void Engine::check_step(const kvspn_step_params& params) const {
@@ -165,17 +175,17 @@ void Engine::step(const kvspn_step_params& params) {
         const int position = batch_.self.lengths[row];
         require(position >= 0 && position < params.max_length, "lengths[", row, "] must be 0 to ",
                 params.max_length - 1, ", got ", position);
-        check_cross(row);
         const int32_t newest = batch_.tokens[int64_t(row) * batch_.token_capacity + position];
         require(newest >= 0 && newest < weights_.vocabulary, "tokens must be 0 to ", weights_.vocabulary - 1,
                 ", got ", newest);
-        slots_[slot_count_] = {row, position, 1, slot_count_};
+        slots_[slot_count_] = {row, position, 1, slot_count_, cross_length(row)};
         ids_.as<int32_t>()[slot_count_++] = newest;
     }
     if (!slot_count_) return;
     rows_ = slot_count_;
     params_ = &params;
     verify_drafts_ = false;
+    failed_ = -1;
     embed(ids_.as<int32_t>());
     team_.run([this](int thread) {
         if (params_->draft) {
@@ -191,7 +201,7 @@ void Engine::step(const kvspn_step_params& params) {
                     slot.queries = slot.position + 1 < batch_.self.capacity ? 2 : 1;
                     int32_t* ids = ids_.as<int32_t>() + first;
                     ids[0] = batch_.tokens[int64_t(slot.row) * batch_.token_capacity + slot.position];
-                    if (slot.queries == 2) ids[1] = drafts_.as<int32_t>()[i];
+                    if (slot.queries == 2) ids[1] = std::max(drafts_.as<int32_t>()[i], 0);
                     first += slot.queries;
                 }
                 rows_ = first;
@@ -204,6 +214,9 @@ void Engine::step(const kvspn_step_params& params) {
         verify(thread, weights_.norm, weights_.head, nullptr);
         if (thread == 0) accept();
     });
+    if (failed_ < 0) return;
+    const int row = slots_[failed_].row;
+    throw NoToken(row, batch_.self.lengths[row] - 1);
 }
 
 void Engine::generate(const kvspn_generate_params& params) {
@@ -211,9 +224,9 @@ void Engine::generate(const kvspn_generate_params& params) {
     require(params.max_steps >= 0, "max_steps must be at least 0, got ", params.max_steps);
     kvspn_step_params first = params.step;
     if (params.first_mask) first.mask = params.first_mask, first.draft = 0;
-    const uint8_t *finished = batch_.finished, *end = finished + batch_.rows;
     for (int n = 0; !params.max_steps || n < params.max_steps; ++n) {
-        if (std::find(finished, end, 0) == end) return;
+        uint8_t* const end = batch_.finished + batch_.rows;  // of what on_step may have bound
+        if (std::find(batch_.finished, end, 0) == end) return;
         step(n ? params.step : first);
         if (params.on_step && params.on_step(params.context)) return;
     }
@@ -221,8 +234,8 @@ void Engine::generate(const kvspn_generate_params& params) {
 
 void Engine::rollback(int row, int length) {
     check_row(row);
-    require(length >= 0 && length <= batch_.self.lengths[row], "length must be 0 to ",
-            batch_.self.lengths[row], ", got ", length);
+    const int present = std::min(batch_.self.lengths[row], batch_.self.capacity);
+    require(length >= 0 && length <= present, "length must be 0 to ", present, ", got ", length);
     batch_.self.lengths[row] = length;
     batch_.finished[row] = 0;
 }
@@ -253,9 +266,8 @@ void Engine::read_statistics(int row, kvspn_statistics& statistics) const {
 
 int Engine::progress(int row, int32_t* tokens, int capacity) const {
     check_row(row);
-    const int first = prefilled_[row] + 1,
-              end = std::min(batch_.self.lengths[row] + 1, batch_.token_capacity);
-    const int count = std::max(end - first, 0);
+    const int last = std::clamp(batch_.self.lengths[row], 0, batch_.token_capacity - 1);
+    const int first = prefilled_[row] + 1, count = std::max(last + 1 - first, 0);
     std::copy_n(batch_.tokens + int64_t(row) * batch_.token_capacity + first, std::min(count, capacity),
                 tokens);
     return count;
@@ -377,7 +389,8 @@ void Engine::attend(int thread, const Cache& cache, int layer, int layers, bool 
     float* scores = scores_.as<float>() + int64_t(thread) * kQueries * scores_stride_;
     for (int task = thread; task < slot_count_ * query_heads; task += team_.size()) {
         const Slot& slot = slots_[task / query_heads];
-        const int query_head = task % query_heads;
+        const int query_head = task % query_heads,
+                  length = &cache == &batch_.cross ? slot.cross : slot.position;
         const int64_t keys = plane(layer, 0, slot.row, query_head / shared) * cache.capacity;
         if (causal) append(slot, layer, query_head);
         for (int first = 0; first < slot.queries; first += kQueries) {
@@ -399,8 +412,7 @@ void Engine::attend(int thread, const Cache& cache, int layer, int layers, bool 
             a.scores = scores;
             for (int q = 0; q < a.queries; ++q) {
                 const int64_t row = int64_t(slot.first + first + q) * wide_stride_ + query_head * head_dim;
-                a.lengths[q] =
-                    causal ? slot.position + first + q + 1 : (cache.lengths[slot.row] + stride - 1) / stride;
+                a.lengths[q] = causal ? slot.position + first + q + 1 : (length + stride - 1) / stride;
                 a.q[q] = wide_.as<float>() + row;
                 a.out[q] = attended_.as<float>() + row;
             }
@@ -424,6 +436,7 @@ void Engine::verify(int thread, const Norm& norm, const Matrix& head, const int3
             best[r] = {};
             if (!verify_drafts_ || q + 1 == slots_[i].queries) continue;
             const int draft = drafts_.as<int32_t>()[i];
+            if (draft < 0) continue;
             Rows row = rows.from(r);
             row.count = 1;
             Best own;
@@ -450,23 +463,27 @@ void Engine::verify(int thread, const Norm& norm, const Matrix& head, const int3
             for (int t = 1; t < threads; ++t) {
                 const Best& other = best_.as<Best>()[int64_t(t) * most + r];
                 result[r].above += other.above;
-                if (other.id >= 0 && (result[r].id < 0 || other.value > result[r].value)) {
+                result[r].nan |= other.nan;
+                if (other.value > result[r].value) {
                     result[r].value = other.value;
                     result[r].id = other.id;
                 }
             }
-            if (ids) result[r].id = ids[result[r].id];
+            if (result[r].nan) result[r].id = -1;
+            if (ids && result[r].id >= 0) result[r].id = ids[result[r].id];
         }
     }
     team_.barrier();
 }
 
 // Per row: the draft if it stands, the next token, stops and statistics; lengths alone roll back the rest.
+// A row without a token, which is -1, ends.
 void Engine::accept() {
     for (int i = 0; i < slot_count_; ++i) {
         const Slot& slot = slots_[i];
         const Best* best = best_.as<Best>() + slot.first;
-        const bool accepted = slot.queries == 2 && best[0].above < params_->k;
+        const bool accepted = slot.queries == 2 && drafts_.as<int32_t>()[i] >= 0 && best[0].id >= 0 &&
+                              best[0].above < params_->k;
         int32_t emitted[2] = {best[0].id, 0};
         int count = 1, drafts = 0;
         if (accepted) {
@@ -478,13 +495,14 @@ void Engine::accept() {
         count = std::min(count, std::max(params_->max_length - slot.position - 1, 0));
         bool ended = false;
         for (int n = 0; n < count; ++n) {
-            if (emitted[n] != params_->eos) continue;
+            if (emitted[n] >= 0 && emitted[n] != params_->eos) continue;
+            if (emitted[n] < 0) failed_ = i;
             count = n + 1;
             ended = true;
         }
         int32_t* tokens = batch_.tokens + int64_t(slot.row) * batch_.token_capacity + slot.position + 1;
         for (int n = 0; n < count; ++n) tokens[n] = emitted[n];
-        batch_.self.lengths[slot.row] += count;
+        batch_.self.lengths[slot.row] = slot.position + count;
         batch_.finished[slot.row] = ended || slot.position + 1 + count >= params_->max_length;
         int32_t* stats = batch_.stats + 3 * int64_t(slot.row);
         stats[0] += 1;

@@ -30,8 +30,9 @@ class Engine {
 
   private:
     // `queries` tokens of batch row `row` in one pass, the first at `position`; rows of x from `first`.
+    // `cross`: the row's encoder positions.
     struct Slot {
-        int row, position, queries, first;
+        int row, position, queries, first, cross;
     };
     // [L, 2, B, H, capacity, D], and of int8 the scales [L, 2, B, H, capacity].
     struct Cache {
@@ -50,7 +51,7 @@ class Engine {
 
     void check_bound() const;
     void check_row(int row) const;
-    void check_cross(int row) const;
+    int cross_length(int row) const;  // checked
     void check_step(const kvspn_step_params& params) const;
     void base_pass(int thread);
     void propose(int thread);
@@ -77,6 +78,7 @@ class Engine {
     std::vector<Slot> slots_;
     int slot_count_ = 0, rows_ = 0;  // of the present pass
     bool verify_drafts_ = false;
+    int failed_ = -1;                                     // a slot whose row got no token in the present step
     int width_stride_, wide_stride_, scores_stride_ = 0;  // elements
     Memory x_, wide_, attended_, hidden_, normed_, quantised_, scales_, scores_, logits_, best_;
     Memory ids_, drafts_;  // int32, of every row of x and of every slot

@@ -60,8 +60,9 @@ struct Attention {
 
 // Of a row of logits: the largest, the first of equals, and how many tokens stand in front of the draft.
 struct Best {
-    float value = 0;
-    int32_t id = -1;  // of none yet
+    float value = -__builtin_inff();
+    int32_t id = -1;   // none above -inf
+    bool nan = false;  // among the logits: then the rest means nothing
     float draft_value = 0;
     int32_t draft = -1;  // none
     int32_t above = 0;
@@ -85,7 +86,7 @@ struct Kernels {
     void (*layer_norm)(const float* x, const float* weight, const float* bias, int width, float eps,
                        float* y);
     void (*gelu)(float* x, int count);
-    // More logits of a row, of tokens first, first + 1, ...; mask [count], or null, is added; NaN is -inf.
+    // More logits of a row, of tokens first, first + 1, ...; mask [count], or null, is added.
     void (*judge)(const float* logits, const float* mask, int first, int count, Best& best);
 };
 

@@ -79,7 +79,7 @@ void accept_and_rollback(const kvspn_accept_params& p) {
                 emitted < accepted ? integer(p.draft, b, emitted) : integer(p.argmax, b, accepted);
             if (count + emitted >= 0 && count + emitted < capacity)
                 integer(p.tokens, b, count + emitted) = token;
-            ended = token == p.eos;
+            ended = token == p.eos || token < 0;
             ++emitted;
         }
         integer(p.lengths, b) += int32_t(emitted);

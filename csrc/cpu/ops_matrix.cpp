@@ -120,8 +120,10 @@ void lm_head_verify(const kvspn_verify_params& p) {
                 best.draft = draft, best.draft_value = own.value;
             }
             product.kernels.judge(logits, mask, 0, vocabulary, best);
+            if (best.nan) best.id = -1;
+            const bool ranked = best.id >= 0 && best.draft >= 0;
             *at(p.argmax, b, q) = best.id;
-            if (judged) *at(p.rank, b, q) = best.draft < 0 ? std::numeric_limits<int32_t>::max() : best.above;
+            if (judged) *at(p.rank, b, q) = ranked ? best.above : std::numeric_limits<int32_t>::max();
         }
     });
 }

@@ -1,17 +1,16 @@
 // A team of threads that runs one function together, with barriers that cost a microsecond.
 #pragma once
 
-#include <atomic>
-#include <condition_variable>
+#include <sys/types.h>
+
 #include <functional>
-#include <mutex>
-#include <thread>
-#include <vector>
+#include <memory>
 
 namespace kvspn {
 
 class Team {
   public:
+    // Throws InvalidArgument where the system does not grant so many threads.
     explicit Team(int threads);
     ~Team();
     Team(const Team&) = delete;
@@ -19,29 +18,20 @@ class Team {
 
     int size() const { return size_; }
 
-    // Calls work(thread) on every thread, the caller being thread 0; work must not throw.
+    // Calls work(thread) on every thread, the caller being thread 0; work must not throw. In a child process,
+    // where a fork leaves only the thread that forked, the first call starts the others again.
     void run(const std::function<void(int)>& work);
 
     // Every thread of the running team waits for the others.
     void barrier();
 
   private:
-    void serve(int thread);
-
-    // Waits while `count` is `old`: spinning, then giving the core to other threads, at last asleep.
-    void wait_while(const std::atomic<uint32_t>& count, uint32_t old);
-    void advance(std::atomic<uint32_t>& count);
+    struct Crew;
+    bool abandon();
 
     const int size_;
-    std::vector<std::thread> workers_;
-    const std::function<void(int)>* work_ = nullptr;
-    std::atomic<uint32_t> generation_{0};
-    std::atomic<bool> stop_{false};
-    std::mutex mutex_;
-    std::condition_variable wake_;
-    std::atomic<int> sleepers_{0};
-    alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<uint32_t> phase_{0};
+    std::unique_ptr<Crew> crew_;
+    pid_t process_;  // that the crew's threads are in
 };
 
 }  // namespace kvspn

@@ -543,12 +543,13 @@ void gelu(float* x, int count) {
 void judge(const float* logits, const float* mask, int first, int count, Best& best) {
     const Vec draft_value = fill(best.draft_value);
     Vec most = fill(-__builtin_inff());
-    IVec at = lanes(), above = {};
+    IVec at = lanes(), above = {}, numbers = most == most;
     for (int c = 0; c < count; c += kLanes) {
         Vec v = load_some(logits + c, count - c);
         if (mask) v += load_some(mask + c, count - c);
         const IVec there = lanes() < count - c;
-        v = select(there & (v == v), v, fill(-__builtin_inff()));
+        numbers = numbers & (v == v);
+        v = select(there, v, fill(-__builtin_inff()));
         const IVec better = v > most;
         most = select(better, v, most);
         at = select(better, lanes() + c, at);
@@ -556,14 +557,14 @@ void judge(const float* logits, const float* mask, int first, int count, Best& b
                 (there & ((v > draft_value) | ((v == draft_value) & (lanes() + (first + c) < best.draft))));
     }
     float values[kLanes];
-    int32_t places[kLanes], counts[kLanes];
-    store(values, most), store(places, at), store(counts, above);
+    int32_t places[kLanes], counts[kLanes], number[kLanes];
+    store(values, most), store(places, at), store(counts, above), store(number, numbers);
     for (int i = 0; i < kLanes; ++i) {
         const int32_t id = first + places[i];
-        // A lane that holds nothing has a later place than the first token's.
-        if (best.id < 0 || values[i] > best.value || (values[i] == best.value && id < best.id))
+        if (values[i] > best.value || (values[i] == best.value && id < best.id))
             best.value = values[i], best.id = id;
         if (best.draft >= 0) best.above += counts[i];
+        best.nan |= !number[i];
     }
 }
 

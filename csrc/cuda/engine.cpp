@@ -385,12 +385,15 @@ void Engine::generate(const kvspn_generate_params& params) {
         if (params.first_mask) run(first, 1), --left;
         return run(params.step, left);
     }
-    std::vector<uint8_t> finished(size_t(model_.batch));
+    std::vector<uint8_t> finished;
     for (int n = 0; n < left; ++n) {
+        finished.resize(size_t(model_.batch));  // of what on_step may have bound
         fetch(finished.data(), model_.finished, finished.size());
         if (!std::count(finished.begin(), finished.end(), 0)) return;
         run(n ? params.step : first, 1);
         wait("decoder_step");
+        for (int row = 0; row < model_.batch; ++row)
+            if (!finished[row]) check_tokens(row);
         if (params.on_step(params.context)) return;
     }
 }
@@ -399,9 +402,12 @@ void Engine::rollback(int row, int length) {
     check_row(row);
     int32_t present;
     fetch(&present, model_.lengths + row, sizeof present);
+    present = std::min(present, model_.capacity);
     require(length >= 0 && length <= present, "length must be 0 to ", present, ", got ", length);
     set(model_.lengths + row, length);
     cuda::check(cudaMemsetAsync(model_.finished + row, 0, sizeof(bool), stream_), "rollback");
+    int32_t& shown = model_.progress[int64_t(row) * (1 + model_.id_capacity)];
+    shown = std::min(shown, length + 1);
 }
 
 void Engine::reset() {
@@ -411,7 +417,9 @@ void Engine::reset() {
     cuda::check(cudaMemsetAsync(batch_.cross_lengths.data, 0, rows * sizeof(int32_t), stream_), "reset");
     cuda::check(cudaMemsetAsync(model_.finished, 1, rows * sizeof(bool), stream_), "reset");
     cuda::check(cudaMemsetAsync(model_.stats, 0, 3 * rows * sizeof(int32_t), stream_), "reset");
-    std::fill(prefilled_.begin(), prefilled_.end(), 0);
+    wait("reset");
+    for (size_t row = 0; row < rows; ++row)
+        prefilled_[row] = model_.progress[row * (1 + model_.id_capacity)] = 0;
 }
 
 void Engine::read_statistics(int row, kvspn_statistics& statistics) const {
@@ -422,6 +430,7 @@ void Engine::read_statistics(int row, kvspn_statistics& statistics) const {
     std::vector<int32_t> lengths(size_t(model_.batch)), stats(3 * lengths.size());
     fetch(lengths.data(), model_.lengths, lengths.size() * sizeof(int32_t));
     fetch(stats.data(), model_.stats, stats.size() * sizeof(int32_t));
+    for (int r = 0; r < model_.batch; ++r) check_tokens(r);
     statistics = {sizeof statistics, 0, 0, 0, 0};
     for (int r = row == -1 ? 0 : row; r < (row == -1 ? model_.batch : row + 1); ++r) {
         statistics.tokens += std::max<int64_t>(int64_t(lengths[r]) - prefilled_[r], 0);
@@ -431,8 +440,17 @@ void Engine::read_statistics(int row, kvspn_statistics& statistics) const {
     }
 }
 
+// What a step that nobody waited for has left: -1 as a row's newest token.
+void Engine::check_tokens(int row) const {
+    const volatile int32_t* from = model_.progress + int64_t(row) * (1 + model_.id_capacity);
+    const int count = *from;
+    std::atomic_thread_fence(std::memory_order_acquire);
+    if (count && from[count] < 0) throw NoToken(row, count - 2);
+}
+
 int Engine::progress(int row, int32_t* tokens, int capacity) const {
     check_row(row);
+    check_tokens(row);
     const volatile int32_t* from = model_.progress + int64_t(row) * (1 + model_.id_capacity);
     const int first = prefilled_[row] + 1, count = std::max(int(*from) - first, 0);
     std::atomic_thread_fence(std::memory_order_acquire);

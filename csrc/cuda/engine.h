@@ -124,6 +124,7 @@ class Engine {
     void launch_stages(int first, int last, const cuda::Pass& pass, cudaStream_t stream);
     void fetch(void* to, const void* from, size_t bytes) const;
     void wait(const char* what) const;
+    void check_tokens(int row) const;
     void append_cross(int layer, int row, int64_t count);
     void set(int32_t* at, int32_t value);
     char* layer_kv(bool cross, int layer) const;

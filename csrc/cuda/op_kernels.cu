@@ -158,10 +158,11 @@ __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_consta
     if (!tally.draft[0]) return;
     for (int r = thread_index(); r < rows; r += thread_count()) {
         const int b = r / queries, j = r % queries;
-        static_cast<int32_t*>(p.argmax.data)[b * p.argmax.strides[0] + j] = id_of(fresh(op.best + r));
+        const int chosen = id_of(fresh(op.best + r));
+        static_cast<int32_t*>(p.argmax.data)[b * p.argmax.strides[0] + j] = chosen;
         if (j + 1 == queries) continue;
         static_cast<int32_t*>(p.rank.data)[b * p.rank.strides[0] + j] =
-            judge.draft(r) < 0 ? KVSPN_K_INF : fresh(op.above + r);
+            chosen < 0 || judge.draft(r) < 0 ? KVSPN_K_INF : fresh(op.above + r);
     }
 }
 
@@ -258,7 +259,7 @@ __global__ void accept_kernel(const __grid_constant__ kvspn_accept_params p) {
             const int32_t token = emitted < accepted ? int_at(p.draft, b * p.draft.strides[0] + emitted)
                                                      : int_at(p.argmax, b * p.argmax.strides[0] + accepted);
             if (count + emitted >= 0) tokens[count + emitted] = token;
-            ended = token == p.eos;
+            ended = token == p.eos || token < 0;
         }
         lengths[b] = int32_t(count - 1 + emitted);
         finished[b] = ended || count + emitted >= p.max_length;

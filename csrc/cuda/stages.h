@@ -49,7 +49,7 @@ __device__ __forceinline__ void collect(const Model& m, const Pass& pass, Slots&
 
 __device__ __forceinline__ int draft_of(const Model& m, int batch_row) {
     const int id = id_of(fresh(m.draft_best + batch_row));
-    return m.draft_ids ? m.draft_ids[id] : id;
+    return m.draft_ids && id >= 0 ? m.draft_ids[id] : id;
 }
 
 // x = the embedding of each token + that of its position; what the step's choices go into is cleared.
@@ -138,7 +138,7 @@ __device__ __forceinline__ void verify(const Model& m, const Stage& s, const Pas
 // The encoder's positions of a row that a stage attends to.
 __device__ __forceinline__ int cross_length(const Model& m, const Stage& s, int row) {
     const int stride = s.draft ? m.encoder_stride : 1;
-    return (m.cross_lengths[row] + stride - 1) / stride;
+    return (min(max(m.cross_lengths[row], 0), s.capacity) + stride - 1) / stride;
 }
 
 // The rows of a pass with their queries and what becomes of them.
@@ -220,14 +220,16 @@ __device__ __forceinline__ void accept(const Model& m, const Pass& pass, const S
     for (int i = thread_index(); i < shared.slots.count; i += thread_count()) {
         const int row = shared.slots.row[i], position = shared.slots.position[i], r = i * pass.queries;
         const bool drafted = pass.queries == 2;
-        // A draft for which the cache has no place was not judged.
-        const bool accepted = drafted && position + 1 < m.capacity && fresh(m.above + r) < control.k;
-        const int first = accepted ? draft_of(m, row) : id_of(fresh(m.best + r));
+        const int chosen = id_of(fresh(m.best + r)), draft = drafted ? draft_of(m, row) : -1;
+        // Where the cache has no place for a draft, max_length has none for a token.
+        const bool accepted = draft >= 0 && chosen >= 0 && fresh(m.above + r) < control.k;
+        const int first = accepted ? draft : chosen;
         const int second = accepted ? id_of(fresh(m.best + r + 1)) : 0;
         if (drafted) m.draft_best[row] = 0;
         int count = min(accepted ? 2 : 1, max(control.max_length - position - 1, 0));
-        if (count && first == control.eos) count = 1;
-        const bool ended = (count && first == control.eos) || (count == 2 && second == control.eos);
+        const auto ends = [&](int id) { return id < 0 || id == control.eos; };  // -1: the row has no token
+        if (count && ends(first)) count = 1;
+        const bool ended = (count && ends(first)) || (count == 2 && ends(second));
         int32_t* ids = m.ids + int64_t(row) * m.id_capacity + position + 1;
         if (count) ids[0] = first;
         if (count == 2) ids[1] = second;
@@ -264,7 +266,7 @@ __device__ __forceinline__ void prefetch_cross(const Model& m, const Stage& s, c
         const int plane = i / pieces, head = plane % m.heads, slot = plane / m.heads % slots.count;
         const int64_t row = int64_t(plane / m.heads / slots.count) * m.batch + slots.row[slot];
         const int64_t first = (row * m.heads + head) * s.capacity;
-        const int64_t length = min(cross_length(m, s, slots.row[slot]), s.capacity);
+        const int64_t length = cross_length(m, s, slots.row[slot]);
         const int64_t from = i % pieces * kPiece, bytes = length * position - from;
         prefetch(s.kv + first * position + from, min(bytes, kPiece), lane());
         if (!s.kv_scale || from) continue;

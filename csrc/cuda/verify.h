@@ -21,14 +21,18 @@ __device__ __forceinline__ uint64_t key_of(float logit, int id) {
     const uint32_t bits = as_bits(logit + 0.f);  // -0 becomes 0
     return uint64_t(bits & 0x80000000 ? ~bits : bits | 0x80000000) << 32 | (0xffffffff - uint32_t(id));
 }
-__device__ __forceinline__ int id_of(uint64_t key) { return int(0xffffffff - uint32_t(key)); }
+// -1 where the largest key is that of NaN, which is above all others, or of -inf.
+__device__ __forceinline__ int id_of(uint64_t key) {
+    const bool chosen = key <= key_of(INFINITY, 0) && key > key_of(-INFINITY, 0);
+    return chosen ? int(0xffffffff - uint32_t(key)) : -1;
+}
 
 template <class W, int R, bool kAligned, class Source, class Judge>
 __device__ __forceinline__ void verify(const Stage& s, const Source& source, const Judge& judge, int rows,
                                        Tally& tally, float* x, int shared_floats) {
     auto masked = [&](float logit, int n) {
         logit += judge.mask(n);
-        return logit == logit ? logit + 0.f : -INFINITY;
+        return logit == logit ? logit + 0.f : NAN;
     };
     uint64_t best = 0;
     int above = 0, tile_first = 0, tile_rows = 0;

@@ -3,7 +3,9 @@
  * The caller owns every tensor of a batch (cache, tokens, lengths, ...) and keeps it alive while it is bound;
  * the engine owns packed weights, scratch memory and threads. Every function returns a status; where it is
  * not KVSPN_OK, kvspn_last_error() tells the calling thread which argument is wrong, what it is and what it
- * must be, and nothing has changed. An engine serves one thread at a time; several engines are independent.
+ * must be, and nothing has changed. An engine serves one call at a time, and answers KVSPN_BUSY to others;
+ * several engines are independent. After a fork the child has engines of its own, which go on where they are;
+ * one that was in a call then stays busy there.
  */
 #ifndef KVSPN_H
 #define KVSPN_H
@@ -28,7 +30,9 @@ typedef enum kvspn_status {
     KVSPN_OK = 0,
     KVSPN_INVALID_ARGUMENT = 1,
     KVSPN_OUT_OF_MEMORY = 2,
-    KVSPN_INTERNAL = 3
+    KVSPN_INTERNAL = 3,
+    KVSPN_BUSY = 4,    /* the engine is in another call, of another thread as a rule */
+    KVSPN_NO_TOKEN = 5 /* NaN among a row's logits, or none above -inf: see kvspn_engine_step */
 } kvspn_status;
 
 typedef enum kvspn_dtype {
@@ -59,7 +63,7 @@ typedef struct kvspn_engine_params {
     int32_t blocks; /* of the draft network; 0: none */
     int32_t groups; /* of layers; divides layers and blocks */
     int32_t last_layer_only;
-    int32_t threads;        /* the caller's among them; 0: as many as there are cores */
+    int32_t threads;        /* the caller's among them; 0: kvspn_default_threads() */
     int32_t encoder_stride; /* the draft network attends to every n-th encoder position; 0: to all */
 } kvspn_engine_params;
 
@@ -90,10 +94,11 @@ typedef struct kvspn_step_params {
 
 typedef struct kvspn_generate_params {
     uint32_t struct_size;
-    kvspn_step_params step;            /* every step's */
-    const float* first_mask;           /* [V], in place of step.mask in a first step without draft; or NULL */
-    int32_t max_steps;                 /* 0: until every row is finished */
-    int32_t (*on_step)(void* context); /* after each step; other than 0 stops there. Or NULL */
+    kvspn_step_params step;  /* every step's */
+    const float* first_mask; /* [V], in place of step.mask in a first step without draft; or NULL */
+    int32_t max_steps;       /* 0: until every row is finished */
+    /* After each step, when the engine may be called; other than 0 stops there. Or NULL. */
+    int32_t (*on_step)(void* context);
     void* context;
 } kvspn_generate_params;
 
@@ -110,6 +115,10 @@ typedef struct kvspn_engine kvspn_engine;
 KVSPN_API int32_t kvspn_abi_version(void);
 KVSPN_API const char* kvspn_last_error(void);
 
+/* Cores that the process may keep busy: by its affinity, and by the CPU quota of its control groups. More
+ * threads than these only wait for one another. */
+KVSPN_API int32_t kvspn_default_threads(void);
+
 /* The instruction set in use: "avx512vnni", "avx512", "avx2" or "portable". KVSPN_CPU names another one.
  *
  * "cuda" in the library for CUDA devices, which is the same but for this: the tensors of a batch, the encoder
@@ -125,6 +134,7 @@ KVSPN_API const char* kvspn_instruction_set(void);
  * INT8 with a "scale" [N], or INT4, [N, K / 2], with a "scale" [N, groups]. Other names are ignored. */
 KVSPN_API kvspn_status kvspn_engine_create(const kvspn_engine_params* params, const kvspn_tensor* weights,
                                            int32_t count, kvspn_engine** engine);
+/* Not while another call is using it. */
 KVSPN_API void kvspn_engine_destroy(kvspn_engine* engine);
 
 /* Where the calls below put their work: a cudaStream_t, which the caller keeps; NULL: the default stream.
@@ -144,7 +154,11 @@ KVSPN_API kvspn_status kvspn_engine_encode(kvspn_engine* engine, int32_t row, co
 /* Processes the first `count` tokens of one row into the cache: lengths[row] = count. */
 KVSPN_API kvspn_status kvspn_engine_prefill(kvspn_engine* engine, int32_t row, int32_t count);
 
-/* Draft, verify, accept, roll back: one step of every unfinished row. Allocates nothing. */
+/* Draft, verify, accept, roll back: one step of every unfinished row. Allocates nothing.
+ *
+ * Where a row's logits give no token, its newest token is -1 and it is finished; the other rows have moved
+ * on. That is KVSPN_NO_TOKEN, from step and generate, or from a CUDA device: from the next call that waits
+ * for it. */
 KVSPN_API kvspn_status kvspn_engine_step(kvspn_engine* engine, const kvspn_step_params* params);
 
 /* Step after step, until every row is finished, max_steps are made or on_step stops it. */

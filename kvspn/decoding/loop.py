@@ -64,7 +64,7 @@ def decode(
             ``lambda row, ids: text_streamer.put(torch.tensor(ids))`` and call its ``end()`` afterwards.
 
     Raises:
-        TypeError, ValueError: naming the argument, before any step runs.
+        TypeError, ValueError: naming the argument, before any step runs; or a row whose logits give no token.
     """
     accept = parse_k(k)
     ends = [eos] if isinstance(eos, int) else list(eos)
@@ -86,6 +86,8 @@ def decode(
             lengths = engine.lengths.tolist()
             now = time.perf_counter() - begin
             done = engine.finished.tolist()
+            if done != finished:
+                engine.check()
             for row, tokens in enumerate(sequences):
                 if finished[row]:
                     continue

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import abc
+import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,24 @@ from kvspn.ops import K_INF
 from kvspn.weights import DecoderWeights
 
 PREFILL_CHUNK = 16  # query tokens of one pass
+
+E = TypeVar("E", bound="CachedEngine")
+P = ParamSpec("P")
+
+
+def _alone(call: Callable[Concatenate[E, P], None]) -> Callable[Concatenate[E, P], None]:
+    """An engine serves one call at a time; another thread's, meanwhile, is an error and not a wait."""
+
+    @functools.wraps(call)
+    def guarded(self: E, *args: P.args, **kwargs: P.kwargs) -> None:
+        if not self._free.acquire(blocking=False):
+            raise RuntimeError("engine must be free, got one that another call is using")
+        try:
+            call(self, *args, **kwargs)
+        finally:
+            self._free.release()
+
+    return guarded
 
 
 class Engine(abc.ABC):
@@ -85,8 +104,27 @@ class Engine(abc.ABC):
             draft: False for a plain greedy step.
 
         Raises:
-            TypeError, ValueError: naming the argument.
+            TypeError, ValueError: naming the argument; or a row whose logits give no token, see
+                :meth:`check`. The other rows have moved on.
+            RuntimeError: another call is using the engine.
         """
+
+    def check(self) -> None:
+        """Raise ValueError if a row has ended without a token: NaN among its logits, or none above -inf.
+
+        Its newest token is -1. A step that waits for its results raises this itself; after one that does not,
+        on a device, this reads the rows back.
+        """
+        self._check_rows(self.finished)
+
+    def _check_rows(self, chosen: Tensor) -> None:
+        """The check of some rows, bool [batch]."""
+        newest = self.tokens.gather(1, self.lengths.clamp(0, self.tokens.shape[1] - 1).long()[:, None])[:, 0]
+        for row in (chosen & (newest < 0)).nonzero().flatten().tolist():
+            raise ValueError(
+                f"the logits of row {row} at position {int(self.lengths[row]) - 1} must be numbers, "
+                "one of them above -inf, got NaN or -inf alone"
+            )
 
 
 class CachedEngine(Engine):
@@ -125,10 +163,12 @@ class CachedEngine(Engine):
             self.finished = torch.ones(batch, dtype=torch.bool, device=self._embed.device)
             self.stats = torch.zeros(batch, 3, dtype=torch.int32, device=self._embed.device)
         self.lengths = self.cache.lengths
+        self._free = threading.Lock()  # held through a call
         self._mask: Tensor | None = None
         self._first_mask: Tensor | None = None  # None once the first token is made
         self._eos, self._max_length = -1, 1
 
+    @_alone
     @torch.no_grad()
     def start(
         self,
@@ -155,6 +195,7 @@ class CachedEngine(Engine):
     def step(self, k: int = 1, draft: bool = True) -> None:
         self.run(k, draft, steps=1)
 
+    @_alone
     @torch.no_grad()
     def run(self, k: int = 1, draft: bool = True, *, steps: int) -> None:
         """Step until every row has finished, ``steps`` times at most; see :meth:`step`.
@@ -222,3 +263,5 @@ class CachedEngine(Engine):
         for name, value in (("mask", mask), ("begin_mask", begin_mask)):
             if value is not None:
                 shapes.tensor(name, value, "V", FP32)
+                if not (value < torch.inf).all():
+                    raise ValueError(f"{name} must hold finite numbers or -inf, got NaN or inf")

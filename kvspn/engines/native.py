@@ -14,8 +14,14 @@ from kvspn.weights import DecoderWeights
 from kvspn.weights.decoder import named_tensors
 
 
+def default_threads() -> int:
+    """Cores that this process may keep busy: by its affinity, and by the CPU quota of its control groups."""
+    return _native.default_threads()
+
+
 class NativeEngine(CachedEngine):
-    """One call of the C++ engine a step, on torch's present number of threads.
+    """One call of the C++ engine a step, on torch's present number of threads, or on :func:`default_threads`
+    where these are fewer: threads that share a core only wait for one another.
 
     Activations and logits are fp32; weights stay in their own format, the cache in that of the embeddings.
     Integer weights meet activations rounded to int16, each row with its own scale. The instruction set is
@@ -37,7 +43,7 @@ class NativeEngine(CachedEngine):
             groups=weights.groups,
             last_layer_only=weights.last_layer_only,
             encoder_stride=weights.encoder_stride,
-            threads=torch.get_num_threads(),
+            threads=min(torch.get_num_threads(), default_threads()),
         )
         self._engine.bind(
             kv=self.cache.kv,

@@ -59,7 +59,9 @@ class ReferenceEngine(CachedEngine):
             self.lengths[here] += ids.shape[1]
 
     def _step(self, mask: Tensor | None, k: int, draft: bool) -> None:
+        ended = self.finished.clone()
         self._call(step_rows, mask, k, draft)
+        self._check_rows(self.finished & ~ended)
 
     def _together(self, mask: Tensor | None, k: int, draft: bool) -> None:
         """The step of all rows at once, by this engine's ops."""

@@ -53,9 +53,10 @@ def reference(
 
     The top-k validation of "Parasitic dual-scale modelling" (arXiv 2508.11189). With a = the longest prefix
     of the draft whose ranks are all under k, row b emits draft[b, :a] and then argmax[b, a], into
-    tokens[b, lengths[b] + 1 ...]. Emission ends with an eos, or with the row's token count at max_length;
-    either finishes the row. lengths[b] grows by the number of emitted tokens: the cached positions of what
-    was rejected now lie past it, and that is the whole rollback. Finished rows stay untouched.
+    tokens[b, lengths[b] + 1 ...]. Emission ends with an eos, with -1, which is no token (see
+    :func:`lm_head_verify`), or with the row's token count at max_length; each finishes the row. lengths[b]
+    grows by the number of emitted tokens: the cached positions of what was rejected now lie past it, and that
+    is the whole rollback. Finished rows stay untouched.
 
     Args:
         tokens: int32 [B, N], changed in place. Row b holds lengths[b] + 1 tokens; the newest is not in the
@@ -81,11 +82,12 @@ def reference(
             accepted += 1
         count = int(lengths[b]) + 1
         emitted = [*draft[b, :accepted].tolist(), int(argmax[b, accepted])][: max(max_length - count, 0)]
-        if eos in emitted:
-            del emitted[emitted.index(eos) + 1 :]
+        last = next((n for n, token in enumerate(emitted) if token == eos or token < 0), None)
+        if last is not None:
+            del emitted[last + 1 :]
         tokens[b, count : count + len(emitted)] = tokens.new_tensor(emitted)
         lengths[b] += len(emitted)
-        finished[b] = eos in emitted or count + len(emitted) >= max_length
+        finished[b] = last is not None or count + len(emitted) >= max_length
         stats[b] += stats.new_tensor([1, drafted, min(accepted, len(emitted))])
 
 

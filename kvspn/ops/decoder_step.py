@@ -289,7 +289,7 @@ def propose(
     kv_scale: Tensor | None = None,
     cross_kv_scale: Tensor | None = None,
 ) -> Tensor:
-    """The draft network's guess int32 [B, 1] of what follows the newest token int32 [B, 1]."""
+    """The draft network's guess int32 [B, 1] of what follows the newest token int32 [B, 1]; -1: none."""
     x = embed(w, newest, lengths)
     if w.encoder_stride > 1:
         cross_lengths = (cross_lengths + (w.encoder_stride - 1)) // w.encoder_stride
@@ -306,14 +306,14 @@ def propose(
         mask = mask[w.draft_ids]
     head, norm = w.draft_output, w.draft_norm or (None, None)
     choice, _ = ops.lm_head_verify(x, head.weight, newest[:, :0], mask, head.scale, *norm)
-    return choice if w.draft_ids is None else w.draft_ids[choice]
+    return choice if w.draft_ids is None else torch.where(choice < 0, choice, w.draft_ids[choice])
 
 
 def embed(w: DecoderWeights, ids: Tensor, lengths: Tensor) -> Tensor:
-    """Tokens int32 [B, Q] at positions lengths[b] ... -> [B, Q, d]."""
+    """Tokens int32 [B, Q] at positions lengths[b] ... -> [B, Q, d]; -1, no token, counts as 0."""
     positions = lengths[:, None] + torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)
     positions = positions.clamp_(max=len(w.embed_positions) - 1)  # a draft past the end is never emitted
-    return F.embedding(ids, w.embed_tokens) + F.embedding(positions, w.embed_positions)
+    return F.embedding(ids.clamp(min=0), w.embed_tokens) + F.embedding(positions, w.embed_positions)
 
 
 def attend(

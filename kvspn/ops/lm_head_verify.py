@@ -60,11 +60,13 @@ def reference(
         norm_weight, norm_bias, eps: a LayerNorm of x, as in :func:`fused_linear`.
 
     Returns:
-        argmax: int32 [B, Q]; of equal logits the smallest id.
+        argmax: int32 [B, Q]; of equal logits the smallest id. -1 where a row has no token to choose: with NaN
+            among its logits, or none above -inf.
         rank: int32 [B, Q-1], the number of tokens with a larger logit, plus those equal with a smaller id;
-            so rank < 1 means "is the argmax". A draft outside 0 .. V-1 has rank K_INF, under no k.
+            so rank < 1 means "is the argmax". A draft outside 0 .. V-1, or in a row without a token, has
+            rank K_INF, under no k.
 
-    Logits are fp32 and never rounded. A NaN logit counts as -inf.
+    Logits are fp32 and never rounded.
 
     Raises:
         TypeError, ValueError: naming the argument, before anything runs.
@@ -76,9 +78,9 @@ def reference(
         for j, row in enumerate(x[b]):
             logits = project(row, matrix, None, norm_weight, norm_bias, eps)
             logits = logits if mask is None else logits + mask
-            logits = logits.masked_fill(logits.isnan(), -torch.inf)
-            argmax[b, j] = logits.argmax()
-            if j < len(drafts) and 0 <= drafts[j] < len(logits):
+            chosen = bool(logits.max() > -torch.inf)  # the largest of what holds NaN is NaN
+            argmax[b, j] = logits.argmax() if chosen else -1
+            if chosen and j < len(drafts) and 0 <= drafts[j] < len(logits):
                 own = logits[drafts[j]]
                 rank[b, j] = (logits > own).sum() + (logits[: drafts[j]] == own).sum()
     return argmax, rank
