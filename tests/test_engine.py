@@ -41,19 +41,21 @@ def test_start(make_engine):
     assert not e.stats.any()
 
 
-def test_a_prompt_of_many_chunks_equals_steps(make_engine):
-    """A prompt processed in chunks leaves the state that generating the same tokens would have left."""
+@pytest.mark.parametrize("count", [2, 17, 18, 33, 37])
+def test_a_prompt_of_many_chunks_equals_steps(make_engine, count):
+    """A prompt processed in chunks, the last of one token too, leaves the state that generating it would."""
     weights = random_decoder(positions=40)
     e, states = make_engine(weights, batch=1, capacity=40), [torch.randn(4, 16)]
     e.start(states, [[5]], eos=-1, max_length=40)
-    while e.lengths[0] < 37:
+    while e.lengths[0] < count:
         e.step(draft=False)
-    tokens, kv = e.tokens.clone(), e.cache.kv[..., :36, :].clone()
-    e.start(states, [tokens[0, :37].tolist()], eos=-1, max_length=40)
-    assert e.lengths.tolist() == [36]
-    assert torch.equal(e.cache.kv[..., :36, :], kv)
+    tokens, kv = e.tokens.clone(), e.cache.kv[..., : count - 1, :].clone()
+    e.cache.kv.fill_(torch.nan)
+    e.start(states, [tokens[0, :count].tolist()], eos=-1, max_length=40)
+    assert e.lengths.tolist() == [count - 1]
+    assert torch.equal(e.cache.kv[..., : count - 1, :], kv)
     e.step(draft=False)
-    assert e.tokens[0, 37] == tokens[0, 37]
+    assert e.tokens[0, count] == tokens[0, count]
 
 
 def test_int8_caches(make_engine):

@@ -25,6 +25,7 @@ SHAPES = {
     "flattened": {"layers": 4, "blocks": 2},
     "ablations": {"layers": 4, "blocks": 2, "last_layer_only": True, "encoder_attention": False},
     "strided": {"layers": 4, "blocks": 2, "encoder_stride": 3},
+    "two blocks a group": {"layers": 4, "blocks": 4, "groups": 2},
     "wide": {"heads": 3, "head_dim": 64, "ffn": 200, "vocabulary": 301, "layers": 3, "blocks": 3},
     "odd": {"heads": 3, "head_dim": 5, "ffn": 37, "vocabulary": 131, "draft_heads": 6},
     "short list": {"vocabulary": 150, "short_list": 70},
