@@ -51,6 +51,7 @@ def make_m2m(layers: int = 6, **added) -> WhisperM2MForConditionalGeneration:
         "text_encoder_ffn_dim": 48,
         "max_text_positions": 16,
         "kvspn_ffn_dim": 40,
+        "kvspn_draft_trained": True,
     }
     return convert_whisper(make_whisper(layers), range(layers), **{**fields, **added}).eval()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -215,8 +216,19 @@ def test_phonemes():
 
 
 @needs_espeak
-def test_whole_recipe_and_resuming(tmp_path: Path):
+def test_whole_recipe_resumes_after_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every stage at a tiny size; done stages are skipped, an unfinished one goes on from its checkpoint."""
+    rename, interrupted = Path.replace, []
+
+    def interrupt(part: Path, whole: Path) -> Path:
+        if whole.name in ("features", "encoder", "outputs-train.json", "draft", "demo"):
+            if whole not in interrupted:
+                interrupted.append(whole)
+                raise KeyboardInterrupt
+            assert not whole.exists()
+        return rename(part, whole)
+
+    monkeypatch.setattr(Path, "replace", interrupt)
     stage = Stage(steps=2, batch=4, learning_rate=1e-3)
     recipe = Recipe(
         clips_per_template=1,
@@ -236,10 +248,15 @@ def test_whole_recipe_and_resuming(tmp_path: Path):
         adapt=stage,
         draft=stage,
     )
-    mini = train_mini(tmp_path, recipe, log=lambda line: None)
+    mini = None
+    while mini is None:
+        with contextlib.suppress(KeyboardInterrupt):
+            mini = train_mini(tmp_path, recipe, log=lambda line: None)
+    assert len(interrupted) == 5
     model = WhisperM2MForConditionalGeneration.from_pretrained(mini)
     assert model.dtype == torch.float16
     assert model.kvspn is not None and len(model.kvspn.blocks) == 2
+    assert model.config.kvspn_draft_trained
     parent, based = (
         WhisperForConditionalGeneration.from_pretrained(tmp_path / name).model.encoder.layers
         for name in ("parent", "base")

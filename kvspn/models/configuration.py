@@ -31,6 +31,8 @@ class WhisperM2MConfig(WhisperConfig):
         kvspn_encoder_stride: a block attends to every n-th of the encoder's positions, which its neighbours
             resemble, and reads as much less.
         kvspn_draft_vocab_size: tokens in the draft's short list; None to draft from the whole vocabulary.
+        kvspn_draft_trained: whether the draft network has been trained. `generate` and the command line decode
+            without one that has not, whose guesses cost time and are never right.
     """
 
     model_type = "whisper_m2m"
@@ -54,6 +56,7 @@ class WhisperM2MConfig(WhisperConfig):
     kvspn_last_layer_only: bool = False
     kvspn_encoder_stride: int = 1
     kvspn_draft_vocab_size: int | None = None
+    kvspn_draft_trained: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

@@ -10,6 +10,7 @@ from pathlib import Path
 import soundfile
 import torch
 
+from kvspn.atomic import atomic
 from kvspn.models import WhisperM2MForConditionalGeneration
 from kvspn.training.corpus import LANGUAGES, Sentence
 from kvspn.training.prepare import Corpus
@@ -19,9 +20,10 @@ from kvspn.training.speech import SAMPLING_RATE, TEST_VARIANTS, Voice, augment, 
 def export_model(trained: Path, corpus: Corpus, folder: Path) -> None:
     """The trained model in fp16 (safetensors), with its tokenizer and feature extractor."""
     model = WhisperM2MForConditionalGeneration.from_pretrained(trained, dtype=torch.float16)
-    model.save_pretrained(folder)
-    corpus.tokenizer.save_pretrained(folder)
-    corpus.extractor.save_pretrained(folder)
+    with atomic(folder) as part:
+        model.save_pretrained(part)
+        corpus.tokenizer.save_pretrained(part)
+        corpus.extractor.save_pretrained(part)
 
 
 def export_speech(corpus: Corpus, folder: Path, seed: int) -> None:
@@ -38,26 +40,27 @@ def export_speech(corpus: Corpus, folder: Path, seed: int) -> None:
 def _speak(
     folder: Path, pairs: Sequence[tuple[Sentence, str]], rng: random.Random, limit: int, noisy: bool
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     manifest: list[dict[str, object]] = []
-    for sentence, language in pairs:
-        while True:  # another voice, where this one speaks too slowly for the window
-            voice = Voice.draw(language, TEST_VARIANTS, rng)
-            samples, _ = synthesize(sentence.texts[language], voice)
-            samples = augment(samples, rng) if noisy else samples
-            if len(samples) <= limit:
-                break
-        name = f"{len(manifest):03d}-{language}"
-        soundfile.write(folder / f"{name}.ogg", samples, SAMPLING_RATE, format="OGG", subtype="VORBIS")
-        manifest.append(
-            {
-                "id": name,
-                "language": language,
-                "audio": f"{name}.ogg",
-                "voice": voice.name,
-                "template": sentence.template,
-                "texts": dict(sentence.texts),
-            }
-        )
-    text = json.dumps(manifest, ensure_ascii=False, indent=1)
-    (folder / "manifest.json").write_text(text + "\n", "utf-8")
+    with atomic(folder) as part:
+        part.mkdir()
+        for sentence, language in pairs:
+            while True:  # another voice, where this one speaks too slowly for the window
+                voice = Voice.draw(language, TEST_VARIANTS, rng)
+                samples, _ = synthesize(sentence.texts[language], voice)
+                samples = augment(samples, rng) if noisy else samples
+                if len(samples) <= limit:
+                    break
+            name = f"{len(manifest):03d}-{language}"
+            soundfile.write(part / f"{name}.ogg", samples, SAMPLING_RATE, format="OGG", subtype="VORBIS")
+            manifest.append(
+                {
+                    "id": name,
+                    "language": language,
+                    "audio": f"{name}.ogg",
+                    "voice": voice.name,
+                    "template": sentence.template,
+                    "texts": dict(sentence.texts),
+                }
+            )
+        text = json.dumps(manifest, ensure_ascii=False, indent=1)
+        (part / "manifest.json").write_text(text + "\n", "utf-8")

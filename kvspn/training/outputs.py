@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvspn.atomic import atomic
 from kvspn.engines import Engine
 from kvspn.models.modeling import WhisperM2MForConditionalGeneration
 from kvspn.training.corpus import LANGUAGES
@@ -55,7 +56,8 @@ def greedy_outputs(
             tokens[: stats.tokens] for tokens, stats in zip(made.sequences.tolist(), made.stats, strict=True)
         ]
         outputs += [said[row : row + len(LANGUAGES)] for row in range(0, len(said), len(LANGUAGES))]
-    path.write_text(json.dumps(outputs))
+    with atomic(path) as part:
+        part.write_text(json.dumps(outputs))
     return outputs
 
 

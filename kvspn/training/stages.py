@@ -1,4 +1,4 @@
-"""The training stages. Each saves its model in a folder and is skipped where that is there."""
+"""The training stages. Each leaves its model in a folder, whole, and is skipped where that is there."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from transformers import (
     WhisperTokenizer,
 )
 
+from kvspn.atomic import atomic
 from kvspn.models.configuration import WhisperM2MConfig
 from kvspn.models.conversion import convert_whisper, spread_layers
 from kvspn.models.modeling import Decoder, SpeechEncoder, WhisperM2MForConditionalGeneration
@@ -39,7 +40,7 @@ def train_encoder(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
     Into phonemes above its lower layers, and into the word pieces of six languages above all.
     """
     result = folder / "encoder"
-    if (result / "config.json").exists():
+    if result.exists():
         return result
     torch.manual_seed(recipe.seed)
     config = parent_config(recipe, corpus.tokenizer)
@@ -66,14 +67,15 @@ def train_encoder(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
 
     _run(encoder, folder / "encoder-checkpoints", recipe, recipe.encoder, collators, losses)
     del encoder.ctc_heads
-    encoder.save_pretrained(result)
+    with atomic(result) as part:
+        encoder.save_pretrained(part)
     return result
 
 
 def train_parent(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
     """A small Whisper: the encoder, frozen, and a decoder that learns to transcribe all languages."""
     result = folder / "parent"
-    if (result / "config.json").exists():
+    if result.exists():
         return result
     torch.manual_seed(recipe.seed)
     model = WhisperForConditionalGeneration(parent_config(recipe, corpus.tokenizer))
@@ -104,7 +106,7 @@ def train_base(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
     The layers of the speech encoder that hear sounds stay as they are, those above learn too.
     """
     result = folder / "base"
-    if (result / "config.json").exists():
+    if result.exists():
         return result
     torch.manual_seed(recipe.seed)
     parent = WhisperForConditionalGeneration.from_pretrained(folder / "parent")
@@ -133,7 +135,7 @@ def adapt_encoder(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
     The decoder's matrices are rounded as int8 weights hold them, and stay so: the rest makes up for it.
     """
     result = folder / "adapted"
-    if (result / "config.json").exists():
+    if result.exists():
         return result
     torch.manual_seed(recipe.seed)
     model = WhisperM2MForConditionalGeneration.from_pretrained(folder / "base")
@@ -198,7 +200,7 @@ def train_draft(
     `kvspn`: fields of the config, for ablations.
     """
     result = folder / name
-    if (result / "config.json").exists():
+    if result.exists():
         return result
     torch.manual_seed(recipe.seed)
     base = WhisperM2MForConditionalGeneration.from_pretrained(folder / "adapted")
@@ -242,6 +244,7 @@ def train_draft(
 
     collators = _collators(recipe, corpus, recipe.draft_targets, encoded, outputs)
     _run(model, folder / f"{name}-checkpoints", recipe, recipe.draft, collators, losses)
+    model.config.kvspn_draft_trained = True
     return _save(model, corpus, result)
 
 
@@ -312,10 +315,10 @@ def _run(
 
 
 def _save(model: PreTrainedModel, corpus: Corpus, folder: Path) -> Path:
-    """config.json is written last by name, so a folder that has one is taken as complete."""
-    corpus.tokenizer.save_pretrained(folder)
-    corpus.extractor.save_pretrained(folder)
-    model.save_pretrained(folder)
+    with atomic(folder) as part:
+        corpus.tokenizer.save_pretrained(part)
+        corpus.extractor.save_pretrained(part)
+        model.save_pretrained(part)
     return folder
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kvspn.atomic import atomic
 from kvspn.models.modeling import SpeechEncoder
 from kvspn.training.store import FeatureStore, pad_features
 
@@ -42,30 +43,31 @@ class StateStore:
         """What the encoder's first `layers` layers make of the first `most` clips, in batches of similar
         length, padded as `padded_frames` draws it.
 
-        The index is written last: a folder that has one is complete and is opened as it is.
+        A folder that is there is whole and is opened as it is.
         """
-        if (folder / "index.json").exists():
+        if folder.exists():
             return cls(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         rng = random.Random(seed)
         order = np.argsort(np.diff(store.offsets)[:most], kind="stable").tolist()
         lengths, offsets = [0] * len(order), [0] * len(order)
         written = 0
         device = next(encoder.parameters()).device
-        with open(folder / "states.f16", "wb") as file:
-            for first in range(0, len(order), _BATCH):
-                clips = order[first : first + _BATCH]
-                features = [store.features(clip) for clip in clips]
-                frames = padded_frames(max(map(len, features)), window, rng)
-                with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
-                    batch = torch.from_numpy(pad_features(features, frames)).to(device)
-                    states = encoder.below(batch, layers).half().cpu().numpy()
-                file.write(states.tobytes())
-                for clip in clips:
-                    lengths[clip], offsets[clip] = states.shape[1], written
-                    written += states.shape[1]
-        index = {"d_model": states.shape[2], "lengths": lengths, "offsets": offsets}
-        (folder / "index.json").write_text(json.dumps(index))
+        with atomic(folder) as part:
+            part.mkdir()
+            with open(part / "states.f16", "wb") as file:
+                for first in range(0, len(order), _BATCH):
+                    clips = order[first : first + _BATCH]
+                    features = [store.features(clip) for clip in clips]
+                    frames = padded_frames(max(map(len, features)), window, rng)
+                    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
+                        batch = torch.from_numpy(pad_features(features, frames)).to(device)
+                        states = encoder.below(batch, layers).half().cpu().numpy()
+                    file.write(states.tobytes())
+                    for clip in clips:
+                        lengths[clip], offsets[clip] = states.shape[1], written
+                        written += states.shape[1]
+            index = {"d_model": states.shape[2], "lengths": lengths, "offsets": offsets}
+            (part / "index.json").write_text(json.dumps(index))
         return cls(folder)
 
 

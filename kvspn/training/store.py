@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import WhisperFeatureExtractor
 
+from kvspn.atomic import atomic
 from kvspn.training.speech import SAMPLING_RATE, Voice, augment, synthesize
 
 _CHUNK = 64  # clips a worker makes at a time
@@ -58,31 +59,32 @@ class FeatureStore:
     ) -> FeatureStore:
         """Speaks every clip in a random voice of `variants`, augments it and stores its features.
 
-        Clips longer than the extractor's window are left out. The index is written last: a folder that has
-        one is complete and is opened as it is.
+        Clips longer than the extractor's window are left out. A folder that is there is whole and is opened
+        as it is.
         """
-        if (folder / "index.json").exists():
+        if folder.exists():
             return cls(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         chunks = [
             (seed + i, clips[i : i + _CHUNK], variants, extractor) for i in range(0, len(clips), _CHUNK)
         ]
         index: dict[str, list[Any]] = {"frames": [], "sentences": [], "languages": [], "phonemes": []}
-        # Fresh processes: a fork of a process in which torch has threads may hang.
-        with (
-            open(folder / "features.f16", "wb") as file,
-            multiprocessing.get_context("spawn").Pool(workers) as pool,
-        ):
-            for done, made in enumerate(pool.imap(_make_chunk, chunks), 1):
-                for clip, features, phonemes in made:
-                    file.write(features.tobytes())
-                    index["frames"].append(len(features))
-                    index["sentences"].append(clip.sentence)
-                    index["languages"].append(clip.language)
-                    index["phonemes"].append(phonemes)
-                progress(min(done * _CHUNK, len(clips)), len(clips))
-        text = json.dumps({"mel_bins": extractor.feature_size, **index})
-        (folder / "index.json").write_text(text)
+        with atomic(folder) as part:
+            part.mkdir()
+            # Fresh processes: a fork of a process in which torch has threads may hang.
+            with (
+                open(part / "features.f16", "wb") as file,
+                multiprocessing.get_context("spawn").Pool(workers) as pool,
+            ):
+                for done, made in enumerate(pool.imap(_make_chunk, chunks), 1):
+                    for clip, features, phonemes in made:
+                        file.write(features.tobytes())
+                        index["frames"].append(len(features))
+                        index["sentences"].append(clip.sentence)
+                        index["languages"].append(clip.language)
+                        index["phonemes"].append(phonemes)
+                    progress(min(done * _CHUNK, len(clips)), len(clips))
+            text = json.dumps({"mel_bins": extractor.feature_size, **index})
+            (part / "index.json").write_text(text)
         return cls(folder)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
+from kvspn.training.checkpoints import Sealing, last_whole
 from kvspn.training.optimizer import MuonAdamW
 
 Batch = Mapping[str, Tensor]
@@ -89,7 +89,7 @@ def fit(
 ) -> None:
     """Trains in place: Muon and AdamW, linear warm-up and cosine decay, bf16 autocast.
 
-    Keeps checkpoints in `folder`, each evaluated on the `held_out` batches, and goes on from the last one.
+    Keeps checkpoints in `folder`, each evaluated on the `held_out` batches; goes on from the last whole one.
     """
     args = TrainingArguments(
         output_dir=str(folder),
@@ -108,12 +108,18 @@ def fit(
         save_steps=400,
         eval_strategy="steps",
         eval_steps=400,
-        save_total_limit=1,
+        save_total_limit=2,
         seed=seed,
         report_to=[],
     )
     trainer = LossTrainer(
-        model, args, losses, train_dataset=dataset, eval_dataset=held_out, data_collator=collator
+        model,
+        args,
+        losses,
+        train_dataset=dataset,
+        eval_dataset=held_out,
+        data_collator=collator,
+        callbacks=[Sealing()],
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    checkpoint = last_whole(folder)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
