@@ -378,9 +378,10 @@ def test_convert(tmp_path: Path, clip: Path) -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     assert "0, 2, 5 (of 6)" in result.stdout
     assert "untrained" in result.stdout
-    translated = kvspn_("translate", clip, "--to", "de", "--model", tmp_path / "out", "--json")
+    with pytest.warns(UserWarning, match="the draft network is untrained"):
+        translated = kvspn_("translate", clip, "--to", "de", "--model", tmp_path / "out", "--json")
     assert translated.exit_code == 0
-    assert json.loads(translated.stdout)[0]["stats"]["drafted"] > 0
+    assert json.loads(translated.stdout)[0]["stats"]["drafted"] == 0
 
 
 def test_convert_named_layers(tmp_path: Path) -> None:
@@ -406,7 +407,9 @@ def test_convert_named_layers(tmp_path: Path) -> None:
         (["--layers", "first"], "whole numbers"),
         (["--layers", "0,1", "--decoder-layers", "2"], "not both"),
         (["--decoder-layers", "5"], "1 to 4"),
-        ([], "multiple of kvspn_groups (3)"),
+        (["--kvspn-groups", "3"], "kept must be a multiple of --kvspn-groups (3), got 4"),
+        (["--kvspn-blocks", "5", "--kvspn-groups", "2"], "--kvspn-blocks must be a multiple of"),
+        (["--kvspn-heads", "3"], "--kvspn-heads must be a multiple of the decoder's (2), got 3"),
         (["--draft-vocab", "99999"], "--draft-vocab"),
     ],
 )

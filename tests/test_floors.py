@@ -25,7 +25,7 @@ FLOORS = (
     "weights",
     "checks",
 )
-GROUND = ("assets", "_native", "_cuda", "_torch_ops", "_torch_ops_cuda")  # import nothing of kvspn
+GROUND = ("assets", "atomic", "_native", "_cuda", "_torch_ops", "_torch_ops_cuda")  # import nothing of kvspn
 # What a folder of csrc may include of the others; csrc/tests and the examples are users of the ABI.
 INCLUDES = {
     "include": set(),

@@ -129,7 +129,10 @@ def truncate(file: Path) -> None:
         (damage("config.json", lambda file: file.write_text("{")), "cannot be read"),
         (damage("config.json", edit(model_type="bert")), "model type 'bert', must be 'whisper_m2m'"),
         (damage("config.json", edit(kvspn_groups=3)), "multiple of kvspn_groups"),
-        (damage("config.json", edit(d_model=64)), "cannot be read"),
+        (
+            damage("config.json", edit(d_model=64)),
+            "config.json: d_model must be 32, as in the weights, got 64",
+        ),
         (damage("model.safetensors", truncate), "cannot be read"),
         (damage("model.safetensors", drop_tensor), "lack 1 tensors, such as kvspn.blocks.0.fc1.weight"),
         (damage("tokenizer.json", truncate), "cannot be read"),

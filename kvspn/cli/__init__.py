@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +27,7 @@ class OneLineErrors(TyperGroup):
     """Whatever is wrong with the input ends in one line on stderr and a non-zero exit code."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        warnings.formatwarning = lambda message, *rest, **more: f"kvspn: {message}\n"
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
         except typer.TyperException as error:

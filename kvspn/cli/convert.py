@@ -52,11 +52,23 @@ def convert(
         int, typer.Option(min=0, metavar="N", help="Layers of the added text encoder; 0 for none.")
     ] = 6,
     kvspn_blocks: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Blocks of the draft network; 0 for none.")
-    ] = 3,
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Blocks of the draft network; 0 for none.",
+            show_default="one for each group",
+        ),
+    ] = None,
     kvspn_groups: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Groups of decoder layers whose cache the blocks read.")
-    ] = 3,
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Groups of decoder layers whose cache the blocks read.",
+            show_default="3, or the most below that fit the layers kept",
+        ),
+    ] = None,
     kvspn_heads: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Heads of a block.", show_default="the decoder's"),
@@ -88,7 +100,9 @@ def convert(
     """
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
+    from kvspn.atomic import atomic
     from kvspn.models import convert_whisper, spread_layers
+    from kvspn.models.conversion import fitting_groups
     from kvspn.models.folder import open_folder
 
     silence_transformers()
@@ -104,22 +118,33 @@ def convert(
         raise ValueError(
             f"--draft-vocab must be at most the vocabulary's {config.vocab_size}, got {draft_vocab}"
         )
+    groups = kvspn_groups or fitting_groups(len(layers), kvspn_blocks)
+    blocks = groups if kvspn_blocks is None else kvspn_blocks
+    heads = config.decoder_attention_heads
+    for option, found, divisor, what in (
+        ("the decoder layers that are kept", len(layers), groups, "--kvspn-groups"),
+        ("--kvspn-blocks", blocks, groups, "--kvspn-groups"),
+        ("--kvspn-heads", kvspn_heads or heads, heads, "the decoder's"),
+    ):
+        if blocks and found % divisor:
+            raise ValueError(f"{option} must be a multiple of {what} ({divisor}), got {found}")
     model = convert_whisper(
         source,
         layers,
         text_encoder_layers=text_encoder_layers,
         text_encoder_ffn_dim=config.encoder_ffn_dim,
         max_text_positions=config.max_target_positions,
-        kvspn_blocks=kvspn_blocks,
-        kvspn_groups=kvspn_groups,
+        kvspn_blocks=blocks,
+        kvspn_groups=groups,
         kvspn_heads=kvspn_heads,
         kvspn_ffn_dim=kvspn_ffn_dim or config.decoder_ffn_dim,
         kvspn_encoder_attention=not no_kvspn_encoder_attention,
         kvspn_draft_vocab_size=draft_vocab,
     )
-    model.save_pretrained(out)
-    processor.tokenizer.save_pretrained(out)
-    processor.feature_extractor.save_pretrained(out)
+    with atomic(out) as folder:
+        model.save_pretrained(folder)
+        processor.tokenizer.save_pretrained(folder)
+        processor.feature_extractor.save_pretrained(folder)
     typer.echo(f"Decoder layers kept: {', '.join(map(str, layers))} (of {config.decoder_layers})")
     typer.echo(f"Parameters: {source.num_parameters():,} before, {model.num_parameters():,} after")
     parts = {"text encoder": model.model.text_encoder, "KVSPN": model.kvspn}
@@ -127,4 +152,6 @@ def convert(
         if part is not None:
             count = sum(weight.numel() for weight in part.parameters())
             typer.echo(f"Added, untrained: {name}, {count:,} parameters")
+    if model.kvspn is not None:
+        typer.echo(f"KVSPN: {blocks} blocks over {groups} groups of {len(layers) // groups} decoder layers")
     typer.echo(f"Written to {out}")

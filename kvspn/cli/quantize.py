@@ -37,10 +37,14 @@ def quantize(
     from kvspn.models.one_file import export
 
     silence_transformers()
+    if out.is_dir():
+        raise ValueError(f"{out}: is a folder; name the file to write")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"{out}: no such folder")
     opened, processor = open_folder(
         model or bundled_model(), WhisperM2MForConditionalGeneration, WhisperM2MProcessor, torch.float32
     )
     export(opened, processor, out, weights)
+    if opened.kvspn is not None and not opened.drafts:
+        typer.echo("Without the draft network, which is untrained")
     typer.echo(f"Written to {out}: {weights}, {out.stat().st_size / 1e6:.1f} MB")

@@ -31,8 +31,8 @@ class WhisperM2MConfig(WhisperConfig):
         kvspn_encoder_stride: a block attends to every n-th of the encoder's positions, which its neighbours
             resemble, and reads as much less.
         kvspn_draft_vocab_size: tokens in the draft's short list; None to draft from the whole vocabulary.
-        kvspn_draft_trained: whether the draft network has been trained. `generate` and the command line decode
-            without one that has not, whose guesses cost time and are never right.
+        kvspn_draft_trained: whether the draft network has been trained. One that has not is left out of
+            decoding: its guesses cost time and are hardly ever right.
     """
 
     model_type = "whisper_m2m"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import WhisperForConditionalGeneration
 
@@ -20,15 +21,21 @@ def spread_layers(available: int, kept: int) -> list[int]:
     return [round(i * (available - 1) / max(kept - 1, 1)) for i in range(kept)]
 
 
+def fitting_groups(layers: int, blocks: int | None = None) -> int:
+    """Three groups as in the paper, or the most below that divide the decoder's layers and the blocks."""
+    return next(groups for groups in (3, 2, 1) if not layers % groups and not (blocks or 0) % groups)
+
+
 def convert_whisper(
-    whisper: WhisperForConditionalGeneration, layers: Sequence[int], **added: object
+    whisper: WhisperForConditionalGeneration, layers: Sequence[int], **added: Any
 ) -> WhisperM2MForConditionalGeneration:
     """Keeps the encoder, the embeddings and the named decoder layers; what is added starts at random.
 
     Args:
         whisper: any Hugging Face Whisper.
         layers: decoder layers to keep, ascending.
-        added: fields of WhisperM2MConfig for the text encoder and KVSPN.
+        added: fields of WhisperM2MConfig for the text encoder and KVSPN. Groups and blocks that are not given
+            fit the number of layers: as many as `fitting_groups` says.
 
     Raises ValueError for layers that do not exist or are out of order.
     """
@@ -38,7 +45,9 @@ def convert_whisper(
     settings = whisper.config.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
         settings.pop(name, None)
-    config = WhisperM2MConfig(**{**settings, "decoder_layers": len(layers), **added})
+    groups = added.get("kvspn_groups") or fitting_groups(len(layers), added.get("kvspn_blocks"))
+    fitting = {"kvspn_groups": groups, "kvspn_blocks": groups}
+    config = WhisperM2MConfig(**{**settings, "decoder_layers": len(layers), **fitting, **added})
     model = WhisperM2MForConditionalGeneration(config).to(whisper.dtype)
     state = {_rename(name, layers): weight for name, weight in whisper.state_dict().items()}
     state.pop("", None)

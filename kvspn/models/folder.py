@@ -7,6 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+
+from kvspn.models.validation import (
+    ModelError,
+    check_config,
+    check_features,
+    check_generation,
+    check_processor,
+    check_weights,
+    reason,
+)
+
+__all__ = ["PARTS", "ModelError", "check_parts", "open_folder"]
 
 PARTS = {
     "configuration": ("config.json",),
@@ -16,10 +29,6 @@ PARTS = {
     "generation configuration": ("generation_config.json",),
 }
 """The parts of a model's folder, and the files of which one must be there for each."""
-
-
-class ModelError(ValueError):
-    """A model folder that cannot be used: one line that names it and says what is missing or wrong."""
 
 
 def check_parts(folder: Path) -> None:
@@ -36,22 +45,57 @@ def open_folder(
 ) -> tuple[Any, Any]:
     """The model, in evaluation mode, and the processor of a local folder; nothing is downloaded.
 
+    All that its files say is held against each other before anything is built, the weights' values after.
+
     Raises:
-        ModelError: no such folder, a missing part, another kind of model, or files that cannot be read.
+        ModelError: no such folder, a missing part, another kind of model, files that cannot be read, or that
+            do not fit each other.
     """
     check_parts(folder)
     try:
-        found = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
-        if found == (wanted := model_class.config_class.model_type):
-            model, report = model_class.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, local_files_only=True
-            )
-            processor = processor_class.from_pretrained(folder, local_files_only=True)
+        return _open(folder, model_class, processor_class, dtype)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
     except Exception as error:  # damaged files fail in many ways, in several libraries
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ModelError(f"{folder}: cannot be read: {reason}") from error
-    if found != wanted:
-        raise ModelError(f"{folder}: model type {found!r}, must be {wanted!r}")
+        raise ModelError(f"{folder}: cannot be read: {reason(error)}") from error
+
+
+def _open(folder: Path, model_class: type[Any], processor_class: type[Any], dtype: Any) -> tuple[Any, Any]:
+    settings = _read(folder / "config.json")
+    if (found := settings.get("model_type")) != (wanted := model_class.config_class.model_type):
+        raise ModelError(f"model type {found!r}, must be {wanted!r}")
+    config = model_class.config_class.from_dict(settings)
+    check_config(config, _shapes(folder))
+    check_generation(_read(folder / "generation_config.json"), config)
+    single, joint = (folder / file for file in PARTS["preprocessor"])
+    check_features(_read(single) if single.is_file() else _read(joint)["feature_extractor"], config)
+    model, report = model_class.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, local_files_only=True
+    )
     if missing := sorted(report["missing_keys"]):
-        raise ModelError(f"{folder}: the weights lack {len(missing)} tensors, such as {missing[0]}")
+        raise ModelError(f"the weights lack {len(missing)} tensors, such as {missing[0]}")
+    check_weights(model)
+    processor = processor_class.from_pretrained(folder, local_files_only=True)
+    check_processor(processor, config)
     return model.eval(), processor
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file.name}: must be a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each weight, from the headers of the safetensors files."""
+    single, index = (folder / file for file in PARTS["weights"])
+    files = {single.name} if single.is_file() else set(_read(index)["weight_map"].values())
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(files):
+        with safe_open(folder / file, "np") as weights:
+            shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    return shapes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,11 @@ class GenerateOutput(ModelOutput):
 
 class GenerationMixin:
     """Replaces Whisper's `generate`."""
+
+    @property
+    def drafts(self) -> bool:
+        """Whether decoding drafts where it is not told: there is a draft network, and it has been trained."""
+        return self.kvspn is not None and self.config.kvspn_draft_trained
 
     def engine(
         self,
@@ -114,7 +120,8 @@ class GenerationMixin:
             prompt_ids: [P], text that went before, from the processor's `get_prompt_ids`, as in Whisper.
             k: a draft is accepted if among the base model's k likeliest tokens; 1 gives exactly the greedy
                 output, "inf" accepts all.
-            draft: False for plain greedy decoding; by default True where the model has a draft network.
+            draft: False for plain greedy decoding; by default True where the model has a draft network that
+                has been trained (a warning says that one has not). True uses an untrained one, too.
             max_new_tokens: at most, each row after its own prompt; by default what the decoder's positions
                 allow.
             streamer: a transformers streamer, such as TextStreamer, for a batch of one; it gets the prompt
@@ -144,6 +151,11 @@ class GenerationMixin:
                 **more,
             },
         )
+        if draft is None and self.kvspn is not None and not self.drafts:
+            warnings.warn(
+                "the draft network is untrained (kvspn_draft_trained is false): decoding goes without it",
+                stacklevel=3,  # past torch.no_grad
+            )
         states = self._encode_rows(input_features, input_ids, attention_mask, encoder_outputs)
         batch = len(states)
         if streamer is not None and batch != 1:
@@ -184,7 +196,7 @@ class GenerationMixin:
             eos=settings.token_ids("eos_token_id", eos, self.config.vocab_size),
             max_length=limits,
             k=k,
-            draft=self.kvspn is not None if draft is None else draft,
+            draft=self.drafts if draft is None else draft,
             mask=mask,
             begin_mask=first_mask,
             streamer=None if streamer is None else lambda row, new: streamer.put(torch.tensor(new)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kvspn.atomic import atomic
 from kvspn.models.weights import decoder_weights, encoder_weights
 from kvspn.weights.decoder import named_tensors
 from kvspn.weights.formats import quantise
 
 
 def export(model: Any, processor: Any, path: Path, weights: str | None = None) -> None:
-    """Writes all that speech translation needs, as safetensors.
+    """Writes all that speech translation needs, as safetensors; a draft network only if it has been trained.
 
     The decoder and the draft network have the names of csrc/include/kvspn.h; the rest is
     `mel_filters` [mel bins, n_fft / 2 + 1], `encoder.*` in fp32 (see `encoder_weights`), the additive masks
@@ -28,6 +30,8 @@ def export(model: Any, processor: Any, path: Path, weights: str | None = None) -
         weights: the format of the decoder's (see `kvspn.weights.formats.quantise`); None leaves them.
     """
     decoder = decoder_weights(model)
+    if not model.drafts:
+        decoder = replace(decoder, blocks=(), groups=0, draft_norm=None, draft_head=None, draft_ids=None)
     if weights is not None:
         decoder = quantise(decoder, weights)
     config, ids, features = model.config, model.generation_config, processor.feature_extractor
@@ -65,7 +69,8 @@ def export(model: Any, processor: Any, path: Path, weights: str | None = None) -
     copies: dict[str, Tensor] = {
         name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()
     }
-    save_file(copies, path, {name: str(number) for name, number in numbers.items()})
+    with atomic(path) as part:
+        save_file(copies, part, {name: str(number) for name, number in numbers.items()})
 
 
 def _vocabulary(tokenizer: Any, size: int) -> list[bytes]:

@@ -118,7 +118,7 @@ class Translator:
             target: code of the language to translate to.
             source: code of the language spoken; None detects it on the first chunk.
             k: a draft is accepted if among the base model's k likeliest tokens; "inf" accepts all.
-            draft: False for plain greedy decoding, as always for a model without a draft network.
+            draft: False for plain greedy decoding, as always where no draft network has been trained.
             on_text: called with each new piece of text; the pieces together are the whole text.
             on_chunk: called with the number of chunks done and their total.
 
@@ -147,7 +147,7 @@ class Translator:
                 language=source,
                 target_language=target,
                 k=k,
-                draft=draft and self.model.kvspn is not None,
+                draft=None if draft else False,
                 streamer=_TextStream(self.decode, emit, "" if not pieces or target in UNSPACED else " "),
                 return_dict_in_generate=True,
                 engine=self.engine,
