@@ -33,6 +33,11 @@ def bundled_model() -> Path:
     return ROOT / "mini"
 
 
+def is_bundled(audio: Path) -> bool:
+    """Whether a file is one of the clips that ship with the package."""
+    return audio.resolve().is_relative_to((ROOT / "speech").resolve())
+
+
 def read_manifest(name: str) -> list[SpokenSentence]:
     """The clips of one of SETS. Raises ValueError for another name, or where the set is not installed."""
     if name not in SETS:

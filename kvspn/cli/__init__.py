@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ from typer.core import TyperGroup
 
 from kvspn import __version__
 from kvspn.cli.bench import bench
-from kvspn.cli.common import print_error
+from kvspn.cli.common import prepare_streams, print_error
 from kvspn.cli.convert import convert
 from kvspn.cli.demo import demo
 from kvspn.cli.doctor import doctor
@@ -28,14 +29,19 @@ class OneLineErrors(TyperGroup):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         warnings.formatwarning = lambda message, *rest, **more: f"kvspn: {message}\n"
+        prepare_streams()
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
+            sys.stdout.flush()
         except typer.TyperException as error:
             context = getattr(error, "ctx", None)
             hint = f" (see {context.command_path} --help)" if context else ""
             if message := error.format_message().rstrip("."):  # none where only the help was shown
                 print_error(message + hint)
             code = error.exit_code
+        except BrokenPipeError:  # who read the output has gone, as `head` does; nobody is left to tell
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 1
         except (ValueError, OSError) as error:
             print_error(error)
             code = 1

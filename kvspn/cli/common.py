@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,6 +63,17 @@ Weights = Annotated[
     ),
 ]
 
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        metavar="N",
+        help="Threads on the CPU.",
+        show_default="the cores that the process may use",
+    ),
+]
+
 KV = Annotated[
     str | None,
     typer.Option(
@@ -73,11 +84,20 @@ KV = Annotated[
     ),
 ]
 
+
+def _model_folder(folder: Path | None) -> Path | None:
+    """Checked before torch is imported, which takes its time."""
+    if folder is not None and not folder.is_dir():
+        raise typer.BadParameter(f"{folder}: no such model folder")
+    return folder
+
+
 Model = Annotated[
     Path | None,
     typer.Option(
         "--model",
         metavar="FOLDER",
+        callback=_model_folder,
         help="A whisperM2M model folder. By default the miniature that ships with kvspn.",
         show_default=False,
     ),
@@ -96,22 +116,46 @@ K = Annotated[
 
 def print_error(error: object) -> None:
     """One line on stderr."""
-    line = " ".join(str(error).split())
-    typer.echo(f"{typer.style('kvspn:', fg='red', bold=True)} {line}", err=True)
+    _print_line(error, "red")
 
 
-@contextmanager
-def muted_stderr() -> Iterator[None]:
-    """Keeps what C libraries say off the terminal: libmpg123 comments on every flaw of an mp3."""
-    sys.stderr.flush()
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+def print_warning(warning: object) -> None:
+    """One line on stderr, in another colour."""
+    _print_line(warning, "yellow")
+
+
+def _print_line(text: object, colour: str) -> None:
+    line = " ".join(str(text).split())
+    typer.echo(f"{typer.style('kvspn:', fg=colour, bold=True)} {line}", err=True)
+
+
+def print_json(document: object) -> None:
+    """Indented; escaped where stdout's encoding, or a file name that is not UTF-8, leaves no other way."""
+    text = json.dumps(document, ensure_ascii=False, indent=2)
     try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        text = json.dumps(document, indent=2)
+    typer.echo(text)
+
+
+def prepare_streams() -> None:
+    """Lets output survive closed streams, every encoding, and file names that are in none."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: a file opened later would take its descriptor
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    codecs.register_error("kvspn.escape", _escape)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="kvspn.escape")
+
+
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    """The bytes of a file name as they are, other characters that the encoding lacks as \\uXXXX."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
 
 
 def silence_transformers() -> None:
@@ -123,11 +167,19 @@ def silence_transformers() -> None:
 
 
 def open_translator(
-    model: Path | None, backend: str | None, weights: str | None = None, kv: str | None = None
+    model: Path | None,
+    backend: str | None,
+    weights: str | None = None,
+    kv: str | None = None,
+    threads: int | None = None,
 ) -> Translator:
     """The model of the --model option, with a note on the terminal while it loads."""
     with Console(stderr=True).status("Loading the model"):
+        import torch
+
         from kvspn.speech.translator import Translator
 
         silence_transformers()
+        if threads is not None:
+            torch.set_num_threads(threads)
         return Translator.from_folder(model, backend, weights, kv)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvspn.cli.common import Backend, Model, open_translator
+from kvspn.cli.common import Backend, Model, Threads, open_translator
 
 if TYPE_CHECKING:
     from kvspn.decoding import DecodeStats
@@ -25,7 +25,7 @@ _NOTE = (
 )
 
 
-def demo(model: Model = None, backend: Backend = None) -> None:
+def demo(model: Model = None, backend: Backend = None, threads: Threads = None) -> None:
     """Translate the bundled clips: greedy and with KVSPN, side by side.
 
     A clip in each of the six languages goes into the other five, once by plain greedy decoding and once with
@@ -35,7 +35,7 @@ def demo(model: Model = None, backend: Backend = None) -> None:
     from kvspn.speech.audio import load_audio
 
     clips = read_manifest("demo")
-    translator = open_translator(model, backend)
+    translator = open_translator(model, backend, threads=threads)
     console = Console()
     pairs: dict[str, list[Pair]] = defaultdict(list)
     samples = load_audio(clips[0].audio)

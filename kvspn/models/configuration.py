@@ -18,6 +18,8 @@ class WhisperM2MConfig(WhisperConfig):
         text_encoder_layers: layers of the text encoder; 0 for none (speech input only).
         text_encoder_ffn_dim: FFN width of the text encoder.
         max_text_positions: longest source text in tokens.
+        training_domain: the speech that the model was trained on, in a few words, where that is too narrow
+            for other recordings: the command line says so at its first use on one.
         kvspn_blocks: blocks of the draft network; 0 for none (plain greedy decoding only).
         kvspn_groups: consecutive groups that the decoder's layers are split into; must divide
             `decoder_layers` and `kvspn_blocks`. Block i reads group i * groups // blocks.
@@ -48,6 +50,7 @@ class WhisperM2MConfig(WhisperConfig):
     text_encoder_layers: int = 6
     text_encoder_ffn_dim: int = 4096
     max_text_positions: int = 448
+    training_domain: str | None = None
     kvspn_blocks: int = 3
     kvspn_groups: int = 3
     kvspn_heads: int | None = None

@@ -28,16 +28,22 @@ UNSPACED = frozenset({"zh", "yue", "ja", "th", "lo", "my"})
 class Translation:
     """One clip's translation.
 
-    source, target: language codes; the same for a transcription. tokens: the generated ones, chunk after
-    chunk, with the end tokens. chunks: figures of each chunk; total: those of all together.
+    sources: the language spoken in each chunk; target: the text's, where it is the same a transcription's.
+    tokens: the generated ones, chunk after chunk, with the end tokens. chunks: figures of each chunk; total:
+    those of all together.
     """
 
     text: str
-    source: str
+    sources: list[str]
     target: str
     tokens: list[int]
     chunks: list[DecodeStats]
     total: DecodeStats
+
+    @property
+    def source(self) -> str:
+        """The language spoken in most chunks, of several the first."""
+        return max(self.sources, key=self.sources.count)
 
 
 class Translator:
@@ -116,7 +122,7 @@ class Translator:
             samples: float32 [N], mono at 16 kHz (see `kvspn.speech.audio.load_audio`); what is longer than
                 the model's window is cut at pauses and translated chunk by chunk.
             target: code of the language to translate to.
-            source: code of the language spoken; None detects it on the first chunk.
+            source: code of the language spoken; None detects it in each chunk.
             k: a draft is accepted if among the base model's k likeliest tokens; "inf" accepts all.
             draft: False for plain greedy decoding, as always where no draft network has been trained.
             on_text: called with each new piece of text; the pieces together are the whole text.
@@ -133,6 +139,7 @@ class Translator:
         if not chunks:
             raise ValueError("samples must hold speech, got only silence")
         pieces: list[str] = []
+        sources: list[str] = []
         tokens: list[int] = []
         stats: list[DecodeStats] = []
 
@@ -152,13 +159,12 @@ class Translator:
                 return_dict_in_generate=True,
                 engine=self.engine,
             )
-            source = output.languages[0]
+            sources += output.languages
             tokens += output.sequences[0].tolist()
             stats += output.stats
             on_chunk(done, len(chunks))
-        assert source is not None  # one chunk at least has been decoded
         total = DecodeStats.total(stats, sum(each.seconds for each in stats))
-        return Translation("".join(pieces), source, target, tokens, stats, total)
+        return Translation("".join(pieces), sources, target, tokens, stats, total)
 
     def decode(self, tokens: list[int]) -> str:
         """The text of generated tokens; special ones are left out."""

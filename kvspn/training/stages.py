@@ -116,6 +116,7 @@ def train_base(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
         text_encoder_layers=recipe.text_encoder_layers,
         text_encoder_ffn_dim=recipe.ffn_dim,
         max_text_positions=recipe.max_target_positions,
+        training_domain="one phrasebook, spoken by one synthesiser",
         kvspn_blocks=0,
     )
     encoder = model.model.encoder
