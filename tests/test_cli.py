@@ -9,12 +9,14 @@ import pty
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from typer.testing import CliRunner, Result
 
 import kvspn
@@ -206,25 +208,160 @@ def test_translate_json(tmp_path: Path, clip: Path) -> None:
     documents = json.loads(result.stdout)
     assert [document["file"] for document in documents] == files
     for document in documents:
-        assert set(document) == {"file", "source", "target", "text", "stats"}
+        assert set(document) == {"file", "source", "sources", "target", "text", "warnings", "stats"}
         assert (document["source"], document["target"]) == ("en", "zh")
+        assert (set(document["sources"]), document["warnings"]) == ({"en"}, [])
         assert set(document["stats"]) == STATS
     assert documents[1]["stats"]["tokens"] > documents[0]["stats"]["tokens"]
 
 
-def test_translate_goes_on_after_a_bad_file(tmp_path: Path, clip: Path) -> None:
-    result = kvspn_("translate", tmp_path / "none.wav", clip, tmp_path, "--to", "de")
-    assert result.exit_code == 1
-    assert result.stdout.startswith(f"{clip}: ")
-    first, second = result.stderr.splitlines()
-    assert "none.wav: no such file" in first
-    assert f"{tmp_path}: is a directory" in second
+def test_faults_every_file_has_its_result_or_its_error(
+    tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = tmp_path / "cut.wav"
+    cut.write_bytes(clip.read_bytes()[:20_000])
+    soundfile.write(tmp_path / "strange.wav", sound(0.5), 16_000)
+    translate = Translator.translate
+
+    def fails(self: Translator, samples: np.ndarray, *args: object, **options: object) -> object:
+        if len(samples) == 8_000:
+            raise KeyError("a bug")
+        return translate(self, samples, *args, **options)
+
+    monkeypatch.setattr(Translator, "translate", fails)
+    files = [tmp_path / "none.wav", clip, tmp_path / "strange.wav", tmp_path, cut]
+    result = kvspn_("translate", *files, "--to", "de")
+    assert result.exit_code == 3
+    assert [line.partition(": ")[0] for line in result.stdout.splitlines()] == [str(clip), str(cut)]
+    missing, strange, folder, damage = result.stderr.splitlines()
+    assert f"{files[0]}: no such file" in missing
+    assert f"{files[2]}: KeyError: 'a bug'" in strange
+    assert f"{tmp_path}: is a directory" in folder
+    assert f"{cut}: ends after 0.6 of 1.0 seconds" in damage
+
+    result = kvspn_("translate", *files, "--to", "de", "--json", "--strict")
+    assert result.exit_code == 4
+    documents = json.loads(result.stdout)
+    assert [document["file"] for document in documents] == list(map(str, files))
+    assert [set(document) == {"file", "error"} for document in documents] == [True, False, True, True, True]
+    assert documents[4]["error"] == f"{cut}: ends after 0.6 of 1.0 seconds"
+
+
+def test_faults_the_exit_status_has_an_end(tmp_path: Path) -> None:
+    result = kvspn_("translate", *[tmp_path / "none.wav"] * 256, "--to", "de", "--json")
+    assert (result.exit_code, len(json.loads(result.stdout))) == (100, 256)
+
+
+def test_faults_ctrl_c_leaves_whole_json(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    translate = Translator.translate
+
+    def interrupted(*args: object, **options: object) -> object:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return translate(*args, **options)
+
+    monkeypatch.setattr(Translator, "translate", interrupted)
+    result = kvspn_("translate", clip, clip, clip, "--to", "de", "--json")
+    assert (result.exit_code, len(json.loads(result.stdout))) == (130, 1)
+
+
+def run(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """A shell command in a folder, in which kvspn is `$K`."""
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        capture_output=True,
+        env={
+            **os.environ,
+            "K": f"{sys.executable} -m kvspn translate --model {assets.ROOT / 'mini'} --from en",
+            "PYTHONPATH": str(Path(kvspn.__file__).parents[1]),
+            **environment,
+        },
+        check=False,
+    )
+
+
+def test_faults_any_terminal_encoding_and_file_name(tmp_path: Path, clip: Path) -> None:
+    name = os.fsdecode(b"latin\xe9 [b] \xe8\xaf\xad.wav")
+    clip.rename(tmp_path / name)
+    text = Translator.from_folder().translate(sound(1), "zh", "en").text
+    for encoding in ("ascii", "cp1252"):
+        done = run("$K latin* none.wav --to zh", tmp_path, PYTHONIOENCODING=encoding)
+        assert done.returncode == 1
+        assert b"Traceback" not in done.stderr
+    shown = f"{name}: {text}".encode("cp1252", "kvspn.escape")
+    assert done.stdout.rstrip() == shown.rstrip()
+    assert shown.startswith(b"latin\xe9 [b] \\u8bed.wav: ")
+    done = run("$K latin* --to zh --json", tmp_path, PYTHONIOENCODING="cp1252")
+    (document,) = json.loads(done.stdout)
+    assert (document["file"], document["text"]) == (name, text)
+
+
+def test_faults_closed_streams_and_pipes(tmp_path: Path, clip: Path) -> None:
+    text = Translator.from_folder().translate(sound(1), "de", "en").text.encode()
+    for command in (
+        "$K clip.wav --to de <&- 2>&-",
+        "cat clip.wav | $K - --to de",
+        "$K <(cat clip.wav) --to de",
+    ):
+        done = run(command, tmp_path)
+        assert (done.returncode, done.stdout.strip(), done.stderr) == (0, text, b"")
+    done = run("set -o pipefail; $K clip.wav --to de | true", tmp_path)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_faults_the_miniature_says_what_it_knows(tmp_path: Path, clip: Path, root: Path) -> None:
+    shutil.copytree(root / "mini", tmp_path / "narrow")
+    config = json.loads((root / "mini/config.json").read_text())
+    (tmp_path / "narrow/config.json").write_text(json.dumps(config | {"training_domain": "one phrasebook"}))
+    bundled = root / "speech/demo/en.ogg"
+    options = ("--to", "de", "--model", tmp_path / "narrow")
+    assert kvspn_("translate", bundled, *options).stderr == ""
+    (line,) = kvspn_("translate", bundled, clip, clip, *options).stderr.splitlines()
+    assert f"{clip}: this model knows one phrasebook" in line
+    mini = Path(kvspn.__file__).parent / "assets/mini/config.json"
+    assert "phrasebook" in json.loads(mini.read_text())["training_domain"]
+
+
+def test_faults_threads(clip: Path, set_threads: Callable[[int], None]) -> None:
+    set_threads(1)
+    assert kvspn_("translate", clip, "--to", "de", "--threads", 2).exit_code == 0
+    assert torch.get_num_threads() == 2
+    assert_one_line(kvspn_("translate", clip, "--to", "de", "--threads", 0), "--threads")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unused"),
+    [
+        ("bench --help", "numpy torch transformers"),
+        ("translate --help", "numpy torch transformers"),
+        ("translate x.wav --to de --model /nowhere", "numpy torch transformers"),
+        ("evaluate --model /nowhere", "numpy torch transformers"),
+        ("quantize x --model /nowhere", "numpy torch transformers"),
+        ("translate x.wav --to de", "sacrebleu matplotlib peft jax kvspn.training kvspn.measure"),
+    ],
+)
+def test_faults_a_command_imports_what_it_uses(arguments: str, unused: str) -> None:
+    code = f"""
+import sys
+from kvspn.cli import app
+try:
+    app({arguments.split()})
+except SystemExit:
+    sys.exit(" ".join(module for module in {unused.split()} if module in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1)
+    assert "Traceback" not in done.stderr
+    assert (done.stderr.splitlines() or [""])[-1] == "", done.stderr
 
 
 def test_translate_streams_to_a_terminal(tmp_path: Path, clip: Path, root: Path) -> None:
     terminal, stdout = pty.openpty()
-    bad = damaged(tmp_path / "bad.mp3")  # libmpg123 has a lot to say about it
-    command = [sys.executable, "-m", "kvspn", "translate", clip, bad, "--to", "de"]
+    bad = damaged(tmp_path / "bad.mp3")  # FFmpeg would have a lot to say about it
+    command = [sys.executable, "-m", "kvspn", "translate", clip, bad, "none.wav", "--to", "de"]
     done = subprocess.run(
         [*map(str, command), "--model", str(root / "mini")],
         stdout=stdout,
@@ -236,10 +373,11 @@ def test_translate_streams_to_a_terminal(tmp_path: Path, clip: Path, root: Path)
     shown = os.read(terminal, 10_000).decode()
     os.close(terminal)
     assert done.returncode == 1
-    assert shown.startswith(f"{clip}: ")
-    summary, error = done.stderr.decode().splitlines()
+    assert [line.partition(": ")[0] for line in shown.splitlines()] == [str(clip), str(bad)]
+    summary, damage, _, error = done.stderr.decode().splitlines()
     assert "tokens in" in summary
-    assert f"{bad}: damaged after" in error
+    assert f"{bad}: ends after" in damage
+    assert "none.wav: no such file" in error
 
 
 def bad_audio(folder: Path, kind: str) -> Path:
