@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "common/error.h"
+#include "common/fp16.h"
 
 namespace kvspn {
 namespace {
@@ -91,7 +92,7 @@ float element(const kvspn_tensor& tensor, int64_t index) {
         case Dtype::bf16:
             return bf16_to_float(static_cast<const uint16_t*>(tensor.data)[index]);
         case Dtype::fp16:
-            return float(static_cast<const _Float16*>(tensor.data)[index]);
+            return fp16_to_float(static_cast<const uint16_t*>(tensor.data)[index]);
         case Dtype::int8:
             return static_cast<const int8_t*>(tensor.data)[index];
         default:
@@ -110,7 +111,7 @@ void store(Dtype dtype, void* out, int64_t index, float value) {
             break;
         }
         case Dtype::fp16:
-            static_cast<_Float16*>(out)[index] = _Float16(value);
+            static_cast<uint16_t*>(out)[index] = float_to_fp16(value);
             break;
         default:
             static_cast<float*>(out)[index] = value;

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "common/error.h"
+#include "common/fp16.h"
 
 namespace kvspn {
 namespace {
@@ -20,7 +21,7 @@ void Table::add(int row, float* x) const {
                 x[c] += bf16_to_float(static_cast<const uint16_t*>(rows)[first + c]);
                 break;
             case Dtype::fp16:
-                x[c] += float(static_cast<const _Float16*>(rows)[first + c]);
+                x[c] += fp16_to_float(static_cast<const uint16_t*>(rows)[first + c]);
                 break;
             default:
                 x[c] += static_cast<const float*>(rows)[first + c];

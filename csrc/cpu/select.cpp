@@ -7,6 +7,16 @@
 namespace kvspn {
 namespace {
 
+// The fastest first.
+constexpr const Kernels* kTables[] = {
+#if defined(__x86_64__)
+    &avx512vnni_kernels,
+    &avx512_kernels,
+    &avx2_kernels,
+#endif
+    &portable_kernels,
+};
+
 bool supported(const Kernels& kernels) {
 #if defined(__x86_64__)
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -23,7 +33,7 @@ bool supported(const Kernels& kernels) {
 const Kernels& select_kernels() {
     const char* name = std::getenv("KVSPN_CPU");
     if (name && !*name) name = nullptr;
-    for (const Kernels* kernels : {&avx512vnni_kernels, &avx512_kernels, &avx2_kernels, &portable_kernels}) {
+    for (const Kernels* kernels : kTables) {
         if (name ? !std::strcmp(name, kernels->name) : supported(*kernels)) {
             require(supported(*kernels), "KVSPN_CPU must be an instruction set of this machine, got ", name);
             return *kernels;

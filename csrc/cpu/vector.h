@@ -5,10 +5,13 @@
 
 #include <type_traits>
 
+#include "common/fp16.h"
 #include "cpu/kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #pragma GCC diagnostic ignored "-Wpsabi"
@@ -51,6 +54,10 @@ typedef Whole<Shorts> Words;
 static_assert(sizeof(Vec) == kLanes * sizeof(float));
 
 struct Bf16 {
+    uint16_t bits;
+};
+
+struct Fp16 {
     uint16_t bits;
 };
 
@@ -176,6 +183,17 @@ INLINE IVec lanes() {
     return load<IVec>(numbers);
 }
 
+// The elements of `a`, and behind them those of `b`, at these places.
+template <int... Places, class V>
+INLINE V shuffle(V a, V b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, Places...);
+#else
+    typedef decltype(a < b) Mask;
+    return __builtin_shuffle(a, b, Mask{Places...});
+#endif
+}
+
 // Of one register: fma is a * b + c, rounded once where the instruction set can, and written out, since a
 // compiler that fuses as it likes does not do so alike for every number of rows; dot adds the products of
 // neighbours; sum and sums (of as many registers as one has floats, one sum for each) add halves to halves,
@@ -192,38 +210,32 @@ INLINE Integers dot(Shorts a, Shorts b, Integers acc) {
 #endif
 }
 INLINE float sum(Floats v) {
-    v += __builtin_shuffle(v, Integers{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
-    v += __builtin_shuffle(v, Integers{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+    v += shuffle<8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7>(v, v);
+    v += shuffle<4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11>(v, v);
     return (v[0] + v[2]) + (v[1] + v[3]);
 }
 INLINE Floats sums(const Floats* v) {
     Floats a[8];
     for (int i = 0; i < 8; ++i) {
-        a[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1],
-                                 Integers{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}) +
-               __builtin_shuffle(v[2 * i], v[2 * i + 1],
-                                 Integers{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31});
+        a[i] = shuffle<0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30>(v[2 * i], v[2 * i + 1]) +
+               shuffle<1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31>(v[2 * i], v[2 * i + 1]);
     }
     for (int i = 0; i < 4; ++i) {
-        a[i] = __builtin_shuffle(a[2 * i], a[2 * i + 1],
-                                 Integers{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29}) +
-               __builtin_shuffle(a[2 * i], a[2 * i + 1],
-                                 Integers{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
+        a[i] = shuffle<0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29>(a[2 * i], a[2 * i + 1]) +
+               shuffle<2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31>(a[2 * i], a[2 * i + 1]);
     }
     for (int i = 0; i < 2; ++i) {
-        a[i] = __builtin_shuffle(a[2 * i], a[2 * i + 1],
-                                 Integers{0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27}) +
-               __builtin_shuffle(a[2 * i], a[2 * i + 1],
-                                 Integers{4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31});
+        a[i] = shuffle<0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27>(a[2 * i], a[2 * i + 1]) +
+               shuffle<4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31>(a[2 * i], a[2 * i + 1]);
     }
-    return __builtin_shuffle(a[0], a[1], Integers{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}) +
-           __builtin_shuffle(a[0], a[1],
-                             Integers{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
+    return shuffle<0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23>(a[0], a[1]) +
+           shuffle<8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31>(a[0], a[1]);
 }
 INLINE Floats widen_register(const Bf16* p) {
     return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(p)), 16);
 }
-INLINE Floats widen_register(const _Float16* p) { return (Floats)_mm512_cvtph_ps(load<__m256i>(p)); }
+INLINE Floats widen_register(const Fp16* p) { return (Floats)_mm512_cvtph_ps(load<__m256i>(p)); }
+INLINE void narrow_register(Floats v, Fp16* p) { store(p, _mm512_cvtps_ph((__m512)v, 0)); }
 INLINE Floats widen_register(const Byte* p) {
     return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(p)));
 }
@@ -251,7 +263,8 @@ INLINE Floats sums(const Floats* v) {
 INLINE Floats widen_register(const Bf16* p) {
     return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(p)), 16);
 }
-INLINE Floats widen_register(const _Float16* p) { return (Floats)_mm256_cvtph_ps(load<__m128i>(p)); }
+INLINE Floats widen_register(const Fp16* p) { return (Floats)_mm256_cvtph_ps(load<__m128i>(p)); }
+INLINE void narrow_register(Floats v, Fp16* p) { store(p, _mm256_cvtps_ph((__m256)v, 0)); }
 INLINE Floats widen_register(const Byte* p) {
     return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
@@ -261,6 +274,21 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "widen_register moves b
 typedef int64_t Longs __attribute__((vector_size(kBytes)));
 typedef int8_t Bytes __attribute__((vector_size(kBytes)));
 
+#if defined(__aarch64__)
+INLINE Floats fma(Floats a, Floats b, Floats c) {
+    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+INLINE Integers dot(Shorts a, Shorts b, Integers acc) {
+    const int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;
+    return acc + (Integers)vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
+}
+INLINE Floats widen_register(const Fp16* p) {
+    return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
+}
+INLINE void narrow_register(Floats v, Fp16* p) {
+    vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
+}
+#else
 INLINE Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
 INLINE Integers dot(Shorts a, Shorts b, Integers acc) {
 #if defined(__SSE2__)
@@ -270,32 +298,35 @@ INLINE Integers dot(Shorts a, Shorts b, Integers acc) {
     return acc + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
 #endif
 }
+INLINE Floats widen_register(const Fp16* p) {
+    return Floats{fp16_to_float(p[0].bits), fp16_to_float(p[1].bits), fp16_to_float(p[2].bits),
+                  fp16_to_float(p[3].bits)};
+}
+INLINE void narrow_register(Floats v, Fp16* p) {
+    for (int i = 0; i < 4; ++i) p[i].bits = float_to_fp16(v[i]);
+}
+#endif
 INLINE float sum(Floats v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 INLINE Floats sums(const Floats* v) {
     Floats a[2];
     for (int i = 0; i < 2; ++i) {
-        a[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], Integers{0, 4, 2, 6}) +
-               __builtin_shuffle(v[2 * i], v[2 * i + 1], Integers{1, 5, 3, 7});
+        a[i] = shuffle<0, 4, 2, 6>(v[2 * i], v[2 * i + 1]) + shuffle<1, 5, 3, 7>(v[2 * i], v[2 * i + 1]);
     }
-    return __builtin_shuffle(a[0], a[1], Integers{0, 1, 4, 5}) +
-           __builtin_shuffle(a[0], a[1], Integers{2, 3, 6, 7});
+    return shuffle<0, 1, 4, 5>(a[0], a[1]) + shuffle<2, 3, 6, 7>(a[0], a[1]);
 }
 INLINE Floats widen_register(const Bf16* p) {
     const Shorts four = (Shorts)Longs{load<int64_t>(p)};
-    return (Floats)__builtin_shuffle(Shorts{}, four, Shorts{0, 8, 1, 9, 2, 10, 3, 11});
-}
-INLINE Floats widen_register(const _Float16* p) {
-    return Floats{(float)p[0], (float)p[1], (float)p[2], (float)p[3]};
+    return (Floats)shuffle<0, 8, 1, 9, 2, 10, 3, 11>(Shorts{}, four);
 }
 INLINE Floats widen_register(const Byte* p) {
     const Bytes four = (Bytes)Integers{load<int32_t>(p)};
-    const Bytes twice = __builtin_shuffle(four, Bytes{0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7});
-    const Shorts each = __builtin_shuffle((Shorts)twice, Shorts{0, 0, 1, 1, 2, 2, 3, 3});
+    const Bytes twice = shuffle<0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7>(four, four);
+    const Shorts each = shuffle<0, 0, 1, 1, 2, 2, 3, 3>((Shorts)twice, (Shorts)twice);
     return convert<Floats>((Integers)each >> 24);
 }
 INLINE Shorts widen_register(const int8_t* p) {
     const Bytes eight = (Bytes)Longs{load<int64_t>(p)};
-    return (Shorts)__builtin_shuffle(eight, Bytes{0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7}) >> 8;
+    return (Shorts)shuffle<0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7>(eight, eight) >> 8;
 }
 #endif
 INLINE Floats widen_register(const float* p) { return load<Floats>(p); }
@@ -333,6 +364,12 @@ INLINE V widen(const T* p) {
     } else {
         return widen_register(p);
     }
+}
+
+INLINE void narrow(Floats v, Fp16* p) { narrow_register(v, p); }
+template <class V>
+INLINE void narrow(Pair<V> v, Fp16* p) {
+    narrow(v.low, p), narrow(v.high, p + sizeof(V) / sizeof(float));
 }
 
 // 32 elements: the first and the last 16; of bf16, which is cheaper so, the even and the odd ones.

@@ -149,7 +149,7 @@ void linear(const Matrix& m, const Rows& rows, int first, int last, float* y, in
         case Dtype::bf16:
             return linear_of<Bf16>(m, rows, first, last, y, y_stride, accumulate);
         case Dtype::fp16:
-            return linear_of<_Float16>(m, rows, first, last, y, y_stride, accumulate);
+            return linear_of<Fp16>(m, rows, first, last, y, y_stride, accumulate);
         case Dtype::int8:
             return linear_of<Int8>(m, rows, first, last, y, y_stride, accumulate);
         case Dtype::int4:
@@ -178,10 +178,9 @@ INLINE Vec load_columns(const Nibbles* row, int c) {
     typedef uint64_t Halves __attribute__((vector_size(16)));
     uint64_t bits;
     __builtin_memcpy(&bits, row + c / 2, sizeof bits);
-    const Halves even_odd = Halves{bits, bits >> 4} & 0x0f0f0f0f0f0f0f0f;
+    const Bytes16 even_odd = (Bytes16)(Halves{bits, bits >> 4} & 0x0f0f0f0f0f0f0f0f);
     const Bytes16 values =
-        __builtin_shuffle((Bytes16)even_odd, Bytes16{0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15}) -
-        8;
+        shuffle<0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15>(even_odd, even_odd) - 8;
     return widen((const Byte*)&values);
 }
 INLINE Vec load_columns(const Nibbles* row, int c, int count) {
@@ -270,7 +269,7 @@ void linear_by_rows(const RowMatrix& m, const float* x, int64_t x_stride, int co
         case Dtype::bf16:
             return linear_by_rows_of<Bf16>(m, x, x_stride, count, first, last, y, y_stride);
         case Dtype::fp16:
-            return linear_by_rows_of<_Float16>(m, x, x_stride, count, first, last, y, y_stride);
+            return linear_by_rows_of<Fp16>(m, x, x_stride, count, first, last, y, y_stride);
         case Dtype::int8:
             return linear_by_rows_of<Byte>(m, x, x_stride, count, first, last, y, y_stride);
         case Dtype::int4:
@@ -317,7 +316,12 @@ void narrow(Dtype dtype, const float* x, int count, void* out) {
     if (dtype == Dtype::fp32) {
         for (int c = 0; c < count; ++c) ((float*)out)[c] = x[c];
     } else if (dtype == Dtype::fp16) {
-        for (int c = 0; c < count; ++c) ((_Float16*)out)[c] = (_Float16)x[c];
+        for (int c = 0; c < count; c += kLanes) {
+            Fp16 part[kLanes];
+            narrow(load_some(x + c, count - c), part);
+            const int length = count - c < kLanes ? count - c : kLanes;
+            __builtin_memcpy((Fp16*)out + c, part, length * sizeof(Fp16));
+        }
     } else {
         for (int c = 0; c < count; ++c) {
             uint32_t bits;
@@ -501,7 +505,7 @@ void attend(const Attention& a) {
         case Dtype::bf16:
             return attend_of<Bf16>(a);
         case Dtype::fp16:
-            return attend_of<_Float16>(a);
+            return attend_of<Fp16>(a);
         case Dtype::int8:
             return attend_of<Byte>(a);
         default:

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "common/fp16.h"
 #include "cuda/emulation.h"
 #endif
 
@@ -170,15 +171,8 @@ inline uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector) {
     for (int i = 0; i < 4; ++i) out |= uint32_t(bytes >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
     return out;
 }
-inline float to_float(Half h) {
-    _Float16 value;
-    std::memcpy(&value, &h.bits, sizeof value);
-    return float(value);
-}
-inline void store(Half* to, float value) {
-    const _Float16 rounded = _Float16(value);
-    std::memcpy(&to->bits, &rounded, sizeof to->bits);
-}
+inline float to_float(Half h) { return fp16_to_float(h.bits); }
+inline void store(Half* to, float value) { to->bits = float_to_fp16(value); }
 inline void store(Bfloat* to, float value) {
     const uint32_t bits = as_bits(value);
     to->bits = value != value ? 0x7fff : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
