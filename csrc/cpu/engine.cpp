@@ -5,6 +5,7 @@
 
 #include "common/batch.h"
 #include "common/cores.h"
+#include "common/counter.h"
 #include "common/error.h"
 #include "cpu/parts.h"
 
@@ -505,9 +506,9 @@ void Engine::accept() {
         batch_.self.lengths[slot.row] = slot.position + count;
         batch_.finished[slot.row] = ended || slot.position + 1 + count >= params_->max_length;
         int32_t* stats = batch_.stats + 3 * int64_t(slot.row);
-        stats[0] += 1;
-        stats[1] += params_->draft ? 1 : 0;
-        stats[2] += std::min(drafts, count);
+        kvspn::count(stats[0], 1);
+        kvspn::count(stats[1], params_->draft ? 1 : 0);
+        kvspn::count(stats[2], std::min(drafts, count));
     }
 }
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/counter.h"
 #include "common/memory.h"
 #include "common/op_checks.h"
 #include "common/ops.h"
@@ -84,9 +85,9 @@ void accept_and_rollback(const kvspn_accept_params& p) {
         }
         integer(p.lengths, b) += int32_t(emitted);
         flag(p.finished, b) = ended || count + emitted >= p.max_length;
-        integer(p.stats, b, 0) += 1;
-        integer(p.stats, b, 1) += int32_t(drafted);
-        integer(p.stats, b, 2) += int32_t(std::min(accepted, emitted));
+        kvspn::count(integer(p.stats, b, 0), 1);
+        kvspn::count(integer(p.stats, b, 1), int32_t(drafted));
+        kvspn::count(integer(p.stats, b, 2), int32_t(std::min(accepted, emitted)));
     }
 }
 

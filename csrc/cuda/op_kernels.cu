@@ -264,9 +264,9 @@ __global__ void accept_kernel(const __grid_constant__ kvspn_accept_params p) {
         lengths[b] = int32_t(count - 1 + emitted);
         finished[b] = ended || count + emitted >= p.max_length;
         int32_t* stats = static_cast<int32_t*>(p.stats.data) + b * p.stats.strides[0];
-        stats[0] += 1;
-        stats[1] += int32_t(drafted);
-        stats[2] += int32_t(min(accepted, emitted));
+        cuda::count(stats[0], 1);
+        cuda::count(stats[1], int32_t(drafted));
+        cuda::count(stats[2], int32_t(min(accepted, emitted)));
     }
 }
 

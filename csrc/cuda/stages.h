@@ -233,9 +233,9 @@ __device__ __forceinline__ void accept(const Model& m, const Pass& pass, const S
         int32_t* ids = m.ids + int64_t(row) * m.id_capacity + position + 1;
         if (count) ids[0] = first;
         if (count == 2) ids[1] = second;
-        m.stats[3 * row] += 1;
-        m.stats[3 * row + 1] += drafted;
-        m.stats[3 * row + 2] += accepted ? min(1, count) : 0;
+        cuda::count(m.stats[3 * row], 1);
+        cuda::count(m.stats[3 * row + 1], drafted);
+        cuda::count(m.stats[3 * row + 2], accepted ? min(1, count) : 0);
         int32_t* progress = m.progress + int64_t(row) * (1 + m.id_capacity);
         if (count) progress[position + 2] = first;
         if (count == 2) progress[position + 3] = second;

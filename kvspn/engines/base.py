@@ -27,7 +27,7 @@ def _alone(call: Callable[Concatenate[E, P], None]) -> Callable[Concatenate[E, P
     """An engine serves one call at a time; another thread's, meanwhile, is an error and not a wait."""
 
     @functools.wraps(call)
-    def guarded(self: E, *args: P.args, **kwargs: P.kwargs) -> None:
+    def guarded(self: E, /, *args: P.args, **kwargs: P.kwargs) -> None:
         if not self._free.acquire(blocking=False):
             raise RuntimeError("engine must be free, got one that another call is using")
         try:
