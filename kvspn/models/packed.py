@@ -72,7 +72,7 @@ def _fingerprint(model: WhisperM2MForConditionalGeneration) -> Iterator[Any]:
 
 def _checksum(tensor: Tensor) -> Tensor:
     """int64 []: the sum of the words in the tensor's memory, each row's with a factor of its own."""
-    rows = tensor.contiguous().view(max(len(tensor), 1) if tensor.dim() else 1, -1)
+    rows = tensor.contiguous().view(len(tensor) if tensor.dim() > 1 else 1, -1)
     width = rows.shape[1] * rows.element_size()
     words = rows.view(torch.int64 if width % 8 == 0 else torch.uint8).sum(1, dtype=torch.int64)
     return (words * torch.arange(1, 2 * len(words), 2, device=words.device)).sum()
