@@ -249,11 +249,6 @@ class GenerationMixin:
         mask[list(language_ids.values())] = 0
         found = decode(engine, states, [[start]] * len(states), eos=-1, max_length=2, draft=False, mask=mask)
         by_id = {token: code for code, token in language_ids.items()}
-        for row, tokens in enumerate(found.sequences):
-            if tokens[-1] not in by_id:
-                raise ValueError(
-                    f"language of row {row} cannot be detected: the model's logits are not numbers"
-                )
         return [by_id[tokens[-1]] for tokens in found.sequences]
 
     def _limits(self, prompts: list[int], max_new_tokens: int | None, said: Mapping[str, Any]) -> list[int]:
