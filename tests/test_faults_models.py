@@ -298,14 +298,14 @@ def test_source_text_past_the_vocabulary():
 
 def test_a_budget_counts_from_the_rows_own_prompt():
     model, x = make_m2m(), features(2)
-    for draft in (False, True):
+    for choice in ({"draft": False}, {"k": 1}, {"k": "inf"}):  # "inf" steps over the limit of either
         both = model.generate(
-            x, language="en", target_language=["en", "de"], max_new_tokens=7, draft=draft,
+            x, language="en", target_language=["en", "de"], max_new_tokens=6, **choice,
             return_dict_in_generate=True,
         )  # fmt: skip
         for row, target in enumerate(("en", "de")):
             alone = model.generate(
-                x[row : row + 1], language="en", target_language=target, max_new_tokens=7, draft=draft,
+                x[row : row + 1], language="en", target_language=target, max_new_tokens=6, **choice,
                 return_dict_in_generate=True,
             )  # fmt: skip
             assert both.sequences[row, : both.stats[row].tokens].tolist() == alone.sequences[0].tolist()
