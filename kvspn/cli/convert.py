@@ -101,7 +101,7 @@ def convert(
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
     from kvspn.atomic import atomic
-    from kvspn.models import convert_whisper, spread_layers
+    from kvspn.models import WhisperM2MFeatureExtractor, convert_whisper, spread_layers
     from kvspn.models.conversion import fitting_groups
     from kvspn.models.folder import open_folder
 
@@ -144,7 +144,8 @@ def convert(
     with atomic(out) as folder:
         model.save_pretrained(folder)
         processor.tokenizer.save_pretrained(folder)
-        processor.feature_extractor.save_pretrained(folder)
+        features = processor.feature_extractor.to_dict()
+        WhisperM2MFeatureExtractor.from_dict(features).save_pretrained(folder)
     typer.echo(f"Decoder layers kept: {', '.join(map(str, layers))} (of {config.decoder_layers})")
     typer.echo(f"Parameters: {source.num_parameters():,} before, {model.num_parameters():,} after")
     parts = {"text encoder": model.model.text_encoder, "KVSPN": model.kvspn}

@@ -36,7 +36,7 @@ def parse_k(k: int | float | str) -> int:
 
 def decode(
     engine: Engine,
-    encoder_states: Sequence[Tensor],
+    encoder_states: Sequence[Tensor] | None,
     prompt: Sequence[Sequence[int]],
     *,
     eos: int | Sequence[int],

@@ -70,7 +70,7 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def start(
         self,
-        encoder_states: Sequence[Tensor],
+        encoder_states: Sequence[Tensor] | None,
         prompt: Sequence[Sequence[int]],
         *,
         eos: int,
@@ -82,7 +82,8 @@ class Engine(abc.ABC):
 
         Args:
             encoder_states: per row one tensor [E_b, d] without padding; a tensor [batch, E, d] is such a
-                sequence too.
+                sequence too. None: those of the last start, whose cross-attention keys and values are kept,
+                for other prompts.
             prompt: per row one or more token ids; rows may differ in number.
             eos: the token that ends a row; -1 for none.
             max_length: tokens of a row at most, prompt included; at most capacity. A row whose prompt is
@@ -164,6 +165,7 @@ class CachedEngine(Engine):
             self.stats = torch.zeros(batch, 3, dtype=torch.int32, device=self._embed.device)
         self.lengths = self.cache.lengths
         self._free = threading.Lock()  # held through a call
+        self._encoded = False  # whether the cache holds every row's encoder states
         self._mask: Tensor | None = None
         self._first_mask: Tensor | None = None  # None once the first token is made
         self._eos, self._max_length = -1, 1
@@ -172,7 +174,7 @@ class CachedEngine(Engine):
     @torch.no_grad()
     def start(
         self,
-        encoder_states: Sequence[Tensor],
+        encoder_states: Sequence[Tensor] | None,
         prompt: Sequence[Sequence[int]],
         *,
         eos: int,
@@ -183,10 +185,16 @@ class CachedEngine(Engine):
         self._check_start(encoder_states, prompt, eos, max_length, mask, begin_mask)
         self._eos, self._max_length, self._mask = eos, max_length, mask
         self._first_mask = begin_mask if mask is None or begin_mask is None else mask + begin_mask
-        self.cache.reset()
+        if encoder_states is None:
+            self.lengths.zero_()
+        else:
+            self._encoded = False
+            self.cache.reset()
+            for row, states in enumerate(encoder_states):
+                self._encode(row, states)
+            self._encoded = True
         self.stats.zero_()
-        for row, (states, ids) in enumerate(zip(encoder_states, prompt, strict=True)):
-            self._encode(row, states)
+        for row, ids in enumerate(prompt):
             self.tokens[row, : len(ids)] = self.tokens.new_tensor(ids)
             self.finished[row] = len(ids) >= max_length
             self._prefill(row, len(ids) - 1)
@@ -237,7 +245,7 @@ class CachedEngine(Engine):
 
     def _check_start(
         self,
-        encoder_states: Sequence[Tensor],
+        encoder_states: Sequence[Tensor] | None,
         prompt: Sequence[Sequence[int]],
         eos: int,
         max_length: int,
@@ -248,15 +256,18 @@ class CachedEngine(Engine):
         vocabulary = len(self._embed)
         integer("eos", eos, -1, K_INF)
         integer("max_length", max_length, 1, capacity)
+        if encoder_states is None and not self._encoded:
+            raise ValueError("encoder_states must be given to the first start(), got None")
         for name, rows in (("encoder_states", encoder_states), ("prompt", prompt)):
-            if len(rows) != batch:
+            if rows is not None and len(rows) != batch:
                 raise ValueError(f"{name} must hold {batch} rows, got {len(rows)}")
         shapes = Shapes()
         shapes.tensor("embed_tokens", self._embed, "V d", FLOATS)
-        for row, (states, ids) in enumerate(zip(encoder_states, prompt, strict=True)):
+        for row, states in enumerate(() if encoder_states is None else encoder_states):
             shapes.tensor(f"encoder_states[{row}]", states, "? d", FLOATS)
             finite(f"encoder_states[{row}]", states)
             integer(f"the number of encoder_states[{row}]", len(states), 1, self.cache.cross_kv.shape[4])
+        for row, ids in enumerate(prompt):
             integer(f"the number of tokens in prompt[{row}]", len(ids), 1, max_length)
             for token in ids:
                 integer(f"every token of prompt[{row}]", token, 0, vocabulary - 1)

@@ -77,3 +77,11 @@ class WhisperM2MConfig(WhisperConfig):
         ):
             if value < 1 or divisor < 1 or value % divisor:
                 raise ValueError(f"{name} must be a multiple of {what} ({divisor}), got {value}")
+
+    @property
+    def inputs_to_logits_ratio(self) -> int:
+        """Only transformers' pipeline asks for it, where it would cut audio and merge the texts wrongly."""
+        raise ValueError(
+            "chunk_length_s is for CTC models: leave it out, and give clips that fit the model's window; "
+            "kvspn.speech.translator translates any length"
+        )

@@ -180,29 +180,33 @@ class GenerationMixin:
         mask, first_mask = (self._mask(name, said) for name in ("suppress_tokens", "begin_suppress_tokens"))
         if engine is None:
             engine = packed_engine(self, batch, max(map(len, states)), backend)
-        languages = languages or self._detect(engine, states, start, language_ids)
-        prompts = [
-            [*context, start, *_prompt(said, language_ids, source, target)]
-            for source, target in zip(languages, targets or languages, strict=True)
-        ]
-        eos = said.get("eos_token_id", self.config.eos_token_id)
-        limits = self._limits(list(map(len, prompts)), max_new_tokens, said)
-        if streamer is not None:
-            streamer.put(torch.tensor(prompts))
-        result = decode(
-            engine,
-            states,
-            prompts,
-            eos=settings.token_ids("eos_token_id", eos, self.config.vocab_size),
-            max_length=limits,
-            k=k,
-            draft=self.drafts if draft is None else draft,
-            mask=mask,
-            begin_mask=first_mask,
-            streamer=None if streamer is None else lambda row, new: streamer.put(torch.tensor(new)),
-        )
-        if streamer is not None:
-            streamer.end()
+        with engine.lock:  # through detection and decoding, which share the encoder's keys and values
+            given: list[Tensor] | None = states
+            if languages is None:
+                languages = self._detect(engine, states, start, language_ids)
+                given = None  # the engine has them
+            prompts = [
+                [*context, start, *_prompt(said, language_ids, source, target)]
+                for source, target in zip(languages, targets or languages, strict=True)
+            ]
+            eos = said.get("eos_token_id", self.config.eos_token_id)
+            limits = self._limits(list(map(len, prompts)), max_new_tokens, said)
+            if streamer is not None:
+                streamer.put(torch.tensor(prompts))
+            result = decode(
+                engine,
+                given,
+                prompts,
+                eos=settings.token_ids("eos_token_id", eos, self.config.vocab_size),
+                max_length=limits,
+                k=k,
+                draft=self.drafts if draft is None else draft,
+                mask=mask,
+                begin_mask=first_mask,
+                streamer=None if streamer is None else lambda row, new: streamer.put(torch.tensor(new)),
+            )
+            if streamer is not None:
+                streamer.end()
         rows = [
             torch.tensor(tokens[len(prompt) :])
             for tokens, prompt in zip(result.sequences, prompts, strict=True)

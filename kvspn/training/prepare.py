@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import WhisperFeatureExtractor, WhisperTokenizer
 
+from kvspn.models import WhisperM2MFeatureExtractor
 from kvspn.training.corpus import LANGUAGES, Phrasebook, Sentence, Split, split
 from kvspn.training.recipe import Recipe
 from kvspn.training.speech import TEST_VARIANTS, TRAIN_VARIANTS
@@ -30,7 +31,7 @@ class Corpus:
 
 def make_data(folder: Path, recipe: Recipe, log: Callable[[str], None] = print) -> Corpus:
     """Draws the sentences, trains the tokenizer, speaks the clips and stores their features."""
-    extractor = WhisperFeatureExtractor(chunk_length=recipe.window_seconds)
+    extractor = WhisperM2MFeatureExtractor(chunk_length=recipe.window_seconds)
     sentences = split(Phrasebook.load(), seed=recipe.seed)
     clips = draw_clips(sentences.train, recipe.clips_per_template, random.Random(recipe.seed))
     spoken = {clip.sentence for clip in clips}

@@ -15,7 +15,7 @@ from transformers import (
     WhisperTokenizer,
 )
 
-from kvspn.models import convert_whisper
+from kvspn.models import WhisperM2MFeatureExtractor, convert_whisper
 from kvspn.speech.audio import SAMPLING_RATE
 from kvspn.training.tokenizer import SPECIAL_TOKENS, train_tokenizer
 
@@ -121,7 +121,7 @@ def save_model(folder: Path, **config: object) -> Path:
     }
     convert_whisper(whisper(words), range(4), **{**settings, **config}).save_pretrained(folder)
     words.save_pretrained(folder)
-    WhisperFeatureExtractor(chunk_length=WINDOW_SECONDS).save_pretrained(folder)
+    WhisperM2MFeatureExtractor(chunk_length=WINDOW_SECONDS).save_pretrained(folder)
     return folder
 
 
