@@ -18,7 +18,6 @@ from kvspn.speech.translator import Translator
 from kvspn.weights.random import random_decoder
 from support.tiny import WINDOW_SECONDS, save_model, save_whisper, sound
 
-
 READY = [name for name, missing in backends().items() if missing is None]
 
 

@@ -63,9 +63,10 @@ def test_k_1_is_greedy_and_clips_do_not_touch_each_other(translator: Translator)
     assert everything.total.acceptance == 1
 
 
-def test_the_language_is_detected_once(translator: Translator) -> None:
+def test_the_language_is_detected_in_each_chunk(translator: Translator) -> None:
     detected = translator.translate(sound(5), "de")
-    assert detected.source in translator.languages
+    assert set(detected.sources) <= set(translator.languages)
+    assert len(detected.sources) == len(detected.chunks)
     assert translator.translate(sound(5), "de", detected.source).tokens == detected.tokens
 
 
