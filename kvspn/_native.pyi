@@ -1,4 +1,8 @@
-"""csrc/bindings/module.cpp. Every tensor is anything with __dlpack__ on the CPU."""
+"""csrc/bindings/module.cpp. A tensor is an array with a buffer, as NumPy's, or anything with __dlpack__.
+
+On the CPU; uint16 stands for the bits of bf16, which NumPy has no name for. What a batch is bound to must be
+writable; weights, states and masks need not be.
+"""
 
 from typing import Any
 
@@ -38,4 +42,7 @@ class Engine:
     def prefill(self, row: int, count: int) -> None: ...
     def step(self, mask: Any, *, k: int, eos: int, max_length: int, draft: bool) -> None: ...
     def run(self, mask: Any, *, k: int, eos: int, max_length: int, draft: bool, steps: int) -> None: ...
+    def profile(
+        self, mask: Any, *, k: int, eos: int, max_length: int, draft: bool
+    ) -> list[tuple[str, int, int]]: ...
     def progress(self, row: int) -> list[int]: ...

@@ -1,9 +1,12 @@
-// kvspn._native: the engine for Python. It takes any DLPack tensor on the CPU and imports nothing.
+// kvspn._native: the engine for Python. It takes NumPy's arrays and any DLPack tensor, and imports nothing.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstring>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "bindings/dlpack.h"
@@ -36,30 +39,67 @@ int32_t dtype_of(const std::string& name, DLDataType dtype) {
         if (dtype.code == 2 && dtype.bits == 16) return KVSPN_FP16;
         if (dtype.code == 0 && dtype.bits == 8) return KVSPN_INT8;
         if (dtype.code == 1 && dtype.bits == 8) return KVSPN_INT4;
+        if (dtype.code == 1 && dtype.bits == 16) return KVSPN_BF16;
         if (dtype.code == 0 && dtype.bits == 32) return KVSPN_INT32;
         if (dtype.code == 6 && dtype.bits == 8) return KVSPN_BOOL;
     }
     throw py::type_error(
-        name + " must be fp32, bf16, fp16, int8, int4 (in uint8), int32 or bool, got another dtype");
+        name +
+        " must be fp32, bf16 (or its bits in uint16), fp16, int8, int4 (in uint8), int32 or bool, "
+        "got another dtype");
 }
 
-// A tensor of the caller; holds the capsule, which keeps its memory alive.
+// What a buffer's format (struct's) and item size are in DLPack's terms.
+DLDataType dlpack_dtype(const std::string& format, ssize_t size) {
+    const char kind = format.size() == 1 ? format[0] : '\0';  // with a byte order in front: not the machine's
+    if (kind == '\0') return {};
+    const uint8_t code = kind == '?' ? 6 : std::strchr("efd", kind) ? 2 : std::strchr("BHILQ", kind) ? 1 : 0;
+    return {code, uint8_t(8 * size), 1};
+}
+
+// A tensor of the caller; holds what keeps its memory alive.
 class Tensor {
   public:
-    Tensor(std::string name, const py::object& object, int device = kDevice) : name_(std::move(name)) {
-        if (!py::hasattr(object, "__dlpack__"))
-            throw py::type_error(name_ + " must be a tensor with __dlpack__, got " +
+    // written: whether the engine writes it. device: where it must be.
+    Tensor(std::string name, const py::object& object, bool written = false, int device = kDevice)
+        : name_(std::move(name)) {
+        if (PyObject_CheckBuffer(object.ptr()))
+            take_buffer(object, written, device);
+        else if (py::hasattr(object, "__dlpack__"))
+            take_dlpack(object, device);
+        else
+            throw py::type_error(name_ + " must be an array with a buffer or a tensor with __dlpack__, got " +
                                  std::string(py::str(py::type::of(object).attr("__name__"))));
+    }
+    const kvspn_tensor& get() const { return tensor_; }
+
+  private:
+    // Of NumPy, whose read-only arrays and mapped files DLPack does not carry in every version.
+    void take_buffer(const py::object& object, bool written, int device) {
+        check_device(kCpu, device);
+        if (PyObject_GetBuffer(object.ptr(), &buffer_, PyBUF_RECORDS_RO)) throw py::error_already_set();
+        if (written && buffer_.readonly)
+            throw py::value_error(name_ + " must be writable, got a read-only array");
+        check_dims(buffer_.ndim);
+        tensor_.name = name_.c_str();
+        tensor_.data = buffer_.buf;
+        tensor_.dtype = dtype_of(name_, dlpack_dtype(buffer_.format, buffer_.itemsize));
+        tensor_.ndim = buffer_.ndim;
+        for (int i = 0; i < buffer_.ndim; ++i) {
+            if (buffer_.strides[i] % buffer_.itemsize)
+                throw py::value_error(name_ + " must have strides of whole elements, got a field of another");
+            tensor_.shape[i] = buffer_.shape[i];
+            tensor_.strides[i] = buffer_.strides[i] / buffer_.itemsize;
+        }
+    }
+
+    void take_dlpack(const py::object& object, int device) {
         capsule_ = object.attr("__dlpack__")();
         auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
         if (!managed) throw py::error_already_set();
         const DLTensor& from = managed->dl_tensor;
-        if (from.device.device_type != device)
-            throw py::value_error(name_ + " must be on " + (device == kCpu ? "the CPU" : "a CUDA device") +
-                                  ", got another device");
-        if (from.ndim > KVSPN_MAX_DIMS)
-            throw py::value_error(name_ + " must have at most 6 dimensions, got " +
-                                  std::to_string(from.ndim));
+        check_device(from.device.device_type, device);
+        check_dims(from.ndim);
         tensor_.name = name_.c_str();
         tensor_.data = static_cast<char*>(from.data) + from.byte_offset;
         tensor_.dtype = dtype_of(name_, from.dtype);
@@ -71,10 +111,29 @@ class Tensor {
             stride *= from.shape[i];
         }
     }
-    const kvspn_tensor& get() const { return tensor_; }
 
-  private:
+    void check_device(int found, int wanted) const {
+        if (found != wanted)
+            throw py::value_error(name_ + " must be on " + (wanted == kCpu ? "the CPU" : "a CUDA device") +
+                                  ", got another device");
+    }
+
+    void check_dims(int dims) const {
+        if (dims > KVSPN_MAX_DIMS)
+            throw py::value_error(name_ + " must have at most 6 dimensions, got " + std::to_string(dims));
+    }
+
+    struct Buffer : Py_buffer {
+        Buffer() : Py_buffer{} {}
+        Buffer(const Buffer&) = delete;
+        Buffer& operator=(const Buffer&) = delete;
+        ~Buffer() {
+            if (obj) PyBuffer_Release(this);
+        }
+    };
+
     std::string name_;
+    Buffer buffer_;
     py::object capsule_;  // its own destructor calls the deleter, as it is never renamed
     kvspn_tensor tensor_{};
 };
@@ -92,8 +151,8 @@ class Engine {
         Tensors held;
         std::vector<kvspn_tensor> tensors;
         for (auto& [name, value] : weights) {
-            held.push_back(
-                std::make_unique<Tensor>(py::cast<std::string>(name), py::cast<py::object>(value), kCpu));
+            held.push_back(std::make_unique<Tensor>(py::cast<std::string>(name), py::cast<py::object>(value),
+                                                    false, kCpu));
             tensors.push_back(held.back()->get());
         }
         kvspn_engine_params params{sizeof params, layers,          heads,   blocks,
@@ -119,12 +178,12 @@ class Engine {
               const py::object& cross_lengths, const py::object& kv_scale, const py::object& cross_kv_scale) {
         Tensors held;
         auto add = [&](const char* name, const py::object& value) {
-            held.push_back(std::make_unique<Tensor>(name, value));
+            held.push_back(std::make_unique<Tensor>(name, value, true));
             return held.back()->get();
         };
         auto scales = [&](const char* name, const py::object& value) -> const kvspn_tensor* {
             if (value.is_none()) return nullptr;
-            held.push_back(std::make_unique<Tensor>(name, value));
+            held.push_back(std::make_unique<Tensor>(name, value, true));
             return &held.back()->get();
         };
         kvspn_batch batch{sizeof batch,
@@ -166,19 +225,10 @@ class Engine {
     }
 
     void run(const py::object& mask, int k, int eos, int max_length, bool draft, int steps) {
-        std::unique_ptr<Tensor> held;
-        if (!mask.is_none()) {
-            held = std::make_unique<Tensor>("mask", mask);
-            const kvspn_tensor& t = held->get();
-            if (t.dtype != KVSPN_FP32 || t.ndim != 1 || t.shape[0] != vocabulary_ ||
-                (t.shape[0] > 1 && t.strides[0] != 1))
-                throw py::value_error("mask must be fp32 and contiguous, [" + std::to_string(vocabulary_) +
-                                      "], got another tensor");
-        }
-        const float* values = held ? static_cast<const float*>(held->get().data) : nullptr;
+        const auto held = take_mask(mask);
         kvspn_generate_params params{};
         params.struct_size = sizeof params;
-        params.step = {sizeof params.step, values, k, eos, max_length, draft};
+        params.step = {sizeof params.step, values_of(held), k, eos, max_length, draft};
         params.max_steps = steps;
         kvspn_status status;
         {
@@ -186,6 +236,26 @@ class Engine {
             status = kvspn_engine_generate(engine_.get(), &params);
         }
         check(status);
+    }
+
+    // (name, nanoseconds, bytes) of each stage of a step.
+    std::vector<std::tuple<std::string, int64_t, int64_t>> profile(const py::object& mask, int k, int eos,
+                                                                   int max_length, bool draft) {
+        const auto held = take_mask(mask);
+        const kvspn_step_params params{sizeof params, values_of(held), k, eos, max_length, draft};
+        std::vector<kvspn_stage> stages(4096);
+        int32_t count = 0;
+        kvspn_status status;
+        {
+            py::gil_scoped_release release;
+            status =
+                kvspn_engine_profile(engine_.get(), &params, stages.data(), int32_t(stages.size()), &count);
+        }
+        check(status);
+        std::vector<std::tuple<std::string, int64_t, int64_t>> found;
+        for (int i = 0; i < std::min(count, int32_t(stages.size())); ++i)
+            found.emplace_back(stages[i].name, stages[i].nanoseconds, stages[i].bytes);
+        return found;
     }
 
     std::vector<int32_t> progress(int row) const {
@@ -197,6 +267,21 @@ class Engine {
     }
 
   private:
+    std::unique_ptr<Tensor> take_mask(const py::object& mask) const {
+        if (mask.is_none()) return nullptr;
+        auto held = std::make_unique<Tensor>("mask", mask);
+        const kvspn_tensor& t = held->get();
+        if (t.dtype != KVSPN_FP32 || t.ndim != 1 || t.shape[0] != vocabulary_ ||
+            (t.shape[0] > 1 && t.strides[0] != 1))
+            throw py::value_error("mask must be fp32 and contiguous, [" + std::to_string(vocabulary_) +
+                                  "], got another tensor");
+        return held;
+    }
+
+    static const float* values_of(const std::unique_ptr<Tensor>& mask) {
+        return mask ? static_cast<const float*>(mask->get().data) : nullptr;
+    }
+
     Tensors batch_;  // outlives its use by the engine
     std::unique_ptr<kvspn_engine, Free> engine_;
     int64_t vocabulary_ = 0;
@@ -205,7 +290,7 @@ class Engine {
 }  // namespace
 
 PYBIND11_MODULE(KVSPN_MODULE, m) {
-    m.doc() = "kvspn's C++ engine; every tensor is taken through DLPack. See csrc/include/kvspn.h.";
+    m.doc() = "kvspn's C++ engine; it takes NumPy's arrays and DLPack's tensors. See csrc/include/kvspn.h.";
     m.def("instruction_set", [] { return std::string(kvspn_instruction_set()); });
     m.def("default_threads", &kvspn_default_threads);
     m.attr("ABI_VERSION") = kvspn_abi_version();
@@ -223,5 +308,7 @@ PYBIND11_MODULE(KVSPN_MODULE, m) {
              py::arg("max_length"), py::arg("draft"))
         .def("run", &Engine::run, py::arg("mask"), py::kw_only(), py::arg("k"), py::arg("eos"),
              py::arg("max_length"), py::arg("draft"), py::arg("steps"))
+        .def("profile", &Engine::profile, py::arg("mask"), py::kw_only(), py::arg("k"), py::arg("eos"),
+             py::arg("max_length"), py::arg("draft"))
         .def("progress", &Engine::progress, py::arg("row"));
 }

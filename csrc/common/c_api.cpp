@@ -159,6 +159,16 @@ kvspn_status kvspn_engine_step(kvspn_engine* engine, const kvspn_step_params* pa
     });
 }
 
+kvspn_status kvspn_engine_profile(kvspn_engine* engine, const kvspn_step_params* params, kvspn_stage* stages,
+                                  int32_t capacity, int32_t* count) {
+    return guard([&] {
+        check_struct("params", params);
+        kvspn::require(count && capacity >= 0 && (stages || !capacity),
+                       "stages and count must be given, got a null pointer");
+        *count = Entry(engine)->profile(*params, stages, capacity);
+    });
+}
+
 kvspn_status kvspn_engine_generate(kvspn_engine* engine, const kvspn_generate_params* params) {
     return guard([&] {
         check_struct("params", params);

@@ -188,6 +188,7 @@ void Engine::step(const kvspn_step_params& params) {
     verify_drafts_ = false;
     failed_ = -1;
     embed(ids_.as<int32_t>());
+    stamp(0, "embed");
     team_.run([this](int thread) {
         if (params_->draft) {
             propose(thread);
@@ -210,14 +211,35 @@ void Engine::step(const kvspn_step_params& params) {
                 embed(ids_.as<int32_t>());
             }
             team_.barrier();
+            stamp(thread, "embed");
         }
         base_pass(thread);
-        verify(thread, weights_.norm, weights_.head, nullptr);
+        verify(thread, "head", weights_.norm, weights_.head, nullptr);
         if (thread == 0) accept();
+        stamp(thread, "accept");
     });
     if (failed_ < 0) return;
     const int row = slots_[failed_].row;
     throw NoToken(row, batch_.self.lengths[row] - 1);
+}
+
+int Engine::profile(const kvspn_step_params& params, kvspn_stage* stages, int capacity) {
+    Stages noted(stages, capacity);
+    stages_ = &noted;
+    try {
+        step(params);
+    } catch (...) {
+        stages_ = nullptr;
+        throw;
+    }
+    stages_ = nullptr;
+    return noted.count();
+}
+
+// What has run since the last stamp is a stage, which reads a matrix; for profile() alone.
+void Engine::stamp(int thread, const char* name, const Matrix* matrix) {
+    if (!stages_ || thread) return;
+    stages_->note(name, matrix ? bytes_of(*matrix) : 0);
 }
 
 void Engine::generate(const kvspn_generate_params& params) {
@@ -292,14 +314,14 @@ void Engine::base_pass(int thread) {
           *hidden = hidden_.as<float>();
     for (size_t i = 0; i < weights_.layers.size(); ++i) {
         const Layer& layer = weights_.layers[i];
-        linear(thread, &layer.self_norm, x, layer.self_qkv, wide, false, false);
-        attend(thread, batch_.self, int(i), 1, true, weights_.heads);
-        linear(thread, nullptr, attended, layer.self_out, x, false, true);
-        linear(thread, &layer.cross_norm, x, layer.cross_q, wide, false, false);
-        attend(thread, batch_.cross, int(i), 1, false, weights_.heads);
-        linear(thread, nullptr, attended, layer.cross_out, x, false, true);
-        linear(thread, &layer.ffn_norm, x, layer.fc1, hidden, true, false);
-        linear(thread, nullptr, hidden, layer.fc2, x, false, true);
+        linear(thread, "self_qkv", &layer.self_norm, x, layer.self_qkv, wide, false, false);
+        attend(thread, "self_attention", batch_.self, int(i), 1, true, weights_.heads);
+        linear(thread, "self_out", nullptr, attended, layer.self_out, x, false, true);
+        linear(thread, "cross_q", &layer.cross_norm, x, layer.cross_q, wide, false, false);
+        attend(thread, "cross_attention", batch_.cross, int(i), 1, false, weights_.heads);
+        linear(thread, "cross_out", nullptr, attended, layer.cross_out, x, false, true);
+        linear(thread, "fc1", &layer.ffn_norm, x, layer.fc1, hidden, true, false);
+        linear(thread, "fc2", nullptr, hidden, layer.fc2, x, false, true);
     }
 }
 
@@ -311,19 +333,20 @@ void Engine::propose(int thread) {
         const Block& block = weights_.blocks[i];
         const int end = (i * weights_.groups / blocks + 1) * size,
                   count = weights_.last_layer_only ? 1 : size;
-        linear(thread, &block.kv_norm, x, block.kv_q, wide, false, false);
-        attend(thread, batch_.self, end - count, count, false, block.kv_q.outputs / weights_.head_dim);
-        linear(thread, nullptr, attended, block.kv_out, x, false, true);
+        linear(thread, "draft.kv_q", &block.kv_norm, x, block.kv_q, wide, false, false);
+        attend(thread, "draft.kv_attention", batch_.self, end - count, count, false,
+               block.kv_q.outputs / weights_.head_dim);
+        linear(thread, "draft.kv_out", nullptr, attended, block.kv_out, x, false, true);
         if (block.cross) {
-            linear(thread, &block.cross_norm, x, block.cross_q, wide, false, false);
-            attend(thread, batch_.cross, end - 1, 1, false, block.cross_q.outputs / weights_.head_dim,
-                   weights_.encoder_stride);
-            linear(thread, nullptr, attended, block.cross_out, x, false, true);
+            linear(thread, "draft.cross_q", &block.cross_norm, x, block.cross_q, wide, false, false);
+            attend(thread, "draft.cross_attention", batch_.cross, end - 1, 1, false,
+                   block.cross_q.outputs / weights_.head_dim, weights_.encoder_stride);
+            linear(thread, "draft.cross_out", nullptr, attended, block.cross_out, x, false, true);
         }
-        linear(thread, &block.ffn_norm, x, block.fc1, hidden, true, false);
-        linear(thread, nullptr, hidden, block.fc2, x, false, true);
+        linear(thread, "draft.fc1", &block.ffn_norm, x, block.fc1, hidden, true, false);
+        linear(thread, "draft.fc2", nullptr, hidden, block.fc2, x, false, true);
     }
-    verify(thread, weights_.draft_norm, weights_.draft_head, weights_.draft_ids);
+    verify(thread, "draft.head", weights_.draft_norm, weights_.draft_head, weights_.draft_ids);
 }
 
 // [LayerNorm ->] x [-> int16], in a thread's own memory: cheaper than to wait for another's.
@@ -349,14 +372,15 @@ Rows Engine::input(int thread, const Norm* norm, const float* x, const Matrix& m
 }
 
 // y = [LayerNorm ->] x W^T + b [-> GELU], or y += it: a share of the outputs on each thread, then a barrier.
-void Engine::linear(int thread, const Norm* norm, const float* x, const Matrix& matrix, float* y, bool gelu,
-                    bool accumulate) {
+void Engine::linear(int thread, const char* name, const Norm* norm, const float* x, const Matrix& matrix,
+                    float* y, bool gelu, bool accumulate) {
     const int64_t y_stride = accumulate ? width_stride_ : wide_stride_;
     auto [first, last] = share(matrix.outputs, thread, team_.size());
     kernels_.linear(matrix, input(thread, norm, x, matrix), first, last, y, y_stride, accumulate);
     if (gelu)
         for (int r = 0; r < rows_; ++r) kernels_.gelu(y + r * y_stride + first, last - first);
     team_.barrier();
+    stamp(thread, name, &matrix);
 }
 
 // A head's keys and values of a slot's rows of x go to their positions in a layer's cache.
@@ -382,8 +406,8 @@ void Engine::write(const Cache& cache, int layer, int part, int row, int head, i
 
 // Queries in `wide_` -> `attended_`; (row, head) pairs are dealt out to the threads, then a barrier. What is
 // causal appends its own keys and values first; of the rest: to the first of every `stride` positions.
-void Engine::attend(int thread, const Cache& cache, int layer, int layers, bool causal, int query_heads,
-                    int stride) {
+void Engine::attend(int thread, const char* name, const Cache& cache, int layer, int layers, bool causal,
+                    int query_heads, int stride) {
     const int head_dim = weights_.head_dim, shared = query_heads / weights_.heads;
     const int64_t values = plane(0, 1, 0, 0) * cache.capacity;  // positions from keys to values
     const int64_t size = int64_t(head_dim) * int64_t(size_of(batch_.dtype));
@@ -421,10 +445,17 @@ void Engine::attend(int thread, const Cache& cache, int layer, int layers, bool 
         }
     }
     team_.barrier();
+    if (!stages_ || thread) return;
+    int64_t positions = 0;
+    for (int i = 0; i < slot_count_; ++i)
+        positions += causal ? slots_[i].position + slots_[i].queries
+                            : (cache.lengths[slots_[i].row] + stride - 1) / stride;
+    const int64_t each = size + (cache.scales ? int64_t(sizeof(float)) : 0);
+    stages_->note(name, 2 * layers * weights_.heads * positions * each);
 }
 
 // Logits strip by strip -> best_[row]: the argmax and the rank of the draft that the row judges.
-void Engine::verify(int thread, const Norm& norm, const Matrix& head, const int32_t* ids) {
+void Engine::verify(int thread, const char* name, const Norm& norm, const Matrix& head, const int32_t* ids) {
     const int threads = team_.size(), most = std::max(kPrefillChunk, 2 * batch_.rows);
     float* logits = logits_.as<float>() + int64_t(thread) * most * kStrip;
     Best* best = best_.as<Best>() + int64_t(thread) * most;
@@ -475,6 +506,7 @@ void Engine::verify(int thread, const Norm& norm, const Matrix& head, const int3
         }
     }
     team_.barrier();
+    stamp(thread, name, &head);
 }
 
 // Per row: the draft if it stands, the next token, stops and statistics; lengths alone roll back the rest.

@@ -4,6 +4,7 @@
 #include "common/memory.h"
 #include "common/weights.h"
 #include "cpu/kernels.h"
+#include "cpu/profile.h"
 #include "cpu/team.h"
 #include "kvspn.h"
 
@@ -22,6 +23,7 @@ class Engine {
     void encode(int row, const kvspn_tensor& states);
     void prefill(int row, int count);
     void step(const kvspn_step_params& params);
+    int profile(const kvspn_step_params& params, kvspn_stage* stages, int capacity);
     void generate(const kvspn_generate_params& params);
     void rollback(int row, int length);
     void reset();
@@ -55,16 +57,17 @@ class Engine {
     void check_step(const kvspn_step_params& params) const;
     void base_pass(int thread);
     void propose(int thread);
-    void verify(int thread, const Norm& norm, const Matrix& head, const int32_t* ids);
+    void verify(int thread, const char* name, const Norm& norm, const Matrix& head, const int32_t* ids);
     void accept();
 
     Rows input(int thread, const Norm* norm, const float* x, const Matrix& matrix);
-    void linear(int thread, const Norm* norm, const float* x, const Matrix& matrix, float* y, bool gelu,
-                bool accumulate);
+    void linear(int thread, const char* name, const Norm* norm, const float* x, const Matrix& matrix,
+                float* y, bool gelu, bool accumulate);
     void append(const Slot& slot, int layer, int head);
     void write(const Cache& cache, int layer, int part, int row, int head, int position, const float* x);
-    void attend(int thread, const Cache& cache, int layer, int layers, bool causal, int query_heads,
-                int stride = 1);
+    void attend(int thread, const char* name, const Cache& cache, int layer, int layers, bool causal,
+                int query_heads, int stride = 1);
+    void stamp(int thread, const char* name, const Matrix* matrix = nullptr);
     void embed(const int32_t* ids);
     int64_t plane(int layer, int part, int row, int head) const;
 
@@ -73,6 +76,7 @@ class Engine {
     const Kernels& kernels_;
     Batch batch_{};
     const kvspn_step_params* params_ = nullptr;
+    Stages* stages_ = nullptr;  // of the present profile()
 
     std::vector<int> prefilled_;  // tokens of each row
     std::vector<Slot> slots_;

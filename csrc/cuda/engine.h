@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "common/error.h"
 #include "common/weights.h"
 #include "cuda/kernels.h"
 #include "kvspn.h"
@@ -95,6 +96,9 @@ class Engine {
     void bind(const kvspn_batch& batch);
     void encode(int row, const kvspn_tensor& states);
     void prefill(int row, int count);
+    int profile(const kvspn_step_params&, kvspn_stage*, int) {
+        throw InvalidArgument("engine must be of the CPU to have stages, got one of a CUDA device");
+    }
     void step(const kvspn_step_params& params) { run(params, 1); }
     void generate(const kvspn_generate_params& params);
     void rollback(int row, int length);

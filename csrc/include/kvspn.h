@@ -110,6 +110,14 @@ typedef struct kvspn_statistics {
     int64_t accepted;
 } kvspn_statistics;
 
+/* A part of a step: what runs between two barriers of the CPU's threads. */
+typedef struct kvspn_stage {
+    const char*
+        name; /* "self_qkv", "self_attention", ..., "draft.fc1", ...; it lives as long as the library */
+    int64_t nanoseconds;
+    int64_t bytes; /* of weights, keys and values that it must read */
+} kvspn_stage;
+
 typedef struct kvspn_engine kvspn_engine;
 
 KVSPN_API int32_t kvspn_abi_version(void);
@@ -160,6 +168,11 @@ KVSPN_API kvspn_status kvspn_engine_prefill(kvspn_engine* engine, int32_t row, i
  * on. That is KVSPN_NO_TOKEN, from step and generate, or from a CUDA device: from the next call that waits
  * for it. */
 KVSPN_API kvspn_status kvspn_engine_step(kvspn_engine* engine, const kvspn_step_params* params);
+
+/* A step like that of kvspn_engine_step, each of its stages timed, in their order. *count: how many there
+ * are; of them `capacity` are filled in at most. The CPU alone has stages. */
+KVSPN_API kvspn_status kvspn_engine_profile(kvspn_engine* engine, const kvspn_step_params* params,
+                                            kvspn_stage* stages, int32_t capacity, int32_t* count);
 
 /* Step after step, until every row is finished, max_steps are made or on_step stops it. */
 KVSPN_API kvspn_status kvspn_engine_generate(kvspn_engine* engine, const kvspn_generate_params* params);

@@ -76,6 +76,20 @@ class NativeEngine(CachedEngine):
         mask = None if mask is None else mask.contiguous()
         self._engine.run(mask, k=k, eos=self._eos, max_length=self._max_length, draft=draft, steps=steps)
 
+    @torch.no_grad()
+    def profile(self, k: int = 1, draft: bool = True) -> list[tuple[str, int, int]]:
+        """A step like step(), by its stages in order: name, nanoseconds, and bytes that it must read.
+
+        A stage is what the threads do between two barriers: "self_qkv", "cross_attention", "draft.fc1", ...
+
+        Raises:
+            ValueError: on a CUDA device, where a step has no such stages.
+        """
+        found: list[tuple[str, int, int]] = self._engine.profile(
+            self._mask, k=k, eos=self._eos, max_length=self._max_length, draft=draft
+        )
+        return found
+
     def progress(self, row: int) -> list[int]:
         """The tokens that steps have given one row since start(): on a CUDA device also while run() runs."""
         return self._made.progress(row)
