@@ -19,7 +19,7 @@ import torch
 
 from bench.device import on_device
 from bench.machine import machine
-from kvspn.measure import steps
+from kvspn.measure import shapes
 from kvspn.measure.shapes import Shape
 from kvspn.measure.timing import synchronise
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 SHAPES = {
     "small": Shape(6, 3, 6, 768, 4096, 200, 32, head_dim=32),
-    "whisperM2M": steps.SHAPES["whisperM2M"],
+    "whisperM2M": shapes.SHAPES["whisperM2M"],
 }
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvspn.measure import ops
-from kvspn.measure.comparison import ratio
+from kvspn.measure.intervals import ratio
+from kvspn.measure.shapes import SHAPES
 
 
 def flat_kv_attention(
@@ -41,7 +42,7 @@ def flat_kv_attention(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="One op by several implementations.")
-    parser.add_argument("--shape", default="miniature", choices=["miniature", "whisperM2M"])
+    parser.add_argument("--shape", default="miniature", choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--html", type=Path, help="write a page with the roofline here (needs matplotlib)")
     options = parser.parse_args()
@@ -50,7 +51,7 @@ def main() -> None:
     found = ops.run(
         {"sdpa": SimpleNamespace(flat_kv_attention=flat_kv_attention)},
         ops=["flat_kv_attention"],
-        shapes=[options.shape],
+        shapes={options.shape: SHAPES[options.shape]},
         formats=["fp32", "bf16"],
         rounds=options.rounds,
         device="cpu",

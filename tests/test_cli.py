@@ -134,7 +134,7 @@ def test_bench(tmp_path: Path) -> None:
     result = kvspn_("bench", "--shape", "miniature", "--weights", "fp32,int8", "--rounds", 2, "--json", out)
     assert result.exit_code == 0, result.output
     document = json.loads(out.read_text())
-    assert set(document) == {"machine", "rows", "summary", "draft"}
+    assert set(document) == {"machine", "warnings", "rows", "summary", "draft"}
     assert document["draft"] == {"vocabulary": None, "encoder_stride": 1}
     assert document["machine"]["read_gb_per_s"] > 0
     rows = document["rows"]
@@ -145,12 +145,21 @@ def test_bench(tmp_path: Path) -> None:
     ]
     assert all(row["correct"] and row["ms_min"] <= row["ms_median"] <= row["ms_max"] for row in rows)
     assert rows[0]["bytes"] > 2 * rows[5]["bytes"]
-    assert set(document["machine"]) == {"read_gb_per_s", "cpu", "memory_gib", "versions", "date", "devices"}
+    assert set(document["machine"]) == {
+        "read_gb_per_s",
+        "read_gb_per_s_interval",
+        "cores_busy_elsewhere",
+        "cpu",
+        "memory_gib",
+        "versions",
+        "date",
+        "devices",
+    }
     assert all(line in result.stdout for line in ("step, 2 rows", "A bare read of memory"))
-    assert_one_line(kvspn_("bench", "--shape", "large"), "must be of whisperM2M, miniature; got 'large'")
+    assert_one_line(kvspn_("bench", "--shape", "large"), "--shape must be of whisperM2M, miniature")
     assert_one_line(kvspn_("bench", "--weights", "int3"), "or two as base/draft, got 'int3'")
     cheap = ("bench", "--shape", "miniature", "--draft-vocabulary", 1501, "--encoder-stride", 2)
-    assert_one_line(kvspn_(*cheap), "short_list (the draft's vocabulary) must be from 0 to 1500, got 1501")
+    assert_one_line(kvspn_(*cheap), "--draft-vocabulary must be from 1 to 1500; got 1501")
     assert_one_line(kvspn_("bench", "--json", tmp_path / "no" / "x.json"), "no such folder to write to")
 
 
@@ -582,7 +591,7 @@ def test_train_mini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("mini", "stages"):
         monkeypatch.delitem(sys.modules, f"kvspn.training.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert_one_line(kvspn_("train", "mini", "--out", tmp_path), "peft", "kvspn[train]")
+    assert_one_line(kvspn_("train", "mini", "--out", tmp_path), "peft", "pip install peft accelerate Babel")
 
 
 def test_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ from math import comb
 import numpy as np
 import pytest
 
-from kvspn.measure.comparison import compare, ratio
+from kvspn.measure.comparison import compare
+from kvspn.measure.intervals import ratio
 
 CASE = {
     "what": "step",

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvspn.measure import launches, steps, timing
+from kvspn.measure import launches, timing
 from kvspn.measure.ops import CALLS, OPS, WEIGHTED, Sizes, run
 from kvspn.measure.shapes import Shape
 from kvspn.weights.formats import FORMATS
@@ -21,7 +21,6 @@ TINY = Shape(4, 2, heads=2, ffn=96, vocabulary=97, encoder_positions=20, length=
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(steps.SHAPES, "tiny", TINY)
     monkeypatch.setattr(timing, "_buffer", lambda device: torch.ones(1 << 18))
 
 
@@ -65,13 +64,13 @@ def test_rows() -> None:
     twice = lambda *args, **kwargs: 2 * reference("fused_linear/")(*args, **kwargs)  # noqa: E731
     found = run(
         {"mine": SimpleNamespace(fused_linear=twice)},
-        shapes=["tiny"],
+        shapes={"tiny": TINY},
         formats=["fp32", "int8"],
         batches=[1, 2],
         lengths=[6, 9],
         rounds=2,
     )
-    assert set(found) == {"machine", "ops"}
+    assert set(found) == {"machine", "warnings", "ops"}
     assert set(found["machine"]["devices"]["cpu"]["product_gflop_per_s"]) == {"fp32", "bf16"}
     rows = found["ops"]
     assert all(row.correct == (row.backend != "mine") for row in rows)
@@ -109,9 +108,9 @@ def test_cold_caches_are_emptied_before_each_timing(monkeypatch: pytest.MonkeyPa
 
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"ops must be of flat_kv_attention, .*, got 'softmax'"):
-        run(ops=["softmax"], shapes=["tiny"])
+        run(ops=["softmax"], shapes={"tiny": TINY})
     with pytest.raises(ValueError, match="must not be called reference"):
-        run({"reference": SimpleNamespace()}, shapes=["tiny"])
+        run({"reference": SimpleNamespace()}, shapes={"tiny": TINY})
 
 
 @pytest.mark.gpu

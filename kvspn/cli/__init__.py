@@ -43,9 +43,29 @@ class OneLineErrors(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 1
         except (ValueError, OSError) as error:
-            print_error(error)
+            print_error(_by_option(str(error)))
             code = 1
         sys.exit(code)
+
+
+# What the library calls an argument, and the option that gave it.
+_OPTIONS = {
+    "name": "--backend",
+    "weights": "--weights",
+    "kv": "--kv",
+    "shape": "--shape",
+    "lengths": "--lengths",
+    "target": "--to",
+    "target_language": "--to",
+    "language": "--from",
+    "formats": "--weights",
+}
+
+
+def _by_option(message: str) -> str:
+    """ "weights must be ..." -> "--weights must be ...": on the command line nobody knows the parameters."""
+    name, must, rest = message.partition(" must ")
+    return f"{_OPTIONS.get(name, name)}{must}{rest}"
 
 
 app = typer.Typer(

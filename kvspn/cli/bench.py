@@ -9,20 +9,21 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from kvspn.cli.common import KV, whole_numbers, write_json
+from kvspn.cli.common import KV, print_table, silence_transformers, span, whole_numbers, write_json
 
 if TYPE_CHECKING:
     from kvspn.measure.comparison import Change
+    from kvspn.measure.intervals import Ratio
+    from kvspn.measure.shapes import Shape
     from kvspn.measure.timing import Row
+    from kvspn.weights import DecoderWeights
 
 _SHAPES = ("whisperM2M", "miniature")
 _FORMATS = "fp32,bf16,int8,int4"
@@ -37,8 +38,29 @@ def bench(
         typer.Option(
             "--shape",
             metavar="SHAPE,...",
-            help="whisperM2M (5 GB of memory, 14 with --peers), miniature.",
+            help="whisperM2M (7 GB of memory, 14 with --peers), miniature; or one of your own, as in "
+            "d=1280,layers=4,heads=20,vocab=51866, also with ffn, groups, encoder, positions, T.",
             show_default=f"{','.join(_SHAPES)}; with --all miniature",
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            metavar="FOLDER",
+            help="A whisperM2M model folder: its own shape and weights.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens_per_step: Annotated[
+        float | None,
+        typer.Option(
+            "--tokens-per-step",
+            min=1,
+            max=2,
+            metavar="X",
+            help="What the milliseconds of a token divide by.",
+            show_default="what the miniature reaches; the row says so",
         ),
     ] = None,
     formats: Annotated[
@@ -68,7 +90,7 @@ def bench(
         typer.Option(
             "--lengths",
             metavar="T,...",
-            help="Positions in the cache, at most 440.",
+            help="Positions in the cache, at most 440 at the named shapes.",
             show_default="the shape's own",
         ),
     ] = None,
@@ -84,14 +106,15 @@ def bench(
         ),
     ] = None,
     stride: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--encoder-stride",
             min=1,
             metavar="N",
             help="The draft network attends to every N-th encoder position.",
+            show_default="1",
         ),
-    ] = 1,
+    ] = None,
     peers: Annotated[
         bool,
         typer.Option("--peers", help="Also transformers, CTranslate2, OpenVINO and ONNX Runtime."),
@@ -149,12 +172,6 @@ def bench(
     if compared is not None:
         _compare(*compared, output)
         return
-    # All of it at the large shape takes hours: who wants that says so.
-    shapes = shapes or ("miniature" if everything else ",".join(_SHAPES))
-    chosen = [name.strip() for name in shapes.split(",")]
-    for name in chosen:
-        if name not in _SHAPES:
-            raise typer.BadParameter(f"must be of {', '.join(_SHAPES)}; got {name!r}")
     if save is not None and not re.fullmatch(r"[\w.+-]*\w", save):
         raise typer.BadParameter(
             f"--save must be a name of letters, digits, '.', '_', '+', '-'; got {save!r}"
@@ -163,25 +180,46 @@ def bench(
         from kvspn.measure import report  # before the work: it may miss matplotlib
     import torch
 
+    from kvspn.engines import backends as known
     from kvspn.engines import default_backend
     from kvspn.measure import steps
     from kvspn.measure.ops import run as time_ops
     from kvspn.measure.peers import PEERS
-    from kvspn.measure.shapes import MAX_LENGTH, device_of
+    from kvspn.measure.shapes import device_of, find_shapes, shape_of
     from kvspn.weights.formats import base_and_draft
 
     if backends is not None:
         names = [name.strip() for name in backends.split(",")]
+        for name in names:
+            if (missing := known().get(name, "no such backend")) is not None:
+                ready = ", ".join(other for other, reason in known().items() if reason is None)
+                raise typer.BadParameter(f"--backend must be of {ready}; got {name}: {missing}")
     elif everything:
         names = _ready()
     else:
         names = [default_backend(torch.device("cpu"))]
     weights = [fmt.strip() for fmt in (formats or _FORMATS).split(",")]
+    for fmt in weights:
+        base_and_draft(fmt)
+    decoder = None
+    if model is None:
+        # All of it at the large shape takes hours: who wants that says so.
+        chosen = find_shapes(shapes or ("miniature" if everything else ",".join(_SHAPES)))
+        chosen = {name: _with_draft(shape, short_list, stride) for name, shape in chosen.items()}
+    else:
+        own = {"--shape": shapes, "--draft-vocabulary": short_list, "--encoder-stride": stride}
+        for option, value in own.items():
+            if value is not None:
+                raise typer.BadParameter(f"{option} is the model's own beside --model; got {value}")
+        decoder, positions = _decoder(model)
+        chosen = {model.resolve().name: shape_of(decoder, positions)}
     many = whole_numbers("--batch", batches or (_BATCHES if everything else "1"), 256)
-    long = whole_numbers("--lengths", lengths, MAX_LENGTH) if lengths else []
-    if everything and not lengths:
-        long = whole_numbers("--lengths", _LENGTHS, MAX_LENGTH)
+    longest = min(shape.max_length for shape in chosen.values())
+    lengths = lengths or (_LENGTHS if everything and model is None else None)
+    long = whole_numbers("--lengths", lengths, longest) if lengths else []
     others = PEERS if peers or (everything and not cold) else ()
+    if cold and peers:
+        raise typer.BadParameter("--cold must not be given with --peers, whose steps are timed warm")
     if others:  # theirs would break into the table
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
@@ -199,15 +237,15 @@ def bench(
             lengths=long,
             cold=cold,
             kv=[kv] if kv else (),
-            short_list=short_list or 0,
-            encoder_stride=stride,
+            weights=decoder,
+            tokens_per_step=tokens_per_step,
         )
         rows: list[Row] = found["rows"]
         document: dict[str, Any] = {**found, "rows": [asdict(row) for row in rows]}
         if ops or everything:
             timed: list[Row] = []
             for device in dict.fromkeys(device_of(name) for name in names):
-                timed += time_ops(
+                of_ops = time_ops(
                     shapes=chosen,
                     formats=list(dict.fromkeys(base_and_draft(fmt)[0] for fmt in weights)),
                     batches=many,
@@ -216,17 +254,23 @@ def bench(
                     cold=cold,
                     device=device,
                     progress=status.update,
-                )["ops"]
+                )
+                timed += of_ops["ops"]
+                document["warnings"] = document["warnings"] + of_ops["warnings"]
             document["ops"] = [asdict(row) for row in timed]
             rows = rows + timed
-    console = _console()
-    for table in _tables(rows):
-        console.print(table)
-    console.print(f"A bare read of memory: {found['machine']['read_gb_per_s']} GB/s")
+    _print_rows(rows)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    machine = found["machine"]
+    console.print(f"A bare read of memory: {machine['read_gb_per_s']} GB/s", end=" ")
+    console.print(span(machine["read_gb_per_s_interval"], 1))
     for key, ratios in found["summary"]["speedup"].items():
         for what, over in ratios.items():
             if "fastest_peer" in over:
-                console.print(f"{key} {what}: {over['over_fastest_peer']:.2f} × {over['fastest_peer']}")
+                ratio, interval = over["over_fastest_peer"], over["over_fastest_peer_interval"]
+                console.print(f"{key} {what}: {ratio:.2f} {span(interval, 2)} × {over['fastest_peer']}")
+    for warning in document["warnings"]:
+        errors.print(f"kvspn: {warning}", markup=False, highlight=False, soft_wrap=True)
     if save is not None:
         SAVED.mkdir(exist_ok=True)
         write_json(SAVED / f"{save}.json", document)
@@ -242,9 +286,24 @@ def bench(
         raise typer.Exit(1)
 
 
-def _console() -> Console:
-    """As wide as its tables where it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 150)
+def _with_draft(shape: Shape, short_list: int | None, stride: int | None) -> Shape:
+    """The shape with another draft network."""
+    if short_list is not None and short_list > shape.vocabulary:
+        raise typer.BadParameter(f"--draft-vocabulary must be from 1 to {shape.vocabulary}; got {short_list}")
+    return replace(shape, short_list=short_list or 0, encoder_stride=stride or 1)
+
+
+def _decoder(folder: Path) -> tuple[DecoderWeights, int]:
+    """A model's decoder and draft network in fp32, and how many positions its encoder has."""
+    import torch
+
+    from kvspn.models import WhisperM2MForConditionalGeneration, WhisperM2MProcessor
+    from kvspn.models.folder import open_folder
+    from kvspn.models.weights import decoder_weights
+
+    silence_transformers()
+    model, _ = open_folder(folder, WhisperM2MForConditionalGeneration, WhisperM2MProcessor, torch.float32)
+    return decoder_weights(model), model.config.max_source_positions
 
 
 def _ready() -> list[str]:
@@ -258,41 +317,55 @@ def _ready() -> list[str]:
     return [name for name in kernels if found[name] is None] or ["reference"]
 
 
-def _tables(rows: list[Row]) -> Iterator[Table]:
-    """Of one shape and batch each: the steps at a length, or the ops."""
+_HEADINGS = ("what", "backend", "ms", "95%", "min", "max", "GB/s", "of peak", "95%", "of compute", "ok", "")
+
+
+def _print_rows(rows: list[Row]) -> None:
+    """A table of each shape and batch: the steps at a length, or the ops; then what their notes mean."""
+    from kvspn.measure.timing import NOTES
+
     groups: dict[str, list[Row]] = {}
     for row in rows:
         what = "ops" if "/" in row.what else f"T = {row.kv_length}"
         groups.setdefault(f"{row.shape}, batch {row.batch}, {what}", []).append(row)
     for title, group in groups.items():
-        yield _table(title, group)
+        kinds = list(dict.fromkeys(map(_case_name, group)))
+        # Like beside like, the fastest first.
+        ordered = sorted(group, key=lambda row: (kinds.index(_case_name(row)), row.ms_median))
+        print_table(_HEADINGS, [_cells(row) for row in ordered], left=2, title=title)
+    for note in dict.fromkeys(note for row in rows for note in row.notes):
+        typer.echo(f"{note}: {NOTES[note]}")
 
 
-def _table(title: str, rows: list[Row]) -> Table:
-    """Like beside like, the fastest first."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for heading in ("what", "backend"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("ms", "min", "max", "GB/s", "of peak", "of compute", "ok"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    kinds = list(dict.fromkeys(map(_case_name, rows)))
-    for row in sorted(rows, key=lambda row: (kinds.index(_case_name(row)), row.ms_median)):
-        digits = 3 if "/" in row.what else 2
-        table.add_row(
-            _case_name(row),
-            f"{row.backend} {row.weights}{f', {row.kv} KV' if row.kv else ''}",
-            *(f"{value:.{digits}f}" for value in (row.ms_median, row.ms_min, row.ms_max)),
-            f"{row.gb_per_s:.1f}",
-            f"{row.percent_of_measured_peak:.0f}%",
-            f"{row.percent_of_measured_compute:.1f}%",
-            "yes" if row.correct else "NO",
-        )
-    return table
+def _cells(row: Row) -> list[str]:
+    digits = 3 if "/" in row.what else 2
+    shown = "no interval" not in row.notes  # a difference that may be nothing is no figure
+    return [
+        _case_name(row),
+        f"{row.backend} {row.weights}{f', {row.kv} KV' if row.kv else ''}",
+        _figure(row.ms_median if shown else None, digits),
+        span(row.ms_interval if shown else None, digits),
+        _figure(row.ms_min if shown else None, digits),
+        _figure(row.ms_max if shown else None, digits),
+        _figure(row.gb_per_s, 1),
+        _figure(row.percent_of_measured_peak, 0, "%"),
+        span(row.peak_interval, 0),
+        _figure(row.percent_of_measured_compute, 1, "%"),
+        "yes" if row.correct else "NO",
+        ", ".join(row.notes),
+    ]
+
+
+def _figure(value: float | None, digits: int, unit: str = "") -> str:
+    return "–" if value is None else f"{value:.{digits}f}{unit}"
 
 
 def _case_name(row: Row) -> str:
     if "/" in row.what:
         return f"{row.what}, T = {row.kv_length}"
+    if row.what == "token":
+        whose = "the miniature's " if row.tokens_per_step_of == "miniature" else ""
+        return f"token, {whose}{row.tokens_per_step:.2f} a step"
     return f"{row.what}, {row.rows} row{'s' * (row.rows > 1)}" if row.what == "step" else row.what
 
 
@@ -310,13 +383,13 @@ def _compare(before: str, after: str, output: Path | None) -> None:
 
     documents = [_open(name) for name in (before, after)]
     changes = compare(documents[0], documents[1])
-    console = _console()
+    console = Console(width=None if sys.stdout.isatty() else 150)
     cpus, versions = ([document["machine"][key] for document in documents] for key in ("cpu", "versions"))
     for what, (one, other) in (("processor", cpus), ("versions", versions)):
         if one != other:
             differ = [key for key in one | other if one.get(key) != other.get(key)]
             console.print(f"The records differ in {what}: {', '.join(differ)}")
-    console.print(_changes(changes))
+    _print_changes(changes)
     counts = Counter(change.verdict for change in changes)
     console.print(
         ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()) or "Nothing shared"
@@ -340,33 +413,27 @@ def _open(name: str) -> dict[str, Any]:
     return document
 
 
-def _changes(changes: list[Change]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("what")
-    table.add_column("backend")
-    for heading in (
-        "batch",
-        "rows",
-        "T",
-        "before, ms",
-        "after, ms",
-        "after / before",
-        "over a bare read",
-        "",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for change in changes:
-        case = change.case
-        table.add_row(
-            f"{case['shape']} {case['what']}",
-            f"{case['backend']} {case['weights']}",
-            *(str(case[name]) for name in ("batch", "rows", "kv_length")),
-            f"{change.before:.4g}",
-            f"{change.after:.4g}",
-            *(
-                f"{each.estimate:.3f} [{each.low:.3f}, {each.high:.3f}]"
-                for each in (change.time, change.over_read)
-            ),
-            change.verdict,
-        )
-    return table
+_CHANGE = ("what", "backend", "batch", "rows", "T", "before, ms", "after, ms", "after / before")
+
+
+def _print_changes(changes: list[Change]) -> None:
+    def spread(ratio: Ratio) -> str:
+        return f"{ratio.estimate:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+
+    print_table(
+        (*_CHANGE, "over a bare read", ""),
+        [
+            (
+                f"{change.case['shape']} {change.case['what']}",
+                f"{change.case['backend']} {change.case['weights']}",
+                *(str(change.case[name]) for name in ("batch", "rows", "kv_length")),
+                f"{change.before:.4g}",
+                f"{change.after:.4g}",
+                spread(change.time),
+                spread(change.over_read),
+                change.verdict,
+            )
+            for change in changes
+        ],
+        left=2,
+    )

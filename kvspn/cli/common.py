@@ -8,11 +8,15 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from kvspn.speech.translator import Translator
@@ -34,6 +38,41 @@ def whole_numbers(option: str, text: str, highest: int) -> list[int]:
         if not part.isdecimal() or not 1 <= int(part) <= highest:
             raise typer.BadParameter(f"{option} must be whole numbers from 1 to {highest}; got {part!r}")
     return sorted({int(part) for part in parts})
+
+
+def print_table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, title: str = ""
+) -> None:
+    """A table on stdout, of which nothing is cut off.
+
+    In a pipe it is as wide as it must be. In a narrower terminal it comes in parts, one below the other, each
+    with the first columns in front.
+
+    Args:
+        left: how many columns, from the first, are aligned to the left and stand in front of every part.
+    """
+    widths = [max(map(cell_len, cells)) for cells in zip(headings, *rows, strict=True)]
+    console = Console(width=None if sys.stdout.isatty() else sum(widths) + 2 * len(widths))
+    front, parts = list(range(left)), [list[int]()]
+    for column in range(left, len(headings)):
+        taken = [*front, *parts[-1], column]
+        if parts[-1] and sum(widths[i] + 2 for i in taken) - 2 > console.width:
+            parts.append([])
+        parts[-1].append(column)
+    for part in parts:
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for column in (*front, *part):
+            table.add_column(
+                Text(headings[column]), justify="left" if column < left else "right", no_wrap=True
+            )
+        for row in rows:
+            table.add_row(*(Text(row[column]) for column in (*front, *part)))
+        console.print(table)
+
+
+def span(interval: Sequence[float] | None, digits: int = 2) -> str:
+    """ "[1.20, 1.30]", or nothing where there is no interval."""
+    return "" if interval is None else f"[{', '.join(f'{end:.{digits}f}' for end in interval)}]"
 
 
 def write_json(file: Path, document: object) -> None:

@@ -1,29 +1,17 @@
 """Two records of `kvspn bench`, row by row: what is faster, what is slower, and what is noise.
 
-The Mann-Whitney rank test on the rounds' times, turned into a confidence interval of their ratio (Hodges and
-Lehmann: the quantiles of the ratios of all pairs). It asks nothing of how times are distributed.
+By confidence intervals of the ratios of their rounds' times (kvspn.measure.intervals).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from math import floor, sqrt
-from statistics import NormalDist, median
 from typing import Any
 
+from kvspn.measure.intervals import CONFIDENCE, Ratio, ratio
 from kvspn.measure.steps import DERIVED
 
 _SAME_CASE = ("what", "shape", "backend", "weights", "batch", "rows", "kv_length", "device", "cache", "kv")
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Of two samples of times, later over earlier: the estimate, and its confidence interval."""
-
-    estimate: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -45,30 +33,7 @@ class Change:
     verdict: str
 
 
-def ratio(before: Sequence[float], after: Sequence[float], confidence: float = 0.95) -> Ratio:
-    """The confidence interval of how many times as long ``after`` takes as ``before``.
-
-    Args:
-        before, after: times of rounds, each above 0. The fewer, the wider the interval.
-        confidence: that the interval holds the true ratio, as long as rounds are independent.
-
-    Raises:
-        ValueError: times that are not above 0, or too few for that confidence (four of each are enough
-            for 0.95).
-    """
-    for name, times in (("before", before), ("after", after)):
-        if not times or min(times) <= 0:
-            raise ValueError(f"{name} must hold times above 0, got {list(times)}")
-    pairs = sorted(b / a for a in before for b in after)
-    n, m = len(before), len(after)
-    spread = NormalDist().inv_cdf((1 + confidence) / 2) * sqrt(n * m * (n + m + 1) / 12)
-    outside = floor(n * m / 2 - spread)  # pairs on either side
-    if outside < 1:
-        raise ValueError(f"before and after must hold more rounds for {confidence:.2%}, got {n} and {m}")
-    return Ratio(median(pairs), pairs[outside - 1], pairs[-outside])
-
-
-def compare(before: dict[str, Any], after: dict[str, Any], confidence: float = 0.95) -> list[Change]:
+def compare(before: dict[str, Any], after: dict[str, Any], confidence: float = CONFIDENCE) -> list[Change]:
     """The cases that two records share.
 
     Args:

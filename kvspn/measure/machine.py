@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,35 @@ def cpu() -> dict[str, Any]:
         "flags": {flag: flag in found for flag in CPU_FLAGS},
         "instruction_set": _instruction_set(),
     }
+
+
+class Elsewhere:
+    """What other programs do with the cores that this process may use, since this object was made."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def cores(self) -> float | None:
+        """How many of them they kept busy on average; None where the system does not say."""
+        now = self._now()
+        if now is None or self._start is None:
+            return None
+        seconds, busy, own = (after - before for before, after in zip(self._start, now, strict=True))
+        return round(max(busy - own, 0) / max(seconds, 1e-9), 2)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """Seconds that have passed, in which the cores were busy, and those of this process."""
+        file = Path("/proc/stat")
+        if not file.exists() or not hasattr(os, "sched_getaffinity"):
+            return None
+        cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+        busy = 0
+        for name, *ticks in map(str.split, file.read_text().splitlines()):
+            if name in cores:
+                user, nice, system, _, _, irq, softirq, steal, *_ = map(int, ticks)
+                busy += user + nice + system + irq + softirq + steal
+        return time.monotonic(), busy / os.sysconf("SC_CLK_TCK"), time.process_time()
 
 
 def memory_gib() -> float:

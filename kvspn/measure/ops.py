@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import kvspn.ops
 from kvspn.engines import backends
 from kvspn.measure.shapes import SHAPES, Shape
-from kvspn.measure.timing import Case, Rounds, clock, counts
+from kvspn.measure.timing import Case, Rounds, clock, counts, warnings
 from kvspn.weights import Linear
 from kvspn.weights.formats import FORMATS
 from kvspn.weights.linear import dequantise, quantise_linear
@@ -296,7 +296,7 @@ def run(
     implementations: Mapping[str, Any] | None = None,
     *,
     ops: Sequence[str] = OPS,
-    shapes: Sequence[str] = ("whisperM2M",),
+    shapes: Mapping[str, Shape] | None = None,
     formats: Sequence[str] = ("fp32",),
     batches: Sequence[int] = (1,),
     lengths: Sequence[int] = (),
@@ -305,14 +305,14 @@ def run(
     device: str = "cpu",
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Times implementations of ops in turn: {"machine", "ops"} of docs/benchmark.md, with a list of Row.
+    """Times implementations of ops in turn: {"machine", "warnings", "ops"}: docs/benchmark.md; a list of Row.
 
     Args:
         implementations: beside the package's own; by name, each an object whose attributes are ops with the
             signatures of kvspn.ops. Those that it lacks are left out.
         ops: of OPS.
-        shapes, formats, batches, lengths, rounds, cold, progress: as in kvspn.measure.steps.run; formats of
-            kvspn.weights.formats.FORMATS.
+        shapes, formats, batches, lengths, rounds, cold, progress: as in kvspn.measure.steps.run; whisperM2M's
+            shape by default, formats of kvspn.weights.formats.FORMATS.
         device: "cpu" or "cuda".
 
     Raises:
@@ -327,21 +327,23 @@ def run(
     spaces |= implementations or {}
     frame = Rounds(rounds, cold)
     rows = []
-    for shape, fmt, batch in product(shapes, formats, batches):
-        for i, length in enumerate(lengths or (SHAPES[shape].length,)):
-            progress(f"{shape}: ops, {fmt}, batch {batch}, T = {length}")
-            sizes = Sizes(replace(SHAPES[shape], length=length), fmt, batch, device)
+    named = {"whisperM2M": SHAPES["whisperM2M"]} if shapes is None else shapes
+    for (name, shape), fmt, batch in product(named.items(), formats, batches):
+        for i, length in enumerate(lengths or (shape.length,)):
+            progress(f"{name}: ops, {fmt}, batch {batch}, T = {length}")
+            sizes = Sizes(replace(shape, length=length), fmt, batch, device)
             calls = [
                 call
                 for call in CALLS
-                if (name := call.partition("/")[0]) in ops
+                if (op := call.partition("/")[0]) in ops
                 and (not i or call in _LONG)
-                and (FORMATS[fmt].is_floating_point or name in WEIGHTED)
+                and (FORMATS[fmt].is_floating_point or op in WEIGHTED)
             ]
-            cases = list(_cases(shape, sizes, calls, spaces, cold))
+            cases = list(_cases(name, sizes, calls, spaces, cold))
             frame.time(cases)
             rows += [case.row() for case in cases]
-    return {"machine": frame.machine(), "ops": rows}
+    machine = frame.machine()
+    return {"machine": machine, "warnings": warnings(rows, machine), "ops": rows}
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ read of as many bytes: what else the machine does falls on all of them alike.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.resources import files
@@ -20,9 +20,11 @@ import torch
 
 from kvspn.engines import Engine
 from kvspn.measure import allocations
+from kvspn.measure.correctness import Expected
+from kvspn.measure.intervals import of_median, ratio
 from kvspn.measure.peers import PEERS, Problem, Skipped, load
-from kvspn.measure.shapes import MAX_LENGTH, SHAPES, UNPRUNED, Shape, device_of, start
-from kvspn.measure.timing import Case, Rounds, Row, clock, counts
+from kvspn.measure.shapes import UNPRUNED, Shape, device_of, start
+from kvspn.measure.timing import Case, Rounds, Row, clock, counts, warnings
 from kvspn.weights import DecoderWeights, Linear
 from kvspn.weights.formats import base_and_draft, quantise
 
@@ -31,7 +33,7 @@ DERIVED = ("draft", "token")  # rows whose times follow from others'
 
 
 def run(
-    shapes: Sequence[str],
+    shapes: Mapping[str, Shape],
     backends: Sequence[str],
     formats: Sequence[str],
     rounds: int = 20,
@@ -43,13 +45,13 @@ def run(
     lengths: Sequence[int] = (),
     cold: bool = False,
     kv: Sequence[str] = (),
-    short_list: int = 0,
-    encoder_stride: int = 1,
+    weights: DecoderWeights | None = None,
+    tokens_per_step: float | None = None,
 ) -> dict[str, Any]:
-    """Times the cases: {"machine", "rows", "summary"} of docs/benchmark.md, with a list of Row.
+    """Times the cases: {"machine", "rows", "summary", ...} of docs/benchmark.md, with a list of Row.
 
     Args:
-        shapes: of SHAPES.
+        shapes: by the names that rows have, those of kvspn.measure.shapes.SHAPES for example.
         backends: of kvspn.
         formats: of kvspn.weights.formats.base_and_draft; a peer has the base model's, once.
         rounds: timings of each case.
@@ -57,29 +59,24 @@ def run(
         progress: told what is going on.
         skipped: told what is left out, and why.
         batches: rows decoded together.
-        lengths: T, positions in the self-attention cache, 1 to MAX_LENGTH; by default the shape's own.
+        lengths: T, positions in the self-attention cache, 1 to the shape's max_length; by default its own.
         cold: with the caches emptied before each timing; peers cannot have that.
         kv: formats of the caches beside that of the embeddings, for kvspn's steps: "int8".
-        short_list: tokens that the draft network chooses from; 0 for the vocabulary.
-        encoder_stride: it attends to every n-th of the encoder's positions.
+        weights: the decoder to measure, fp32, where there is one shape; None: random ones.
+        tokens_per_step: by which "token" rows divide; None: what the miniature reaches in a row's format.
 
     Raises:
-        ValueError: another format; a length, short list or stride out of range; peers and cold.
+        ValueError: another format; a length out of range; weights for several shapes; peers and cold.
     """
     if cold and peers:
         raise ValueError("cold must be False with peers, whose steps are timed warm; got True")
-    for length in lengths:
-        if not 1 <= length <= MAX_LENGTH:
-            raise ValueError(f"lengths must be from 1 to {MAX_LENGTH}, got {length}")
-    bases = {}
-    for name in shapes:
-        base = SHAPES[name]
-        if not 0 <= short_list <= base.vocabulary:
-            raise ValueError(
-                f"short_list (the draft's vocabulary) must be from 0 to {base.vocabulary}, got {short_list}"
-            )
-        bases[name] = replace(base, short_list=short_list, encoder_stride=encoder_stride)
-    bench = _Bench(rounds, cold, encoder_stride, progress, skipped)
+    for name, shape in shapes.items():
+        for length in lengths:
+            if not 1 <= length <= shape.max_length:
+                raise ValueError(f"lengths must be from 1 to {shape.max_length} for {name}, got {length}")
+    if weights is not None and len(shapes) != 1:
+        raise ValueError(f"shapes must hold that of the weights alone, got {', '.join(shapes)}")
+    bench = _Bench(shapes, rounds, cold, tokens_per_step, progress, skipped)
     modules = {}
     for peer in peers:
         try:
@@ -89,9 +86,10 @@ def run(
     widths: dict[str, list[str]] = {}
     for fmt in formats:
         widths.setdefault(_width(fmt), []).append(fmt)
-    for name, base in bases.items():
-        progress(f"{name}: random weights")
-        made = base.weights()
+    for name, base in shapes.items():
+        if weights is None:
+            progress(f"{name}: random weights")
+        made = base.weights() if weights is None else weights
         first, *_ = lengths or (base.length,)
         problem = Problem(made, first, base.encoder_positions) if modules else None
         for batch, length in product(batches, lengths or (base.length,)):
@@ -102,22 +100,22 @@ def run(
                     for backend in backends:
                         progress(f"{name}: {backend}, {fmt}, batch {batch}, T = {length}")
                         for caches in (None, *kv):
-                            cases += _own_cases(name, shape, made, backend, fmt, batch, caches, cold)
+                            cases += bench.own_cases(name, shape, made, backend, fmt, batch, caches)
                 if (batch, length) == (1, first):
                     cases += bench.peer_cases(modules, problem, name, shape, width)
                 bench.time(cases)
+        bench.forget()
         del made, problem, cases
-    for name in shapes:  # last, since they need the most memory
+    for name, base in shapes.items():  # last, since they need the most memory
         if name in UNPRUNED and "transformers" in modules and "fp32" in widths:
-            first, *_ = lengths or (SHAPES[name].length,)
+            first, *_ = lengths or (base.length,)
             name, shape = UNPRUNED[name]
             shape = replace(shape, length=first)
             progress(f"{name}: random weights")
             problem = Problem(shape.weights(), shape.length, shape.encoder_positions)
             transformers = {"transformers": modules["transformers"]}
             bench.time(list(bench.peer_cases(transformers, problem, name, shape, "fp32")))
-    draft = {"vocabulary": short_list or None, "encoder_stride": encoder_stride}
-    return bench.document() | {"draft": draft}
+    return bench.document()
 
 
 class _Bench:
@@ -125,19 +123,110 @@ class _Bench:
 
     def __init__(
         self,
+        shapes: Mapping[str, Shape],
         rounds: int,
         cold: bool,
-        encoder_stride: int,
+        tokens_per_step: float | None,
         progress: Callable[[str], None],
         skipped: Callable[[str], None],
     ) -> None:
-        self._rounds = Rounds(rounds, cold)
-        self._encoder_stride = encoder_stride
+        self._shapes = shapes
+        self._rounds, self._cold = Rounds(rounds, cold), cold
+        self._tokens_per_step = tokens_per_step
         self._progress, self._skipped = progress, skipped
         self._rows: list[Row] = []
-        self._costs: dict[str, dict[str, float]] = {
+        self._costs: dict[str, dict[str, Any]] = {
             name: {} for name in ("two_row_cost", "draft_overhead", "tokens_per_step")
         }
+        self._intervals: dict[str, dict[str, Any]] = {"two_row_cost": {}, "draft_overhead": {}}
+        self._expected: dict[tuple[int, str, int, str | None, str], Expected] = {}
+
+    def own_cases(
+        self,
+        name: str,
+        shape: Shape,
+        made: DecoderWeights,
+        backend: str,
+        fmt: str,
+        batch: int,
+        kv: str | None,
+    ) -> Iterator[Case]:
+        weights = quantise(made, fmt)
+        whole, two_row = (start(backend, each, shape, batch, kv) for each in (weights, faint_draft(weights)))
+        device = device_of(backend)
+
+        def back(engine: Engine) -> None:
+            engine.lengths.fill_(shape.length)
+            engine.finished.fill_(False)
+
+        def tokens(engine: Engine, draft: bool) -> list[list[int]]:
+            back(engine)
+            for _ in range(3):
+                engine.step(1, draft)
+            found: list[list[int]] = engine.tokens[:, : shape.length + 4].tolist()
+            return found
+
+        plain = tokens(whole, draft=False)
+        correct = plain == tokens(whole, draft=True) == tokens(two_row, draft=True)
+        correct &= self._expect(made, weights, fmt, shape, kv, device).of(whole)
+
+        allocated = _allocations(shape.layers, shape.groups, backend, fmt, kv)
+        bare, drafting = (step_bytes(weights, shape, batch, draft, kv) for draft in (False, True))
+        one, two, all_of_it = (
+            step_flops(made, shape, batch, rows, draft) for rows, draft in ((1, False), (2, False), (2, True))
+        )
+
+        def case(what: str, rows: int, size: int, flops: int, engine: Engine, draft: bool) -> Case:
+            back(engine)
+            counted = counts(lambda: engine.step(1, draft), device)
+            return Case(
+                what=what,
+                shape=name,
+                backend=backend,
+                weights=fmt,
+                batch=batch,
+                rows=rows,
+                kv_length=shape.length,
+                bytes=size,
+                flops=flops,
+                correct=correct,
+                launches=counted["launches"],
+                host_synchronisations=counted["host_synchronisations"],
+                allocations=allocated[(what, rows) != ("step", 1)],
+                device=device,
+                cache="cold" if self._cold else "warm",
+                kv=kv,
+                time=None
+                if what in DERIVED
+                else clock(lambda: engine.step(1, draft), lambda: back(engine), device, self._cold),
+            )
+
+        yield case("step", 1, bare, one, whole, False)
+        yield case("step", 2, bare, two, two_row, True)
+        yield case("kvspn_step", 2, drafting, all_of_it, whole, True)
+        yield case("draft", 1, drafting - bare, all_of_it - two, whole, True)
+        reached = self._tokens_per_step or _tokens_per_step(fmt, shape.encoder_stride)
+        if reached:
+            size, flops = (round(each / reached) for each in (drafting, all_of_it))
+            token = case("token", 2, size, flops, whole, True)
+            token.tokens_per_step = reached
+            token.tokens_per_step_of = "given" if self._tokens_per_step else "miniature"
+            yield token
+
+    def _expect(
+        self,
+        made: DecoderWeights,
+        stored: DecoderWeights,
+        fmt: str,
+        shape: Shape,
+        kv: str | None,
+        device: str,
+    ) -> Expected:
+        """What is right in a format, computed once for all backends and batches on a device."""
+        at = id(made), fmt, shape.length, kv, device
+        if at not in self._expected:
+            self._expected[at] = Expected(made.to(device), stored.to(device), fmt, shape, kv)
+        return self._expected[at]
 
     def peer_cases(
         self, modules: dict[str, ModuleType], problem: Problem | None, name: str, shape: Shape, fmt: str
@@ -169,39 +258,55 @@ class _Bench:
                 of[case.backend, case.weights, case.kv, what, rows]
                 for what, rows in (("step", 1), ("step", 2), ("kvspn_step", 2))
             )
+            key = _key(case, self._shapes)
             if case.what == "token":
-                reached = _tokens_per_step(case.weights, self._encoder_stride)
-                assert reached
-                self._costs["tokens_per_step"][_key(case)] = reached
-                case.times = [ms / reached for ms in whole]
+                assert case.tokens_per_step is not None
+                self._costs["tokens_per_step"][key] = case.tokens_per_step
+                case.times = [ms / case.tokens_per_step for ms in whole]
             else:
                 case.times = [a - b for a, b in zip(whole, two, strict=True)]
-                self._costs["two_row_cost"][_key(case)] = _ratio(two, one)
-                self._costs["draft_overhead"][_key(case)] = round(_ratio(whole, one) - 1, 3)
+                self._cost("two_row_cost", key, [b / a for a, b in zip(one, two, strict=True)])
+                self._cost("draft_overhead", key, [c / a - 1 for a, c in zip(one, whole, strict=True)])
+
+    def forget(self) -> None:
+        """A decoder is done with."""
+        self._expected.clear()
+
+    def _cost(self, name: str, key: str, ratios: list[float]) -> None:
+        """A ratio of times of one round, in every round."""
+        self._costs[name][key] = round(median(ratios), 3)
+        interval = of_median(ratios)
+        self._intervals[name][key] = interval and [round(each, 3) for each in interval]
 
     def document(self) -> dict[str, Any]:
+        shape, *_ = self._shapes.values()
+        machine = self._rounds.machine()
         return {
-            "machine": self._rounds.machine(),
+            "machine": machine,
+            "warnings": warnings(self._rows, machine),
             "rows": self._rows,
             "summary": {
                 **self._costs,
-                "speedup": speedups(self._rows),
+                "intervals": self._intervals,
+                "speedup": speedups(self._rows, self._shapes),
             },
+            "draft": {"vocabulary": shape.short_list or None, "encoder_stride": shape.encoder_stride},
         }
 
 
-def _key(case: Case | Row) -> str:
+def _key(case: Case | Row, shapes: Mapping[str, Shape]) -> str:
     """Under which the summary has it: shape/backend/weights, and caches, batch and length that are others."""
     key = f"{case.shape}/{case.backend}/{case.weights}" + (f"/{case.kv} KV" if case.kv else "")
     batch = f"/batch {case.batch}" if case.batch != 1 else ""
-    own = case.shape not in SHAPES or case.kv_length == SHAPES[case.shape].length
+    own = case.kv_length == shapes[case.shape].length
     return key + batch + ("" if own else f"/T {case.kv_length}")
 
 
-def speedups(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+def speedups(rows: Sequence[Row], shapes: Mapping[str, Shape]) -> dict[str, dict[str, Any]]:
     """Of each of kvspn's steps and tokens: the fastest correct peer of the same weight width, and the ratios.
 
-    A token is compared with a peer's step of one row, which yields one.
+    Each ratio of medians has the interval of the times' ratio beside it, under its name and "_interval". A
+    token is compared with a peer's step of one row, which yields one.
     """
     found: dict[str, dict[str, Any]] = {}
     for ours in rows:
@@ -221,23 +326,33 @@ def speedups(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
         if same:
             fastest = min(same, key=lambda row: row.ms_median)
             compared["fastest_peer"] = fastest.backend
-            compared["over_fastest_peer"] = round(fastest.ms_median / ours.ms_median, 3)
+            compared |= _over("fastest_peer", ours, fastest)
         unpruned, _ = UNPRUNED.get(ours.shape, (None, None))
         for row in peers:
             if (row.backend, row.weights) == ("transformers", "fp32") and row.shape in (ours.shape, unpruned):
                 which = "whisper_medium" if row.shape == unpruned else "transformers"
-                compared[f"over_{which}_fp32"] = round(row.ms_median / ours.ms_median, 3)
+                compared |= _over(f"{which}_fp32", ours, row)
         if compared:
             what = "token" if token else f"step_{ours.rows}"
-            found.setdefault(_key(ours), {})[what] = compared
+            found.setdefault(_key(ours, shapes), {})[what] = compared
     return found
+
+
+def _over(name: str, ours: Row, theirs: Row) -> dict[str, Any]:
+    try:
+        found = ratio(ours.ms, theirs.ms)
+        interval = [round(found.low, 3), round(found.high, 3)]
+    except ValueError:  # too few rounds
+        interval = None
+    estimate = round(theirs.ms_median / ours.ms_median, 3)
+    return {f"over_{name}": estimate, f"over_{name}_interval": interval}
 
 
 def step_bytes(weights: DecoderWeights, shape: Shape, batch: int, draft: bool, kv: str | None = None) -> int:
     """Weights once, each row's keys and values once; with a draft, its weights and its group reads too."""
     # Each head's int8 values at a position have an fp32 scale.
     each = weights.embed_tokens.element_size() if kv is None else 1 + 4 / shape.head_dim
-    cached = round(_cached(shape, draft) * each)
+    cached = round(_cached(shape, weights if draft else None) * each)
     return batch * cached + sum(tensor.nbytes for tensor in _read(weights, draft))
 
 
@@ -249,7 +364,7 @@ def step_flops(weights: DecoderWeights, shape: Shape, batch: int, rows: int, dra
     """
     base, whole = (
         sum(tensor.numel() for tensor in _read(weights, drafted) if tensor.ndim == 2)
-        + _cached(shape, drafted)
+        + _cached(shape, weights if drafted else None)
         for drafted in (False, True)
     )
     return 2 * batch * (rows * base + draft * (whole - base))
@@ -264,85 +379,15 @@ def _read(weights: DecoderWeights, draft: bool) -> list[torch.Tensor]:
     return [tensor for part in parts for piece in part if piece for tensor in piece if tensor is not None]
 
 
-def _cached(shape: Shape, draft: bool) -> int:
-    """Values of the caches that a step reads for a row."""
+def _cached(shape: Shape, drafting: DecoderWeights | None) -> int:
+    """Values of the caches that a step reads for a row, a draft network of some weights too."""
     positions = shape.layers * (shape.length + shape.encoder_positions)
-    if draft:
-        drafts = -(-shape.encoder_positions // shape.encoder_stride)
-        positions += shape.layers * shape.length + shape.groups * drafts
+    for i, block in enumerate(drafting.blocks if drafting else ()):
+        group = drafting.group(i) if drafting else slice(0)
+        positions += (group.stop - group.start) * shape.length
+        if block.cross_q is not None:
+            positions += -(-shape.encoder_positions // shape.encoder_stride)
     return 2 * positions * shape.width
-
-
-def _own_cases(
-    name: str,
-    shape: Shape,
-    made: DecoderWeights,
-    backend: str,
-    fmt: str,
-    batch: int,
-    kv: str | None,
-    cold: bool,
-) -> Iterator[Case]:
-    weights = quantise(made, fmt)
-    whole, two_row = (start(backend, each, shape, batch, kv) for each in (weights, faint_draft(weights)))
-    device = device_of(backend)
-
-    def back(engine: Engine) -> None:
-        engine.lengths.fill_(shape.length)
-        engine.finished.fill_(False)
-
-    def tokens(engine: Engine, draft: bool) -> list[list[int]]:
-        back(engine)
-        for _ in range(3):
-            engine.step(1, draft)
-        found: list[list[int]] = engine.tokens[:, : shape.length + 4].tolist()
-        return found
-
-    plain = tokens(whole, draft=False)
-    correct = plain == tokens(whole, draft=True) == tokens(two_row, draft=True)
-    if fmt == "fp32" and backend != "reference":
-        reference = start("reference", weights, shape, kv=kv)
-        reference.step(1, draft=False)
-        correct &= reference.tokens[0, shape.length + 1].item() == plain[0][shape.length + 1]
-
-    allocated = _allocations(shape.layers, shape.groups, backend, fmt, kv)
-    bare, drafting = (step_bytes(weights, shape, batch, draft, kv) for draft in (False, True))
-    one, two, all_of_it = (
-        step_flops(made, shape, batch, rows, draft) for rows, draft in ((1, False), (2, False), (2, True))
-    )
-
-    def case(what: str, rows: int, size: int, flops: int, engine: Engine, draft: bool) -> Case:
-        back(engine)
-        counted = counts(lambda: engine.step(1, draft), device)
-        return Case(
-            what=what,
-            shape=name,
-            backend=backend,
-            weights=fmt,
-            batch=batch,
-            rows=rows,
-            kv_length=shape.length,
-            bytes=size,
-            flops=flops,
-            correct=correct,
-            launches=counted["launches"],
-            host_synchronisations=counted["host_synchronisations"],
-            allocations=allocated[(what, rows) != ("step", 1)],
-            device=device,
-            cache="cold" if cold else "warm",
-            kv=kv,
-            time=None
-            if what in DERIVED
-            else clock(lambda: engine.step(1, draft), lambda: back(engine), device, cold),
-        )
-
-    yield case("step", 1, bare, one, whole, False)
-    yield case("step", 2, bare, two, two_row, True)
-    yield case("kvspn_step", 2, drafting, all_of_it, whole, True)
-    yield case("draft", 1, drafting - bare, all_of_it - two, whole, True)
-    if tokens_per_step := _tokens_per_step(fmt, shape.encoder_stride):
-        size, flops = (round(each / tokens_per_step) for each in (drafting, all_of_it))
-        yield case("token", 2, size, flops, whole, True)
 
 
 @cache
@@ -377,7 +422,7 @@ def _peer_cases(
 ) -> Iterator[Case]:
     step = module.prepare(problem, fmt)
     fp32 = step_bytes(problem.weights, replace(shape, length=0, encoder_positions=0), 1, False)
-    size = round(fp32 / 4 * WEIGHT_BYTES[fmt]) + _cached(shape, False) * module.FORMATS[fmt]
+    size = round(fp32 / 4 * WEIGHT_BYTES[fmt]) + _cached(shape, None) * module.FORMATS[fmt]
     for rows in module.ROWS:
         _, logits = step(rows)
 
@@ -425,7 +470,3 @@ def _tokens_per_step(fmt: str, encoder_stride: int) -> float | None:
 def _width(fmt: str) -> str:
     """The base model's of a format for each network."""
     return base_and_draft(fmt)[0]
-
-
-def _ratio(over: list[float], under: list[float]) -> float:
-    return round(median(a / b for a, b in zip(over, under, strict=True)), 3)

@@ -18,9 +18,20 @@ from typing import Any
 import torch
 
 from kvspn.measure import launches, machine
+from kvspn.measure.intervals import halves_differ, of_median
 from kvspn.weights.formats import FORMATS
 
 _READ = 1 << 29  # bytes of the buffer read, far more than any cache
+_BUSY = 0.1  # of the cores, used by others: a word about it is due
+
+NOTES = {
+    "above a read": "faster than torch's bare read of as many bytes, which is then no roof: the data lies "
+    "nearer in the caches, more loads are in flight, or the bandwidth changed within a round",
+    "above a product": "more operations a second than torch's product of matrices, which is then no roof",
+    "halves differ": "the later half of the rounds took another time than the earlier, beyond their noise",
+    "no interval": "too few rounds for an interval, or one that holds 0: the figure is not shown",
+}
+"""What a row's notes mean."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +44,24 @@ class Row:
         use, as in "fused_linear/qkv".
     shape, backend, weights: the backend is one of kvspn's, a peer, or another implementation of an op.
     rows: query rows that the base model takes.
-    percent_of_measured_peak: the time of a bare read of as many bytes, over that of the case.
+    ms_interval: of the median, 95% by rank (kvspn.measure.intervals); None with fewer than six rounds.
+    gb_per_s and what else is derived from a time: None where a difference ("draft") is not surely above 0.
+    percent_of_measured_peak: the time of a bare read of as many bytes over that of the case, the median of
+        the rounds' ratios; peak_interval is its own.
     launches: calls of the engine; on a GPU, of kernels, graphs and copies. None for a peer that is many.
     allocations: of memory, by one such call; None where they cannot be counted.
-    correct: in fp32 the reference backend's token; in every format the same tokens from KVSPN at k = 1 as
-        from plain steps. A peer's: the reference's logits, within what its weight format explains. An op's:
-        as exact as the plain formula in the same dtype, against float64.
+    correct: the fp32 reference's logits, within what the weight format explains (kvspn.measure.correctness);
+        kvspn's also: the same tokens from KVSPN at k = 1 as from plain steps. An op's: as exact as the plain
+        formula in the same dtype, against float64.
     device: "cpu" or "cuda". cache: "warm", or "cold", emptied before each timing.
     percent_of_measured_compute: gflop_per_s over that of torch's matrix product in the weights' format, bf16
         for integers.
     host_synchronisations: of a call, on a GPU; None elsewhere.
     ms, read_ms: of each round, the case and the bare read.
     kv: "int8" for int8 caches; None for those of the embeddings' dtype, a peer's, and for ops.
+    tokens_per_step, tokens_per_step_of: of a "token" row, what it divides by, and whose figure that is:
+        "given", or "miniature".
+    notes: of NOTES, what a reader must know about the figures.
     """
 
     what: str
@@ -58,20 +75,25 @@ class Row:
     ms_min: float
     ms_max: float
     bytes: int
-    gb_per_s: float
-    percent_of_measured_peak: float
+    gb_per_s: float | None
+    percent_of_measured_peak: float | None
     launches: int | None
     allocations: int | None
     correct: bool
     device: str
     cache: str
     flops: int
-    gflop_per_s: float
-    percent_of_measured_compute: float
+    gflop_per_s: float | None
+    percent_of_measured_compute: float | None
     host_synchronisations: int | None
     ms: list[float]
     read_ms: list[float]
     kv: str | None = None
+    ms_interval: tuple[float, float] | None = None
+    peak_interval: tuple[float, float] | None = None
+    tokens_per_step: float | None = None
+    tokens_per_step_of: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(eq=False, kw_only=True)
@@ -94,6 +116,8 @@ class Case:
     device: str = "cpu"
     cache: str = "warm"
     kv: str | None = None
+    tokens_per_step: float | None = None
+    tokens_per_step_of: str | None = None
     time: Callable[[], float] | None = None
     times: list[float] = field(default_factory=list)
     reads: list[float] = field(default_factory=list)
@@ -101,7 +125,18 @@ class Case:
 
     def row(self) -> Row:
         middle = median(self.times)
-        rate = self.flops / middle / 1e6
+        interval = of_median(self.times)
+        sure = min(self.times) > 0 if self.time else interval is not None and interval[0] > 0
+        rate = self.flops / middle / 1e6 if sure else None
+        shares = [100 * read / ms for read, ms in zip(self.reads, self.times, strict=True) if ms > 0]
+        share = median(shares) if sure else None
+        compute = None if rate is None else 100 * rate / median(self.products)
+        notes = {
+            "above a read": share is not None and share > 100,
+            "above a product": compute is not None and compute > 100,
+            "halves differ": halves_differ(self.times),
+            "no interval": not sure,
+        }
         return Row(
             what=self.what,
             shape=self.shape,
@@ -114,21 +149,35 @@ class Case:
             ms_min=round(min(self.times), 6),
             ms_max=round(max(self.times), 6),
             bytes=self.bytes,
-            gb_per_s=round(self.bytes / middle / 1e6, 1),
-            percent_of_measured_peak=round(100 * median(self.reads) / middle, 1),
+            gb_per_s=round(self.bytes / middle / 1e6, 1) if sure else None,
+            percent_of_measured_peak=_rounded(share, 1),
             launches=self.launches,
             allocations=self.allocations,
             correct=self.correct,
             device=self.device,
             cache=self.cache,
             flops=self.flops,
-            gflop_per_s=round(rate, 3),
-            percent_of_measured_compute=round(100 * rate / median(self.products), 2),
+            gflop_per_s=_rounded(rate, 3),
+            percent_of_measured_compute=_rounded(compute, 2),
             host_synchronisations=self.host_synchronisations,
             ms=[round(each, 6) for each in self.times],
             read_ms=[round(each, 6) for each in self.reads],
             kv=self.kv,
+            ms_interval=interval and (round(interval[0], 6), round(interval[1], 6)),
+            peak_interval=_interval(shares) if sure else None,
+            tokens_per_step=self.tokens_per_step,
+            tokens_per_step_of=self.tokens_per_step_of,
+            notes=tuple(name for name, holds in notes.items() if holds),
         )
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def _interval(values: Sequence[float], digits: int = 1) -> tuple[float, float] | None:
+    interval = of_median(values)
+    return interval and (round(interval[0], digits), round(interval[1], digits))
 
 
 class Rounds:
@@ -138,6 +187,7 @@ class Rounds:
         self._count, self._cold = count, cold
         self._reads: dict[str, list[float]] = {}
         self._products: dict[str, dict[str, list[float]]] = {}
+        self._elsewhere = machine.Elsewhere()
 
     def time(self, cases: Sequence[Case]) -> None:
         """Fills in their times, those of their bare reads, and the rates of matrix products."""
@@ -170,6 +220,10 @@ class Rounds:
             names["cuda"] = torch.cuda.get_device_name()
         return {
             "read_gb_per_s": next(iter(rates.values())),
+            "read_gb_per_s_interval": _interval(
+                [_READ / ms / 1e6 for ms in next(iter(self._reads.values()))]
+            ),
+            "cores_busy_elsewhere": self._elsewhere.cores(),
             "cpu": machine.cpu(),
             "memory_gib": machine.memory_gib(),
             "versions": machine.versions(),
@@ -185,6 +239,20 @@ class Rounds:
                 for device, rate in rates.items()
             },
         }
+
+
+def warnings(rows: Sequence[Row], measured: dict[str, Any]) -> list[str]:
+    """What a reader must know before the figures of some rows: one sentence each."""
+    found = []
+    busy, cores = measured["cores_busy_elsewhere"], measured["cpu"]["cores"]
+    if busy is not None and busy > _BUSY * cores:
+        found.append(
+            f"other programs kept {busy:.1f} of the {cores} cores busy: these times are theirs as well"
+        )
+    unsteady = sum("halves differ" in row.notes for row in rows)
+    if unsteady:
+        found.append(f"the two halves of the run disagree in {unsteady} of {len(rows)} rows: measure again")
+    return found
 
 
 def clock(

@@ -84,6 +84,23 @@ def quantise(weights: DecoderWeights, to: str) -> DecoderWeights:
     return DecoderWeights(**fields)
 
 
+def dequantised(weights: DecoderWeights) -> DecoderWeights:
+    """The same decoder in fp32: the values that weights of any format stand for."""
+
+    def convert(part: Any) -> Any:
+        if part is None or isinstance(part, int):
+            return part
+        if isinstance(part, Tensor):
+            return part.float() if part.is_floating_point() else part
+        if isinstance(part, Linear):
+            bias = None if part.bias is None else part.bias.float()
+            return Linear(dequantise(part.weight, part.scale), bias)
+        converted = map(convert, part)
+        return type(part)(*converted) if hasattr(part, "_fields") else tuple(converted)
+
+    return DecoderWeights(**{name: convert(value) for name, value in vars(weights).items()})
+
+
 @torch.no_grad()
 def round_to_int8(decoder: Any) -> list[nn.Parameter]:
     """A decoder's matrices in place to the values that int8 weights stand for, which then cost no more.
