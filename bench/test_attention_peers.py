@@ -106,7 +106,7 @@ def flex_in_place(q: Tensor, kv: Tensor, lengths: Tensor) -> Attend:
 
 def flashinfer(q: Tensor, kv: Tensor, lengths: Tensor) -> Attend:
     """FlashInfer's batch decode, the cache where it lies: pages of one position, queries as further heads."""
-    reason = "flashinfer is not installed: pip install 'kvspn[peers-gpu]' brings it"
+    reason = "flashinfer is not installed: pip install flashinfer-python brings it"
     module = pytest.importorskip("flashinfer", reason=reason)
     if q.device.type != "cuda":
         pytest.skip("flashinfer needs a GPU")

@@ -1,6 +1,7 @@
 """`kvspn profile`: figures that are complete and correct, and a page that a browser shows."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from typer.testing import CliRunner
 from kvspn.cli import app
 from kvspn.engines import backends
 from kvspn.measure import profile
+from kvspn.measure.shapes import SHAPES, start
+from kvspn.measure.steps import step_bytes
+from kvspn.weights.formats import quantise
 from support.pages import Page, assert_shown
 
 pytestmark = pytest.mark.skipif(backends()["native"] is not None, reason="the extension is not built")
@@ -62,12 +66,59 @@ def test_figures(written):
     assert "breaks even at" in printed
 
 
+def test_stages_of_faults_in_the_step(written):
+    """A native step is no one block: each stage has its time, its bytes and its share of a bare read."""
+    document = json.loads((written[0] / "p.json").read_text())
+    plain, drafted = (
+        {stage["name"]: stage for stage in document["stages"] if stage["step"] == step}
+        for step in ("plain", "KVSPN")
+    )
+    layer = [
+        "self_qkv",
+        "self_attention",
+        "self_out",
+        "cross_q",
+        "cross_attention",
+        "cross_out",
+        "fc1",
+        "fc2",
+    ]
+    assert list(plain) == ["embed", *layer, "head", "accept"]
+    assert all(plain[name]["count"] == 4 for name in layer)
+    draft = [name for name in drafted if name.startswith("draft.")]
+    assert set(drafted) == {*plain, *draft} and drafted["draft.fc1"]["count"] == 2
+    shape = SHAPES["miniature"]
+    weights = quantise(shape.weights(), "bf16")
+    for stages, drafts in ((plain, False), (drafted, True)):
+        read = sum(stage["bytes"] for stage in stages.values())
+        assert read == pytest.approx(step_bytes(weights, replace(shape, length=3), 1, drafts), rel=0.01)
+        for stage in stages.values():
+            assert stage["ms"] >= 0 and (stage["percent_of_read"] is None) == (not stage["bytes"])
+    # The matrices of bf16 and their fp32 biases.
+    assert plain["fc1"]["bytes"] == 4 * (192 * 768 * 2 + 768 * 4)
+    assert all(f"{name} " in written[1] for name in (*layer, "draft.kv_attention"))
+
+
+def test_a_profiled_step_is_a_step():
+    shape = SHAPES["miniature"]
+    engines = [start("native", quantise(shape.weights(), "int8"), shape) for _ in range(2)]
+    for draft in (False, True, True):
+        engines[0].step(1, draft)
+        stages = engines[1].profile(1, draft)
+        assert all(name and nanoseconds >= 0 and size >= 0 for name, nanoseconds, size in stages)
+    assert torch.equal(engines[0].tokens, engines[1].tokens)
+    assert torch.equal(engines[0].stats, engines[1].stats)
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        engines[1].profile(0)
+
+
 def test_page(written):
     """The record's figures, four plots, nothing from elsewhere."""
     document = json.loads((written[0] / "p.json").read_text())
     page = Page(written[0] / "p.html")
     assert page.plots == 4
-    cost, acceptance, checks = page.tables
+    cost, stages, acceptance, checks = page.tables
+    assert [cells[0] for cells in stages[1:]] == [stage["name"] for stage in document["stages"]]
     for cells, point in zip(cost[1:], document["points"], strict=True):
         assert cells[:3] == [str(point["length"]), f"{point['step']:.2f}", f"{point['kvspn_step']:.2f}"]
         assert cells[5:] == [f"{ms:.3f}" for ms in point["attention"].values()]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from kvspn.cli.common import whole_numbers, write_json
+from kvspn.cli.common import print_table, span, whole_numbers, write_json
 
 
 def profile(
@@ -21,7 +19,10 @@ def profile(
         ),
     ] = None,
     shape: Annotated[
-        str, typer.Option("--shape", metavar="SHAPE", help="whisperM2M or miniature.")
+        str,
+        typer.Option(
+            "--shape", metavar="SHAPE", help="whisperM2M, miniature, or your own as in kvspn bench."
+        ),
     ] = "whisperM2M",
     weights: Annotated[
         str, typer.Option("--weights", metavar="FORMAT", help="As in kvspn translate; the cache follows.")
@@ -54,11 +55,11 @@ def profile(
 
     from kvspn.measure.machine import cpu, versions
     from kvspn.measure.profile import LENGTHS, measure
-    from kvspn.measure.shapes import SHAPES
+    from kvspn.measure.shapes import find_shapes
 
     chosen = LENGTHS if lengths is None else whole_numbers("--lengths", lengths, 1 << 20)
-    if shape not in SHAPES:
-        raise typer.BadParameter(f"--shape must be of {', '.join(SHAPES)}; got {shape!r}")
+    if len(find_shapes(shape)) > 1:
+        raise typer.BadParameter(f"--shape must be one shape; got {shape!r}")
     for file in (output, page, trace):
         if file is not None and not file.absolute().parent.is_dir():
             raise ValueError(f"{file}: no such folder to write to")
@@ -71,16 +72,79 @@ def profile(
 
             status.update("tracing single steps")
             write_trace(trace, shape=shape, weights=weights)
-    Console().print(_steps(found["points"]))
-    Console().print("\nOne group's attention, one query, ms:")
-    Console().print(_attention(found["points"]))
+    points = found["points"]
+    variants = list(points[0].attention)
+    print_table(
+        ("T", "step, ms", "95%", "KVSPN step, ms", "95%", "breaks even at", "95%", "KV, MB"),
+        [
+            (
+                f"{point.length:,}",
+                f"{point.step:.2f}",
+                span(point.intervals["step"]),
+                f"{point.kvspn_step:.2f}",
+                span(point.intervals["kvspn_step"]),
+                f"{point.overhead:.0%}",
+                span(point.intervals["overhead"]),
+                f"{point.kv_bytes / 1e6:.1f}",
+            )
+            for point in points
+        ],
+    )
+    if found["stages"]:
+        typer.echo(f"\nStages of a step at T = {points[0].length}, all layers together:")
+        print_table(
+            ("step", "stage", "times", "ms", "95%", "MB", "of a bare read"),
+            [
+                (
+                    stage.step,
+                    stage.name,
+                    str(stage.count),
+                    f"{stage.ms:.3f}",
+                    span(stage.interval, 3),
+                    f"{stage.bytes / 1e6:.2f}",
+                    "–" if stage.percent_of_read is None else f"{stage.percent_of_read:.0f}%",
+                )
+                for stage in found["stages"]
+            ],
+            left=2,
+        )
+    typer.echo("\nOne group's attention, one query, ms and 95%:")
+    print_table(
+        ("T", *variants, "correct"),
+        [
+            (
+                f"{point.length:,}",
+                *(
+                    f"{point.attention[name]:.3f} {span(point.intervals[name], 3)}".strip()
+                    for name in variants
+                ),
+                "yes" if point.correct else "NO",
+            )
+            for point in points
+        ],
+    )
     known = (f"{name} {_share(value)}" for name, value in found["acceptance"].items())
-    Console().print(f"Drafts accepted on the miniature: {', '.join(known)}", highlight=False)
-    Console().print("\nReal steps, speed-up over plain ones:")
-    Console().print(_checks(found["checks"]))
+    typer.echo(f"Drafts accepted on the miniature: {', '.join(known)}")
+    typer.echo("\nReal steps, speed-up over plain ones:")
+    print_table(
+        ("T", "k", "accepted", "predicted", "measured"),
+        [
+            (
+                f"{check.length:,}",
+                check.k,
+                f"{check.acceptance:.0%}",
+                f"{check.predicted:.2f} x",
+                f"{check.measured:.2f} x",
+            )
+            for check in found["checks"]
+        ],
+    )
+    for warning in found["warnings"]:
+        typer.echo(f"kvspn: {warning}", err=True)
     document: dict[str, Any] = found | {
         "machine": {"cpu": cpu(), "versions": versions(), "date": _now()},
         "points": [asdict(point) for point in found["points"]],
+        "stages": [asdict(stage) for stage in found["stages"]],
         "checks": [asdict(check) for check in found["checks"]],
     }
     if output is not None:
@@ -91,63 +155,8 @@ def profile(
         raise typer.Exit(1)
 
 
-def _steps(points: list[Any]) -> Table:
-    return _table(
-        ("step, ms", "KVSPN step, ms", "breaks even at", "KV, MB"),
-        (
-            (
-                point.length,
-                f"{point.step:.2f}",
-                f"{point.kvspn_step:.2f}",
-                f"{point.overhead:.0%}",
-                f"{point.kv_bytes / 1e6:.1f}",
-            )
-            for point in points
-        ),
-    )
-
-
-def _attention(points: list[Any]) -> Table:
-    return _table(
-        (*points[0].attention, "correct"),
-        (
-            (
-                point.length,
-                *(f"{value:.3f}" for value in point.attention.values()),
-                "yes" if point.correct else "NO",
-            )
-            for point in points
-        ),
-    )
-
-
 def _share(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.0%}"
-
-
-def _checks(checks: list[Any]) -> Table:
-    return _table(
-        ("k", "accepted", "predicted", "measured"),
-        (
-            (
-                check.length,
-                check.k,
-                f"{check.acceptance:.0%}",
-                f"{check.predicted:.2f} x",
-                f"{check.measured:.2f} x",
-            )
-            for check in checks
-        ),
-    )
-
-
-def _table(headings: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> Table:
-    table = Table("T", box=None, pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for length, *cells in rows:
-        table.add_row(f"{length:,}", *cells)
-    return table
 
 
 def _now() -> str:

@@ -34,12 +34,17 @@ def mini(
     """Train the miniature that ships with kvspn, in six languages.
 
     About two hours on 2 CPU cores, minutes on a GPU. Run it again after an interruption: it goes on from the
-    last checkpoint. It needs the train extra (pip install 'kvspn[train]') and the program espeak-ng.
+    last checkpoint. It needs the train extra (in the repository: pip install
+    '.[train]') and the program espeak-ng.
     """
     try:
         from kvspn.training.mini import train_ablations, train_mini
     except ImportError as error:
-        raise typer.TyperException(f"training needs {error.name}: pip install 'kvspn[train]'") from error
+        from kvspn.measure.machine import TRAINING_PACKAGES
+
+        raise typer.TyperException(
+            f"training needs {error.name}: pip install {' '.join(TRAINING_PACKAGES)}"
+        ) from error
     if shutil.which("espeak-ng") is None:
         raise typer.TyperException("training needs espeak-ng (Debian, Ubuntu: apt-get install espeak-ng)")
     folder = train_mini(out, log=typer.echo)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -18,9 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvspn.engines import CachedEngine, engine
-from kvspn.measure.shapes import SHAPES
+from kvspn.measure import machine
+from kvspn.measure.intervals import of_median
+from kvspn.measure.shapes import find_shapes
 from kvspn.measure.steps import miniature
-from kvspn.measure.timing import read_gb_per_s
+from kvspn.measure.timing import read_gb_per_s, read_milliseconds, warnings
 from kvspn.ops import K_INF, flat_kv_attention
 from kvspn.ops.append_kv import quantise as quantise_kv
 from kvspn.weights.formats import quantise
@@ -40,6 +43,7 @@ class Point:
     attention: by variant, one query over the cache of one group of layers (see VARIANTS).
     attention_bytes: keys and values that each variant reads, not counting copies it makes first.
     correct: every variant within bf16's rounding of the same keys' formula in fp32.
+    intervals: of each median, 95% by rank: "step", "kvspn_step", "overhead", and attention's by its names.
     kv_bytes: self-attention cache of all layers at this length. overhead: kvspn_step / step - 1, the median
         of the rounds; it is also the acceptance at which KVSPN breaks even.
     """
@@ -52,6 +56,26 @@ class Point:
     attention_bytes: dict[str, int]
     kv_bytes: int
     correct: bool
+    intervals: dict[str, tuple[float, float] | None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one kind of stage takes of a step, all layers or blocks together; medians in milliseconds.
+
+    step: "plain" or "KVSPN". name: as in kvspn.h; "draft...." is the draft network's.
+    count: how often it comes. ms, interval: their sum, and 95% of its median (kvspn.measure.intervals).
+    bytes: of weights, keys and values that it must read.
+    percent_of_read: its share of a bare read of the whole step's bytes over its time; None without bytes.
+    """
+
+    step: str
+    name: str
+    count: int
+    ms: float
+    interval: tuple[float, float] | None
+    bytes: int
+    percent_of_read: float | None
 
 
 @dataclass(frozen=True)
@@ -182,18 +206,21 @@ def measure(
     rounds: int = 7,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Returns {"shape", "weights", "backend", "read_gb_per_s", "points", "checks", "acceptance"}.
+    """Returns {"shape", "weights", "backend", "read_gb_per_s", "warnings", "points", "stages", "checks",
+    "acceptance"}.
 
-    That is lists of Point and Check, and :func:`acceptance`.
+    That is lists of Point, Stage (of the native backend, at the first length) and Check, and
+    :func:`acceptance`.
 
     Args:
         lengths: T, positions in the self-attention cache, each at least 1.
-        shape: of kvspn.measure.shapes.SHAPES. weights: a format (kvspn.weights.formats).
+        shape: one, as kvspn.measure.shapes.find_shapes reads it. weights: a format (kvspn.weights.formats).
         backend: of the steps.
         rounds: timings of each case, in turn.
     """
     progress("making random weights")
-    sizes = SHAPES[shape]
+    ((_, sizes),) = find_shapes(shape).items()
+    elsewhere = machine.Elsewhere()
     longest = max(lengths) + 2 * _CHECK_STEPS + 2
     made = random_decoder(
         layers=sizes.layers,
@@ -223,6 +250,8 @@ def measure(
         progress(f"{length:,} positions")
         bandwidth.append(read_gb_per_s())
         points.append(_point(decoder, keys, length, rounds))
+    progress("stages of a step")
+    stages = _stages(decoder, lengths[0], rounds)
     progress("checking by real steps")
     checks = [_check(decoder, point, k) for point in _some(points) for k in (1, K_INF)]
     return {
@@ -230,7 +259,9 @@ def measure(
         "weights": weights,
         "backend": backend,
         "read_gb_per_s": round(median(bandwidth), 1),
+        "warnings": warnings([], {"cores_busy_elsewhere": elsewhere.cores(), "cpu": machine.cpu()}),
         "points": points,
+        "stages": stages,
         "checks": checks,
         "acceptance": acceptance(),
     }
@@ -270,7 +301,49 @@ def _point(decoder: CachedEngine, keys: Keys, length: int, rounds: int) -> Point
         {name: _bytes(name, keys, length) for name in VARIANTS},
         decoder.cache.kv[..., :length, :].numel() * keys.kv.element_size(),
         all(_correct(name, q, keys, length) for name in VARIANTS),
+        {name: _interval(each) for name, each in {**times, "overhead": [r - 1 for r in ratios]}.items()},
     )
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float] | None:
+    found = of_median(values)
+    return found and (round(found[0], 4), round(found[1], 4))
+
+
+def _stages(decoder: CachedEngine, length: int, rounds: int) -> list[Stage]:
+    """Of a plain and of a KVSPN step; none where the engine cannot tell."""
+    if (
+        getattr(decoder, "device", None) != "cpu"
+    ):  # the native engine's: the reference has none, CUDA no stages
+        return []
+    found = []
+    for name, draft in (("plain", False), ("KVSPN", True)):
+        times: dict[str, list[float]] = {}
+        counts: Counter[str] = Counter()
+        size: Counter[str] = Counter()
+        reads = []
+        for _ in range(rounds):
+            for _ in range(2):  # the first wakes threads
+                decoder.lengths.fill_(length)
+                decoder.finished.fill_(False)
+                stages = decoder.profile(1, draft)  # type: ignore[attr-defined]
+            taken: Counter[str] = Counter()
+            counts, size = Counter(), Counter()
+            for stage, nanoseconds, each in stages:
+                taken[stage] += nanoseconds
+                counts[stage] += 1
+                size[stage] += each
+            for stage, nanoseconds in taken.items():
+                times.setdefault(stage, []).append(nanoseconds / 1e6)
+            reads.append(read_milliseconds(size.total()))
+        for stage, each in times.items():
+            shares = [
+                100 * read * size[stage] / size.total() / ms for read, ms in zip(reads, each, strict=True)
+            ]
+            percent = round(median(shares), 1) if size[stage] else None
+            ms = round(median(each), 4)
+            found.append(Stage(name, stage, counts[stage], ms, _interval(each), size[stage], percent))
+    return found
 
 
 def _correct(name: str, q: Tensor, keys: Keys, length: int) -> bool:

@@ -9,18 +9,21 @@ from statistics import median
 from typing import Any
 
 from kvspn.measure.profile import speedup
+from kvspn.measure.timing import NOTES
 
 try:
     import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 except ImportError as error:
-    raise ValueError("--html and --png need matplotlib: pip install 'kvspn[report]'") from error
+    raise ValueError("--html and --png need matplotlib: pip install matplotlib") from error
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
-th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
+th, td { padding: .2rem .4rem; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: white; }
 svg { max-width: 100%; height: auto; }
 """
 _ACCEPTANCES = (0.25, 0.5, 0.75, 1.0)
@@ -120,6 +123,14 @@ def _roofline(axes: Axes, title: str, rows: list[dict[str, Any]], machine: dict[
     for name, group in _grouped(rows, ("backend", "weights", "kv")).items():
         x = [row["flops"] / row["bytes"] for row in group]
         axes.plot(x, [row["gflop_per_s"] for row in group], "o", markersize=4, label=name)
+        for row in group:
+            axes.annotate(
+                _dot(row),
+                (row["flops"] / row["bytes"], row["gflop_per_s"]),
+                xytext=(3, 2),
+                textcoords="offset points",
+                fontsize=5,
+            )
     reads = [row["flops"] / median(row["read_ms"]) / 1e6 for row in rows]
     axes.plot(intensities, reads, "_", color="0.4", label="a bare read of as many bytes")
     axes.set_xscale("log")
@@ -128,6 +139,14 @@ def _roofline(axes: Axes, title: str, rows: list[dict[str, Any]], machine: dict[
     axes.set_ylabel("GFLOP/s")
     axes.set_title(title)
     axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _dot(row: dict[str, Any]) -> str:
+    """What a dot of the roofline is: "qkv" of "fused_linear/qkv"; "step, 2 rows", "kvspn_step"."""
+    op, _, use = row["what"].rpartition("/")
+    if op:
+        return f"{op}/{use}" if row["rows"] == 1 else f"{op}/{use}, {row['rows']} rows"
+    return f"step, {row['rows']} row{'s' * (row['rows'] > 1)}" if use == "step" else use
 
 
 def _milliseconds(rows: list[dict[str, Any]]) -> str:
@@ -177,6 +196,7 @@ def bench_page(document: dict[str, Any]) -> str:
         f"<p>torch {_text(machine['versions']['torch'])}, kvspn {_text(machine['versions']['kvspn'])}, "
         f"{machine['cpu']['threads']} threads; {_text(machine['date'])}.</p>",
         devices,
+        *_notes(document, [*document.get("rows", ()), *document.get("ops", ())]),
         plots,
     ]
     for heading, rows in (("Steps", document.get("rows")), ("Ops", document.get("ops"))):
@@ -196,28 +216,47 @@ _COLUMNS: dict[str, tuple[str, str]] = {  # a row's field: heading and format
     "rows": ("rows", "{}"),
     "kv_length": ("T", "{}"),
     "ms_median": ("ms", "{:.4g}"),
+    "ms_interval": ("95%", "{0[0]:.4g}–{0[1]:.4g}"),
     "ms_min": ("min", "{:.4g}"),
     "ms_max": ("max", "{:.4g}"),
     "gb_per_s": ("GB/s", "{:.1f}"),
     "percent_of_measured_peak": ("of the read", "{:.1f}%"),
+    "peak_interval": ("95%", "{0[0]:.0f}–{0[1]:.0f}%"),
     "gflop_per_s": ("GFLOP/s", "{:.4g}"),
     "percent_of_measured_compute": ("of the product", "{:.2f}%"),
     "launches": ("launches", "{}"),
     "host_synchronisations": ("syncs", "{}"),
     "correct": ("correct", "{}"),
+    "tokens_per_step": ("tokens a step", "{:.2f}"),
+    "tokens_per_step_of": ("whose", "{}"),
+    "notes": ("notes", "{}"),
 }
 
 
-def _rows_table(rows: Iterable[dict[str, Any]]) -> str:
-    def cell(name: str, value: Any) -> str:
+def _rows_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Without the columns that are empty, as those of another device's figures or of an older record."""
+
+    def cell(name: str, row: dict[str, Any]) -> str:
+        value = row.get(name)
         if isinstance(value, bool):
             return "yes" if value else "NO"
+        if name == "notes":
+            return ", ".join(value or ())
+        if name.startswith("ms_") and "no interval" in (row.get("notes") or ()):
+            return "–"  # a difference that may be nothing is no figure
         return "–" if value is None else _COLUMNS[name][1].format(value)
 
+    shown = [name for name in _COLUMNS if any(row.get(name) not in (None, (), []) for row in rows)]
     return _table(
-        [heading for heading, _ in _COLUMNS.values()],
-        ([cell(name, row[name]) for name in _COLUMNS] for row in rows),
+        [_COLUMNS[name][0] for name in shown], ([cell(name, row) for name in shown] for row in rows)
     )
+
+
+def _notes(document: dict[str, Any], rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Paragraphs: the record's warnings, and what the notes of some rows mean."""
+    said = [f"<p><strong>{_text(warning)}</strong></p>" for warning in document.get("warnings", ())]
+    noted = dict.fromkeys(note for row in rows for note in row.get("notes") or ())
+    return said + [f"<p>{_text(note)}: {_text(NOTES[note])}.</p>" for note in noted]
 
 
 def profile_plots(document: dict[str, Any]) -> dict[str, str]:
@@ -270,16 +309,35 @@ def profile_page(document: dict[str, Any]) -> str:
     points, machine = document["points"], document["machine"]
     variants = list(points[0]["attention"])
     plots = profile_plots(document)
+
+    def spread(point: dict[str, Any], name: str, digits: int = 2) -> str:
+        found = point.get("intervals", {}).get(name)
+        return "" if found is None else f" [{found[0]:.{digits}f}, {found[1]:.{digits}f}]"
+
+    stages = _table(
+        ("stage", "of the step", "times", "ms, 95%", "MB", "of a bare read"),
+        (
+            (
+                stage["name"],
+                stage["step"],
+                str(stage["count"]),
+                f"{stage['ms']:.3f}{spread({'intervals': {'ms': stage['interval']}}, 'ms', 3)}",
+                f"{stage['bytes'] / 1e6:.2f}",
+                "–" if stage["percent_of_read"] is None else f"{stage['percent_of_read']:.0f}%",
+            )
+            for stage in document.get("stages", ())
+        ),
+    )
     cost = _table(
         ("T", "step, ms", "KVSPN, ms", "breaks even at", "KV, MB", *(f"{name}, ms" for name in variants)),
         (
             (
                 f"{point['length']:,}",
-                f"{point['step']:.2f}",
-                f"{point['kvspn_step']:.2f}",
-                f"{point['overhead']:.0%}",
+                f"{point['step']:.2f}{spread(point, 'step')}",
+                f"{point['kvspn_step']:.2f}{spread(point, 'kvspn_step')}",
+                f"{point['overhead']:.0%}{spread(point, 'overhead')}",
                 f"{point['kv_bytes'] / 1e6:.1f}",
-                *(f"{point['attention'][name]:.3f}" for name in variants),
+                *(f"{point['attention'][name]:.3f}{spread(point, name, 3)}" for name in variants),
             )
             for point in points
         ),
@@ -302,8 +360,11 @@ def profile_page(document: dict[str, Any]) -> str:
         f"<p>{_text(', '.join(document[key] for key in ('shape', 'weights', 'backend')))}, batch 1. "
         f"{_text(machine['cpu']['model'])}, {document['read_gb_per_s']} GB/s; {_text(machine['date'])}.</p>",
         "<h2>A step</h2>",
+        *_notes(document, ()),
         plots["steps"],
         cost,
+        f"<h2>Its stages at T = {points[0]['length']}, all layers together</h2>",
+        stages,
         "<h2>One group's attention, one query</h2>",
         plots["attention"],
         "<p>What each variant does to the acceptance of drafts, on the miniature at k = 1:</p>",
@@ -323,7 +384,7 @@ def profile_page(document: dict[str, Any]) -> str:
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f"<th>{_text(heading)}</th>" for heading in headings)
     body = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _text(value: object) -> str:

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from kvspn.engines import Engine
 from kvspn.engines.reference import ReferenceEngine
-from kvspn.measure.shapes import SHAPES, begin, capacities, device_of, start
+from kvspn.measure.shapes import begin, capacities, device_of, find_shapes, start
 from kvspn.measure.timing import synchronise
 from kvspn.ops.decoder_step import REFERENCE
 from kvspn.weights.formats import quantise
@@ -67,7 +67,7 @@ def write_trace(
         shape, weights: as in kvspn.measure.profile.measure.
         backends: of kvspn.
     """
-    sizes = SHAPES[shape]
+    ((_, sizes),) = find_shapes(shape).items()
     made = quantise(sizes.weights(), weights)
     engines: dict[str, Engine] = {}
     for name in backends:

@@ -61,17 +61,23 @@ class Page(HTMLParser):
 
 
 def assert_shown(file: Path, plots: int, words: list[str]) -> None:
-    """In a headless browser, where one is: so many plots, these words, and no error."""
+    """In a headless browser 1,280 pixels wide, where one is: so many plots, these words, nothing wider."""
     browsers = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
     browser = next(filter(None, map(shutil.which, browsers)), None)
     if browser is None:
         pytest.skip(f"none of {', '.join(browsers)} is here")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     flags += ["--enable-logging=stderr", f"--user-data-dir={file.parent / 'browser'}"]
+    flags += ["--window-size=1280,900"]
+    measured = file.with_suffix(".measured.html")  # the page tells how wide it is, in its title
+    script = "<script>document.title = document.documentElement.scrollWidth</script></body>"
+    measured.write_text(file.read_text("utf-8").replace("</body>", script), "utf-8")
     shown = subprocess.run(
-        [browser, *flags, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=60
+        [browser, *flags, "--dump-dom", measured.as_uri()], capture_output=True, text=True, timeout=60
     )
     assert shown.returncode == 0
     assert "CONSOLE" not in shown.stderr, shown.stderr
+    width = re.search("<title>([0-9]+)</title>", shown.stdout)
+    assert width and int(width[1]) <= 1280, shown.stdout[:500]
     assert shown.stdout.count("<svg") == plots
     assert all(word in shown.stdout for word in words)

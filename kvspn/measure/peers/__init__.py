@@ -24,7 +24,13 @@ from kvspn.engines.reference import ReferenceEngine
 from kvspn.ops.decoder_step import REFERENCE, base_pass, linear
 from kvspn.weights import DecoderWeights
 
-PEERS = ("transformers", "ctranslate2", "openvino", "onnxruntime")
+_PACKAGES = {  # what each needs beside torch
+    "transformers": "transformers",
+    "ctranslate2": "ctranslate2",
+    "openvino": "openvino onnx",
+    "onnxruntime": "onnxruntime onnx",
+}
+PEERS = tuple(_PACKAGES)
 
 # The relative error of logits (Frobenius) that a weight format explains; other rows' logits are off by 1.4.
 TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1, "int8": 0.25, "int4": 0.6}
@@ -42,7 +48,7 @@ def load(name: str) -> ModuleType:
     try:
         return import_module(f"kvspn.measure.peers.{name}")
     except ImportError as error:
-        raise Skipped(f"{name}: skipped ({error}): pip install 'kvspn[peers]' brings it") from error
+        raise Skipped(f"{name}: skipped ({error}): pip install {_PACKAGES[name]} brings it") from error
 
 
 class Problem:
