@@ -112,24 +112,21 @@ def test_k_1_is_greedy_and_rows_are_independent(backend, task):
 @settings(max_examples=25, deadline=None)
 @given(task=tasks(), data=st.data())
 def test_faults_limits_and_ends_are_a_rows_own(backend, task, data):
-    """Several end tokens, a limit for each row: greedy's tokens up to there, whatever the neighbours."""
+    """Several end tokens, a limit for each row: the tokens up to there, whatever the neighbours."""
     ends = data.draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4))
     limits = [data.draw(st.integers(len(ids), MAX_LENGTH)) for ids in task.prompt]
     endless = {**task.options, "eos": -1, "max_length": MAX_LENGTH}
-    expected = Task(task.weights, task.states, task.prompt, endless).decode(backend, draft=False)[0].sequences
-    for row, (tokens, ids, limit) in enumerate(zip(expected, task.prompt, limits, strict=True)):
-        stop = next((i + 1 for i in range(len(ids), limit) if tokens[i] in ends), limit)
-        expected[row] = tokens[:stop]
-    for draft in (False, True):
-        own = {**task.options, "eos": ends, "max_length": limits}
-        together, _ = Task(task.weights, task.states, task.prompt, own).decode(backend, draft=draft)
-        assert together.sequences == expected
-        for b in range(len(limits)):
-            own = {**own, "max_length": limits[b]}
-            alone, _ = Task(task.weights, task.states, task.prompt, own).decode(
-                backend, rows=slice(b, b + 1), draft=draft
+    own = {**task.options, "eos": ends, "max_length": limits}
+    for how in ({"draft": False}, {"k": 1}, {"k": math.inf}):  # the last takes steps of two tokens
+        whole, _ = Task(task.weights, task.states, task.prompt, endless).decode(backend, **how)
+        together, _ = Task(task.weights, task.states, task.prompt, own).decode(backend, **how)
+        for b, (tokens, ids, limit) in enumerate(zip(whole.sequences, task.prompt, limits, strict=True)):
+            stop = next((i + 1 for i in range(len(ids), limit) if tokens[i] in ends), limit)
+            assert together.sequences[b] == tokens[:stop]
+            alone, _ = Task(task.weights, task.states, task.prompt, {**own, "max_length": limit}).decode(
+                backend, rows=slice(b, b + 1), **how
             )
-            assert alone.sequences[0] == expected[b]
+            assert alone.sequences[0] == together.sequences[b]
             assert counts(alone.rows[0]) == counts(together.rows[b])
 
 
