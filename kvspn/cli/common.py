@@ -108,7 +108,7 @@ Threads = Annotated[
         "--threads",
         min=1,
         metavar="N",
-        help="Threads on the CPU.",
+        help="Threads on the CPU; the engine takes no more than the process has cores.",
         show_default="the cores that the process may use",
     ),
 ]

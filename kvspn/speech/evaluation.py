@@ -116,7 +116,7 @@ class ClipDecoder:
 
     @torch.no_grad()
     def _encode(self, clip: SpokenSentence) -> Tensor:
-        """Encoder states [1, E, d]; what lies past the model's window is cut off."""
+        """Encoder states [1, E, d]. Raises ValueError for a clip that is longer than the model's window."""
         samples = load_audio(clip.audio)
         features = self._translator.processor(samples, sampling_rate=SAMPLING_RATE).input_features
         return self._translator.model.encode(features)
