@@ -202,3 +202,28 @@ def test_import_leaves_triton_alone():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
+
+
+ROUNDED = """
+import torch
+import triton
+from triton.compiler import ASTSource
+from kvspn.triton_kernels import aot
+from kvspn.triton_kernels.append_kv import launch_append_kv
+from kvspn.triton_kernels.launch import recording
+with torch.device("meta"), recording() as launches:
+    k, kv = torch.empty(1, 2, 1, 64), torch.empty(3, 2, 1, 2, 9, 64, dtype=torch.int8)
+    launch_append_kv(kv, k, k, torch.empty(1, dtype=torch.int32), 1, None, torch.empty(3, 2, 1, 2, 9))
+(append,) = launches
+source, target = ASTSource(append.kernel, *aot.specialise(append)), aot.parse_target("cuda:90")
+made = triton.compile(source, target, aot.settings(append))
+print(made.asm["ptx"].count("fma."))
+"""
+
+
+@needs_triton
+def test_an_int8_cache_is_rounded_as_the_reference_rounds_it():
+    """No product is fused into the sum that rounds it: that one would be rounded once, and not twice."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", ROUNDED], env=environment, capture_output=True, text=True)
+    assert done.stdout == "0\n", done.stderr

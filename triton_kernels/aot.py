@@ -32,6 +32,7 @@ from kvspn.triton_kernels.launch import INTERPRETED, Launch, recording
 from kvspn.weights.formats import quantise
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942")
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -94,12 +95,12 @@ def record(target: str, fmt: str) -> list[Launch]:
         configurations.target.reset(token)
     distinct = {}
     for each in launches:
-        signature, constants, attributes = _specialise(each)
+        signature, constants, attributes = specialise(each)
         distinct.setdefault((each.kernel, *map(str, (signature, constants, attributes))), each)
     return list(distinct.values())
 
 
-def _specialise(each: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
+def specialise(each: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
     """Signature, constants and alignments, as Triton's own launcher would find them."""
     names = each.kernel.arg_names
     plain = {parameter.name for parameter in each.kernel.params if parameter.do_not_specialize}
@@ -124,12 +125,16 @@ def _specialise(each: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
     return signature, constants, attributes
 
 
+def settings(each: Launch) -> dict[str, Any]:
+    """The compiler's, of a launch's options."""
+    return {name: value for name, value in each.options.items() if name in _OPTIONS}
+
+
 def compile_launch(each: Launch, target: str) -> Compiled:
     """Compile one recorded launch for a target."""
-    signature, constants, attributes = _specialise(each)
-    options = {name: value for name, value in each.options.items() if name in ("num_warps", "num_stages")}
+    signature, constants, attributes = specialise(each)
     gpu = parse_target(target)
-    made = triton.compile(ASTSource(each.kernel, signature, constants, attributes), gpu, options)
+    made = triton.compile(ASTSource(each.kernel, signature, constants, attributes), gpu, settings(each))
     c_types = {"fp32": "float", "i32": "int32_t"}
     arguments = tuple(
         ("pointer" if kind.startswith("*") else c_types[kind], name)

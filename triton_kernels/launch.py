@@ -17,7 +17,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 class Launch(NamedTuple):
-    """One launch: args in the kernel's order; options are its constants, num_warps and num_stages."""
+    """One launch: args in the kernel's order; options are its constants and the compiler's settings."""
 
     kernel: Any
     grid: tuple[int, ...]
