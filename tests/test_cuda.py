@@ -249,6 +249,27 @@ def test_every_call_of_the_c_abi_keeps_to_its_stream():
     lib.kvspn_engine_destroy(made)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_an_engine_stays_on_its_device(configure, mode):
+    """Whatever device is the present one when it is called; and that one stays it."""
+    configure(mode, device=1)
+    e = engine("cuda", random_decoder(), batch=1, capacity=9, cross_capacity=4)
+    present, launched_on = emulated.setting("device"), emulated.setting("launched_on")
+    for call in (lambda: e.start([torch.randn(3, 16)], [[1, 2]], eos=-1, max_length=9), e.step):
+        present.value, launched_on.value = 0, -1
+        call()
+        assert (present.value, launched_on.value) == (0, 1)
+
+
+def test_an_engine_waits_for_its_kernels_before_it_goes(configure):
+    """Else the emulation ends the program: they write to pinned memory."""
+    configure("persistent")
+    e = engine("cuda", random_decoder(), batch=1, capacity=9, cross_capacity=4)
+    e.start([torch.randn(3, 16)], [[1, 2]], eos=-1, max_length=9)
+    e.run(draft=False, steps=3)
+    del e
+
+
 def test_errors_of_the_device_name_the_kernel(configure):
     e = engine("cuda", random_decoder(), batch=1, capacity=9, cross_capacity=4)
     e.start([torch.randn(3, 16)], [[1, 2]], eos=-1, max_length=9)

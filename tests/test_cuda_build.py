@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from support.sass import batches
+
 FOLDER = Path(__file__).parents[1] / "build" / "native"
 OBJECTS = [FOLDER / "cuda-kernels.o", FOLDER / "cuda-op_kernels.o"]
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120")
@@ -17,6 +19,8 @@ TYPES, TILES = 5, 2  # of weights, of rows
 LINEAR, VERIFY, ATTEND = 4 * TYPES * TILES, 4 * TYPES * (TILES + 1), 2 * (8 * 3 + 4)
 WIDE = {"KindE1": LINEAR, "KindE2": ATTEND, "KindE3": VERIFY, "step_kernel": LINEAR + ATTEND + VERIFY}
 WIDE |= {"linear_kernel": LINEAR, "attention_kernel": ATTEND, "verify_kernel": VERIFY}
+
+LATER = 100  # instructions, those of a turn of weights at least: memory answers meanwhile
 
 pytestmark = pytest.mark.skipif(
     not all(path.exists() for path in OBJECTS), reason="not built: KVSPN_CUDA=1 python setup.py build_ext"
@@ -30,11 +34,10 @@ def tool(name: str) -> str:
     return shutil.which(name) or shutil.which(name, path=wheel) or pytest.skip(f"no {name} here")
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def functions(request):
-    """Name -> SASS, on one architecture."""
+def disassembled(architecture: str) -> dict[str, str]:
+    """Name -> SASS."""
     path = os.pathsep.join([str(Path(tool("nvdisasm")).parent), os.environ["PATH"]])
-    command = [tool("cuobjdump"), "-sass", "-arch", request.param]
+    command = [tool("cuobjdump"), "-sass", "-arch", architecture]
     text = "".join(
         subprocess.run(
             [*command, str(file)], capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}
@@ -44,8 +47,24 @@ def functions(request):
     parts = re.split(r"Function : (\S+)", text)[1:]
     found = dict(zip(parts[::2], parts[1::2], strict=True))
     if not found:
-        pytest.skip(f"not built for {request.param}")
+        pytest.skip(f"not built for {architecture}")
     return found
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def functions(request):
+    """Name -> SASS, on one architecture."""
+    return disassembled(request.param)
+
+
+@pytest.fixture(scope="module")
+def hopper():
+    """The loads of each stage, on the architecture whose SASS was read: others schedule in other ways."""
+    found = {name: batches(sass) for name, sass in disassembled("sm_90a").items()}
+    stages = {"linear": "KindE1", "attend": "KindE2", "verify": "KindE3"}
+    return {
+        stage: next(loads for name, loads in found.items() if kind in name) for stage, kind in stages.items()
+    }
 
 
 @pytest.mark.parametrize("path", OBJECTS, ids=lambda path: path.stem)
@@ -69,3 +88,45 @@ def test_weights_and_kv_come_in_wide_loads(functions, kernel):
     streaming = re.findall(r"\bLDG\.E\S*\.NA\S*", sass)
     assert len(streaming) >= WIDE[kernel]
     assert all(".128" in load for load in streaming), set(streaming)
+
+
+@pytest.mark.parametrize("stage", ["linear", "verify"])
+def test_activations_come_together(hopper, stage):
+    """One trip to the L2 cache brings a row, not one for each 16 bytes of it."""
+    found = [batch.count for batch in hopper[stage] if batch.kind == "fresh wide"]
+    assert len(found) >= TYPES * TILES
+    assert min(found) >= 4
+
+
+@pytest.mark.parametrize("stage", ["linear", "verify"])
+def test_norm_parameters_are_asked_for_with_the_rows(hopper, stage):
+    """Four columns a load, weights and biases together, and long before the rows are normalised."""
+    found = [batch for batch in hopper[stage] if batch.kind == "plain wide"]
+    assert sum(batch.count for batch in found) >= 2 * TYPES * TILES
+    assert min(batch.count for batch in found) >= 2
+    assert sum(batch.used - batch.first >= 3 * LATER for batch in found) >= TYPES * TILES
+
+
+def test_bias_and_residual_are_asked_for_with_the_weights(hopper):
+    """And used when the product has been made."""
+    for kind in ("plain", "fresh"):
+        found = [batch for batch in hopper["linear"] if batch.kind == kind]
+        assert sum(batch.used - batch.first >= LATER for batch in found) >= TYPES * TILES, kind
+
+
+def test_the_mask_is_asked_for_with_the_weights(hopper):
+    found = [batch for batch in hopper["verify"] if batch.kind == "plain"]
+    assert sum(batch.used - batch.first >= LATER for batch in found) >= TYPES * TILES
+
+
+def test_partial_results_come_together(hopper):
+    """Of attention, twelve loads of a lane under way."""
+    found = [batch.count for batch in hopper["attend"] if batch.kind == "fresh wide"]
+    assert sum(count >= 12 for count in found) >= 4  # formats of keys and values
+
+
+def test_nothing_waits_for_one_order_of_all_memory(functions):
+    """A release or an acquire, of what a warp or a block has written, is enough."""
+    for name, sass in functions.items():
+        if "KindE4" not in name and "step_kernel" not in name:  # which write for the host
+            assert "MEMBAR.SC" not in sass, name

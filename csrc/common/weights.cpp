@@ -11,6 +11,15 @@ namespace {
 constexpr int kSpan = 512;       // 512 products of int8 and int16 fit into an int32
 constexpr int kInt4Span = 8192;  // and 8192 of int4
 
+// A row of elements of `size` bytes, `stride` elements apart.
+void copy_row(char* to, const char* from, int64_t count, int64_t stride, size_t size) {
+    if (stride == 1 || count == 1) {
+        std::memcpy(to, from, size_t(count) * size);
+        return;
+    }
+    for (int64_t c = 0; c < count; ++c) std::memcpy(to + c * size, from + c * stride * int64_t(size), size);
+}
+
 }  // namespace
 
 void Table::add(int row, float* x) const {
@@ -194,12 +203,10 @@ void Weights::copy_rows(const std::string& name, const kvspn_tensor& tensor, int
     const int64_t pitch = pad(int(count * size), 16);
     matrix.columns = int(pitch / size) * (int4 ? 2 : 1);
     char* own = memory_.take<char>(size_t(matrix.outputs * pitch));
+    const char* from = static_cast<const char*>(tensor.data);
     for (int64_t output = 0; output < matrix.outputs; ++output)
-        for (int64_t c = 0; c < count; ++c)
-            std::memcpy(own + output * pitch + c * size,
-                        static_cast<const char*>(tensor.data) +
-                            (output * tensor.strides[0] + c * tensor.strides[1]) * size,
-                        size_t(size));
+        copy_row(own + output * pitch, from + output * tensor.strides[0] * size, count, tensor.strides[1],
+                 size_t(size));
     matrix.weight = own;
 }
 
@@ -264,12 +271,10 @@ Table Weights::read_table(const std::string& name) {
     Table table{Dtype(tensor.dtype), nullptr, int(tensor.shape[0]), int(tensor.shape[1])};
     const size_t size = size_of(table.dtype);
     char* own = memory_.take<char>(size_t(table.count) * table.width * size);
+    const char* from = static_cast<const char*>(tensor.data);
     for (int64_t row = 0; row < table.count; ++row)
-        for (int64_t c = 0; c < table.width; ++c)
-            std::memcpy(own + (row * table.width + c) * size,
-                        static_cast<const char*>(tensor.data) +
-                            (row * tensor.strides[0] + c * tensor.strides[1]) * int64_t(size),
-                        size);
+        copy_row(own + row * table.width * size, from + row * tensor.strides[0] * int64_t(size), table.width,
+                 tensor.strides[1], size);
     table.rows = own;
     return table;
 }

@@ -9,6 +9,55 @@
 
 namespace kvspn::cuda {
 
+// One query's partial results, `next` floats apart, to its result: store(column, value). The softmax goes on
+// from piece to piece; a piece's loads, scores and sums alike, are under way together. A lane has four
+// columns of every n-th split, so that more splits without a weight change no bit.
+template <class Store>
+__device__ __forceinline__ void combine(const float* partials, int64_t next, int splits, int width,
+                                        Store store) {
+    constexpr int kLoads = 12;
+    for (int left = 0; left < width; left += 128) {
+        int lanes = 1;  // that share a split
+        while (lanes < 32 && 4 * lanes < width - left) lanes *= 2;
+        const int column = left + lane() % lanes * 4, spot = lane() / lanes, at_once = 32 / lanes;
+        const int piece = min(32, kLoads * at_once);
+        float highest = -INFINITY, total = 0, sum[4] = {};
+        for (int first = 0; first < splits; first += piece) {
+            const int own = first + lane();
+            float2 score{-INFINITY, 0};
+            if (lane() < piece && own < splits)
+                score = fresh(reinterpret_cast<const float2*>(partials + own * next));
+            float4 sums[kLoads];
+#pragma unroll
+            for (int i = 0; i < kLoads; ++i) {
+                const int n = spot + i * at_once;
+                sums[i] = float4{0, 0, 0, 0};
+                if (n < piece && first + n < splits && column < width)
+                    sums[i] = fresh(reinterpret_cast<const float4*>(partials + (first + n) * next +
+                                                                    kPartialHead + column));
+            }
+            const float before = highest;
+            highest = fmaxf(highest, max_of_warp(score.x));
+            const float kept = before > -INFINITY ? expf(before - highest) : 0.f;
+            const float weight = score.x > -INFINITY ? expf(score.x - highest) : 0.f;
+            total = fmaf(total, kept, sum_of_warp(weight * score.y));
+#pragma unroll
+            for (int c = 0; c < 4; ++c) sum[c] *= kept;
+#pragma unroll
+            for (int i = 0; i < kLoads; ++i) {
+                const float w = from_lane(weight, spot + i * at_once);
+                sum[0] = fmaf(w, sums[i].x, sum[0]), sum[1] = fmaf(w, sums[i].y, sum[1]);
+                sum[2] = fmaf(w, sums[i].z, sum[2]), sum[3] = fmaf(w, sums[i].w, sum[3]);
+            }
+        }
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            sum[c] = sum_of_warp(sum[c], lanes);
+            if (spot == 0 && column + c < width) store(column + c, total != 0 ? sum[c] / total : 0.f);
+        }
+    }
+}
+
 // Split by layer and position. A warp holds a split's keys and values in registers while all queries pass by;
 // the last warp of a row and head combines, the tail's splits first, then the layers' by position: so more
 // positions, which a later query sees, only add empty splits at the end.
@@ -20,7 +69,7 @@ __device__ __forceinline__ void attend(const Attention& a, const Place& place) {
     const int D = a.width, group = a.lanes, at_once = 32 / group, split = at_once * kLoads;
     const int part = lane() % group, spot = lane() / group;
     const bool used = part * E < D;
-    const int queries = a.queries * a.sharing, pitch = 2 + D;
+    const int queries = a.queries * a.sharing, pitch = a.pitch;
     const auto splits_of = [&](int positions) { return (positions + split - 1) / split; };
     const int most = splits_of(a.tail.capacity) + a.layers * max(1, splits_of(a.cache.capacity));
 
@@ -62,16 +111,27 @@ __device__ __forceinline__ void attend(const Attention& a, const Place& place) {
             }
         }
         float* partials = a.partials + (int64_t(slot) * a.heads + head) * most * queries * pitch;
+        const auto load_query = [&](int i, float4(&q)[E / 4]) {
+#pragma unroll
+            for (int e = 0; e < E; e += 4) {
+                q[e / 4] = float4{0, 0, 0, 0};
+                if (i < queries && part * E + e < D)
+                    q[e / 4] =
+                        place.four(slot, i / a.sharing, head * a.sharing + i % a.sharing, part * E + e);
+            }
+        };
+        float4 next[E / 4];
+        load_query(0, next);
         for (int i = 0; i < queries; ++i) {
-            const int query = i / a.sharing, query_head = head * a.sharing + i % a.sharing;
+            const int query = i / a.sharing;
             const int seen = a.causal && !of_tail ? min(length + query + 1, limit) : end;
             float q[E], score[kLoads], most_score = -INFINITY;
 #pragma unroll
             for (int e = 0; e < E; e += 4) {
-                float4 four{0, 0, 0, 0};
-                if (part * E + e < D) four = place.four(slot, query, query_head, part * E + e);
+                const float4 four = next[e / 4];
                 q[e] = four.x, q[e + 1] = four.y, q[e + 2] = four.z, q[e + 3] = four.w;
             }
+            load_query(i + 1, next);
 #pragma unroll
             for (int l = 0; l < kLoads; ++l) {
                 float key[E], product = 0;
@@ -104,41 +164,28 @@ __device__ __forceinline__ void attend(const Attention& a, const Place& place) {
 #pragma unroll
             for (int e = 0; e < E; ++e) sum[e] = sum_of_warp(sum[e], group);
             float* to = partials + (int64_t(index) * queries + i) * pitch;
-            if (lane() == 0) to[0] = most_score, to[1] = total;
+            if (lane() == 0) *reinterpret_cast<float2*>(to) = float2{most_score, total};
             if (spot == 0 && used) {
 #pragma unroll
                 for (int e = 0; e < E; ++e)
-                    if (kAligned || part * E + e < D) to[2 + part * E + e] = sum[e];
+                    if (kAligned || part * E + e < D) to[kPartialHead + part * E + e] = sum[e];
             }
         }
         sync_warp();
         int last = 0;
         if (lane() == 0) {
             int32_t* arrived = a.arrived + slot * a.heads + head;
-            fence();
-            last = atomic_add(arrived, 1) == splits - 1;
+            last = add_acquire_release(arrived, 1) == splits - 1;
             if (last) *arrived = 0;
-            fence();
         }
-        if (!from_lane(last, 0)) continue;
+        last = from_lane(last, 0);
+        sync_warp();
+        if (!last) continue;
         for (int i = 0; i < queries; ++i) {
-            const int query = i / a.sharing, query_head = head * a.sharing + i % a.sharing;
-            const float* from = partials + int64_t(i) * pitch;
-            const int64_t next = int64_t(queries) * pitch;
-            float highest = -INFINITY, total = 0;
-            for (int n = lane(); n < splits; n += 32) highest = fmaxf(highest, fresh(from + n * next));
-            highest = max_of_warp(highest);
-            auto weight = [&](float score) { return score > -INFINITY ? expf(score - highest) : 0.f; };
-            for (int n = lane(); n < splits; n += 32)
-                total = fmaf(weight(fresh(from + n * next)), fresh(from + n * next + 1), total);
-            total = sum_of_warp(total);
-            for (int c = lane(); c < D; c += 32) {
-                float sum = 0;
-#pragma unroll 4
-                for (int n = 0; n < splits; ++n)
-                    sum = fmaf(weight(fresh(from + n * next)), fresh(from + n * next + 2 + c), sum);
-                place.store(slot, query, query_head, c, total != 0 ? sum / total : 0.f);
-            }
+            const auto store = [&](int column, float value) {
+                place.store(slot, i / a.sharing, head * a.sharing + i % a.sharing, column, value);
+            };
+            combine(partials + int64_t(i) * pitch, int64_t(queries) * pitch, splits, D, store);
         }
         sync_warp();
     }

@@ -14,6 +14,8 @@
 #include "cuda/emulation.h"
 #endif
 
+#include "cuda/plan.h"
+
 namespace kvspn::cuda {
 
 struct Half {
@@ -35,7 +37,7 @@ constexpr int kPerLoad<Nibbles> = 32;
 #if defined(__CUDACC__)
 
 __device__ __forceinline__ int thread_index() { return int(threadIdx.x); }
-__device__ __forceinline__ int thread_count() { return int(blockDim.x); }
+__device__ __forceinline__ int thread_count() { return kThreads; }
 __device__ __forceinline__ int block_index() { return int(blockIdx.x); }
 __device__ __forceinline__ int block_count() { return int(gridDim.x); }
 __device__ __forceinline__ char* shared_memory() {
@@ -48,7 +50,10 @@ __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ float from_lane_xor(float value, int mask) {
     return __shfl_xor_sync(0xffffffff, value, mask);
 }
-__device__ __forceinline__ int from_lane(int value, int lane) { return __shfl_sync(0xffffffff, value, lane); }
+template <class T>  // int or float
+__device__ __forceinline__ T from_lane(T value, int lane) {
+    return __shfl_sync(0xffffffff, value, lane);
+}
 
 // Weights: nobody writes them while a kernel runs, and each is read once.
 __device__ __forceinline__ uint4 load_weights(const void* from) {
@@ -90,7 +95,6 @@ __device__ __forceinline__ void atomic_max(uint64_t* at, uint64_t value) {
     atomicMax(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value));
 }
 __device__ __forceinline__ int atomic_add(int* at, int value) { return atomicAdd(at, value); }
-__device__ __forceinline__ void fence() { __threadfence(); }
 __device__ __forceinline__ void fence_host() { __threadfence_system(); }
 
 // What the present thread and, by a sync_block() before it, its block wrote is seen by whoever acquires.
@@ -102,12 +106,29 @@ __device__ __forceinline__ uint32_t add_release(uint32_t* at, uint32_t value) {
                  : "memory");
     return old;
 }
+// The same, and it sees what those wrote that came before it.
+__device__ __forceinline__ int add_acquire_release(int* at, int value) {
+    int old;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;"
+                 : "=r"(old)
+                 : "l"(at), "r"(value)
+                 : "memory");
+    return old;
+}
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* at) {
     uint32_t value;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
     return value;
 }
 __device__ __forceinline__ void wait_a_moment() {}
+
+// Cycles of the multiprocessor, and nanoseconds of the device.
+__device__ __forceinline__ int64_t cycles() { return clock64(); }
+__device__ __forceinline__ int64_t nanoseconds() {
+    int64_t value;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(value));
+    return value;
+}
 
 // Bytes that a warp will want soon go to the L2 cache; `from` and `bytes` are multiples of 16.
 __device__ __forceinline__ void prefetch(const char* from, int64_t bytes, int lane) {
@@ -159,6 +180,9 @@ inline float from_lane_xor(float value, int mask) {
     return as_float(uint32_t(emulation::exchange(as_bits(value), emulation::place().thread ^ mask)));
 }
 inline int from_lane(int value, int lane) { return int(emulation::exchange(uint32_t(value), lane)); }
+inline float from_lane(float value, int lane) {
+    return as_float(uint32_t(emulation::exchange(as_bits(value), lane)));
+}
 
 inline uint4 load_weights(const void* from) { return *static_cast<const uint4*>(from); }
 inline uint4 load_kv(const void* from) { return *static_cast<const uint4*>(from); }
@@ -180,11 +204,14 @@ inline void store(Bfloat* to, float value) {
 
 inline void atomic_max(uint64_t* at, uint64_t value) { *at = std::max(*at, value); }
 inline int atomic_add(int* at, int value) { return (*at += value) - value; }
-inline void fence() {}
 inline void fence_host() {}
 inline uint32_t add_release(uint32_t* at, uint32_t value) { return (*at += value) - value; }
+inline int add_acquire_release(int* at, int value) { return (*at += value) - value; }
 inline uint32_t load_acquire(const uint32_t* at) { return *at; }
 inline void wait_a_moment() { emulation::yield(); }
+
+inline int64_t cycles() { return emulation::ticks(); }
+inline int64_t nanoseconds() { return emulation::ticks(); }
 
 // Reads the ends, so that a sanitizer sees a range that is not there.
 inline void prefetch(const char* from, int64_t bytes, int lane) {

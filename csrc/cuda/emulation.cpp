@@ -46,12 +46,15 @@ kvspn_switch_stack:
 .size kvspn_switch_stack, .-kvspn_switch_stack
 )");
 
-// What the tests set: the order of threads, the device's size, and the launch that fails (-1: none).
+// What the tests set: the order of threads, the device's size, the launch that fails (-1: none), the present
+// device. What they read: that of the last launch.
 extern "C" {
 __attribute__((visibility("default"))) uint32_t kvspn_emulation_seed = 0;
 __attribute__((visibility("default"))) int32_t kvspn_emulation_multiprocessors = 3;
 __attribute__((visibility("default"))) int32_t kvspn_emulation_shared_bytes = 48 << 10;
 __attribute__((visibility("default"))) int32_t kvspn_emulation_failing_launch = -1;
+__attribute__((visibility("default"))) int32_t kvspn_emulation_device = 0;
+__attribute__((visibility("default"))) int32_t kvspn_emulation_launched_on = -1;
 }
 
 struct EmulatedStream {
@@ -64,6 +67,7 @@ struct EmulatedGraph {
 namespace {
 
 std::set<cudaStream_t> used;  // given work, or waited for
+bool busy = false;            // kernels may still run, as far as the host knows
 
 void use(cudaStream_t stream) { used.insert(stream); }
 
@@ -249,6 +253,10 @@ void sync_block() { Grid::running->sync_block(); }
 void sync_warp() { Grid::running->sync_warp(); }
 uint64_t exchange(uint64_t value, int lane) { return Grid::running->exchange(value, lane); }
 void yield() { Grid::running->yield(); }
+int64_t ticks() {
+    static int64_t count = 0;
+    return ++count;
+}
 
 }  // namespace kvspn::emulation
 
@@ -262,6 +270,7 @@ cudaError_t emulated_launch(const cudaLaunchConfig_t* config, std::function<void
     };
     if (c.stream && c.stream->captured) return c.stream->captured->calls.push_back(call), cudaSuccess;
     use(c.stream);
+    kvspn_emulation_launched_on = kvspn_emulation_device, busy = true;
     call();
     return cudaSuccess;
 }
@@ -277,7 +286,11 @@ const char* cudaGetErrorString(cudaError_t error) {
     }
 }
 
-cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = kvspn_emulation_device, cudaSuccess; }
+
+cudaError_t cudaSetDevice(int device) { return kvspn_emulation_device = device, cudaSuccess; }
+
+cudaError_t cudaDeviceSynchronize() { return busy = false, cudaSuccess; }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     *value = attribute == cudaDevAttrMultiProcessorCount            ? kvspn_emulation_multiprocessors
@@ -297,7 +310,13 @@ cudaError_t cudaFree(void* pointer) { return std::free(pointer), cudaSuccess; }
 
 cudaError_t cudaMallocHost(void** pointer, size_t bytes) { return cudaMalloc(pointer, bytes); }
 
-cudaError_t cudaFreeHost(void* pointer) { return cudaFree(pointer); }
+cudaError_t cudaFreeHost(void* pointer) {
+    if (pointer && busy) {
+        std::fputs("kvspn emulation: pinned memory is freed while kernels may use it\n", stderr);
+        std::abort();
+    }
+    return cudaFree(pointer);
+}
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
     use(stream);
@@ -315,7 +334,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete stream, cudaSuccess; }
 
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return use(stream), cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return use(stream), busy = false, cudaSuccess; }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, int) {
     return stream->captured = new EmulatedGraph, cudaSuccess;
@@ -333,6 +352,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsig
 
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
     use(stream);
+    kvspn_emulation_launched_on = kvspn_emulation_device, busy = true;
     for (auto& call : exec->calls) call();
     return cudaSuccess;
 }

@@ -1,6 +1,7 @@
 // The part of CUDA that csrc/cuda uses, on the host: a thread is a fiber, and which one runs next is drawn by
 // lot whenever one has to wait. Memory on the device is memory, and a graph is a list of calls. A stream runs
-// what it is given at once, and is remembered.
+// what it is given at once, and is remembered; pinned memory that is freed before the host has waited for the
+// last kernels ends the program.
 #pragma once
 
 #include <cmath>
@@ -16,6 +17,9 @@
 
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
 };
 struct alignas(16) float4 {
     float x, y, z, w;
@@ -36,6 +40,7 @@ void sync_block();
 void sync_warp();
 uint64_t exchange(uint64_t value, int lane);  // what that lane of the warp hands in
 void yield();                                 // for those who wait in a loop
+int64_t ticks();                              // more at every call
 
 }  // namespace kvspn::emulation
 
@@ -73,6 +78,8 @@ struct cudaLaunchConfig_t {
 
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaDeviceSynchronize();
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t cudaMalloc(void** pointer, size_t bytes);

@@ -22,6 +22,13 @@ Buffer::Buffer(const void* from, size_t bytes, cudaStream_t stream) {
     check(cudaMemcpyAsync(data_, from, bytes, cudaMemcpyHostToDevice, stream), "device memory");
 }
 
+OnDevice::OnDevice(int index) {
+    check(cudaGetDevice(&before_), "the device");
+    if (before_ != index) check(cudaSetDevice(index), "the device");
+}
+
+OnDevice::~OnDevice() { cudaSetDevice(before_); }
+
 Stream::Stream() { check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "a stream"); }
 
 Pinned::Pinned(size_t bytes) {
@@ -120,6 +127,12 @@ Engine::Engine(const kvspn_engine_params& params, const kvspn_tensor* weights, i
     stream_ = nullptr;
 }
 
+Engine::~Engine() {
+    // Kernels that still run use what goes now, and whose stream it was may be gone.
+    const cuda::OnDevice here(device_.index);
+    cudaDeviceSynchronize();
+}
+
 Buffer& Engine::keep(Buffer buffer) {
     weight_memory_.push_back(std::move(buffer));
     return weight_memory_.back();
@@ -148,6 +161,7 @@ cuda::Table Engine::upload(const Table& table) {
 }
 
 void Engine::bind(const kvspn_batch& b) {
+    const cuda::OnDevice here(device_.index);
     const auto [rows, capacity, cross, ids] = check_batch(b, weights_);
     require(rows <= cuda::kMaxBatch, "kv must have at most ", cuda::kMaxBatch, " rows, got ", rows);
     const int64_t head_bytes = weights_.head_dim * int64_t(size_of(Dtype(b.kv.dtype)));
@@ -160,6 +174,8 @@ void Engine::bind(const kvspn_batch& b) {
         require(!tensor || reinterpret_cast<uintptr_t>(tensor->data) % 16 == 0, name,
                 " must start at a multiple of 16 bytes, got another address");
 
+    // Kernels that still run use what is replaced now, the pinned memory too.
+    cuda::check(cudaDeviceSynchronize(), "bind");
     model_.kv_dtype = Dtype(b.kv.dtype);
     model_.lengths = static_cast<int32_t*>(b.lengths.data);
     model_.ids = static_cast<int32_t*>(b.tokens.data);
@@ -201,17 +217,22 @@ void Engine::plan() {
     float *x = x_.as<float>(), *wide = wide_.as<float>(), *attended = attended_.as<float>(),
           *hidden = hidden_.as<float>();
     const int layers = int(w.layers.size()), blocks = int(w.blocks.size());
-    auto attention = [&](const Norm& norm, const Matrix& q, const Matrix& out, bool cross, int layer,
-                         int count) {
-        add_linear(&norm, x, model_.x_stride, q, wide, query_stride_, false, false);
-        add_attend(cross, layer, count, q.outputs / w.head_dim, false);
-        add_linear(nullptr, attended, query_stride_, out, x, model_.x_stride, false, true);
+    auto attention = [&](const char* const(&names)[3], const Norm& norm, const Matrix& q, const Matrix& out,
+                         bool cross, int layer, int count) {
+        add_linear(names[0], &norm, x, model_.x_stride, q, wide, query_stride_, false, false);
+        add_attend(names[1], cross, layer, count, q.outputs / w.head_dim, false);
+        add_linear(names[2], nullptr, attended, query_stride_, out, x, model_.x_stride, false, true);
     };
-    auto feed_forward = [&](const Norm& norm, const Matrix& fc1, const Matrix& fc2) {
-        add_linear(&norm, x, model_.x_stride, fc1, hidden, hidden_stride_, true, false);
-        add_linear(nullptr, hidden, hidden_stride_, fc2, x, model_.x_stride, false, true);
+    auto feed_forward = [&](const char* const(&names)[2], const Norm& norm, const Matrix& fc1,
+                            const Matrix& fc2) {
+        add_linear(names[0], &norm, x, model_.x_stride, fc1, hidden, hidden_stride_, true, false);
+        add_linear(names[1], nullptr, hidden, hidden_stride_, fc2, x, model_.x_stride, false, true);
     };
 
+    constexpr const char *kSelf[] = {"draft.kv_q", "draft.kv_attention", "draft.kv_out"},
+                         *kDraftCross[] = {"draft.cross_q", "draft.cross_attention", "draft.cross_out"},
+                         *kCross[] = {"cross_q", "cross_attention", "cross_out"},
+                         *kDraftFfn[] = {"draft.fc1", "draft.fc2"}, *kFfn[] = {"fc1", "fc2"};
     stages_.clear();
     drafting_ = true;
     if (blocks) add_embed(true);
@@ -219,9 +240,10 @@ void Engine::plan() {
         const Block& block = w.blocks[i];
         const int size = layers / w.groups, end = (i * w.groups / blocks + 1) * size,
                   count = w.last_layer_only ? 1 : size;
-        attention(block.kv_norm, block.kv_q, block.kv_out, false, end - count, count);
-        if (block.cross) attention(block.cross_norm, block.cross_q, block.cross_out, true, end - 1, 1);
-        feed_forward(block.ffn_norm, block.fc1, block.fc2);
+        attention(kSelf, block.kv_norm, block.kv_q, block.kv_out, false, end - count, count);
+        if (block.cross)
+            attention(kDraftCross, block.cross_norm, block.cross_q, block.cross_out, true, end - 1, 1);
+        feed_forward(kDraftFfn, block.ffn_norm, block.fc1, block.fc2);
     }
     if (blocks) add_verify(true, w.draft_norm, w.draft_head);
     drafting_ = false;
@@ -229,21 +251,24 @@ void Engine::plan() {
     add_embed(false);
     for (int i = 0; i < layers; ++i) {
         const Layer& layer = w.layers[i];
-        add_linear(&layer.self_norm, x, model_.x_stride, layer.self_qkv, wide, query_stride_, false, false);
+        add_linear("self_qkv", &layer.self_norm, x, model_.x_stride, layer.self_qkv, wide, query_stride_,
+                   false, false);
         if (model_.kv_dtype != Dtype::int8) {
             Stage& s = stages_.back();
             s.kv = layer_kv(false, i), s.kept = w.width, s.capacity = model_.capacity;
         }
-        add_attend(false, i, 1, w.heads, true);
-        add_linear(nullptr, attended, query_stride_, layer.self_out, x, model_.x_stride, false, true);
-        attention(layer.cross_norm, layer.cross_q, layer.cross_out, true, i, 1);
-        feed_forward(layer.ffn_norm, layer.fc1, layer.fc2);
+        add_attend("self_attention", false, i, 1, w.heads, true);
+        add_linear("self_out", nullptr, attended, query_stride_, layer.self_out, x, model_.x_stride, false,
+                   true);
+        attention(kCross, layer.cross_norm, layer.cross_q, layer.cross_out, true, i, 1);
+        feed_forward(kFfn, layer.ffn_norm, layer.fc1, layer.fc2);
     }
     judge_ = int(stages_.size());
     add_verify(false, w.norm, w.head);
     stages_.emplace_back();
-    stages_.back().kind = Kind::accept;
+    stages_.back().kind = Kind::accept, stages_.back().name = "accept";
 
+    model_.partial_pitch = cuda::pitch_of_partial(w.head_dim);
     size_t partials = 0;
     int longest = 0;  // row of activations, in a block's memory
     for (const Stage& stage : stages_) {
@@ -251,7 +276,7 @@ void Engine::plan() {
             const size_t split = size_t(32 / stage.lanes * cuda::loads_of(stage.dtype));
             const size_t splits = stage.layers * ((stage.capacity + split - 1) / split);
             const size_t queries = std::max<size_t>(kPrefillChunk, 2 * model_.batch);
-            partials = std::max(partials, splits * queries * stage.query_heads * (2 + w.head_dim));
+            partials = std::max(partials, splits * queries * stage.query_heads * model_.partial_pitch);
         } else {
             longest = std::max(longest, pad(stage.inputs, 1024));
         }
@@ -259,7 +284,8 @@ void Engine::plan() {
     partials_ = Buffer(partials * sizeof(float), stream_);
     model_.partials = partials_.as<float>();
     model_.shared_floats = cuda::shared_floats(device_, int(stages_.size()));
-    require(longest <= model_.shared_floats, "weights must be at most ", model_.shared_floats / 1024 * 1024,
+    const int room = model_.shared_floats - cuda::kMoments;
+    require(longest <= room, "weights must be at most ", room / 1024 * 1024,
             " columns wide on this device, got ", longest);
     plan_ = Buffer(stages_.data(), stages_.size() * sizeof(Stage), stream_);
 }
@@ -267,12 +293,13 @@ void Engine::plan() {
 void Engine::add_embed(bool draft) {
     stages_.emplace_back();
     stages_.back().kind = Kind::embed, stages_.back().draft = draft;
+    stages_.back().name = draft ? "draft.embed" : "embed";
 }
 
-void Engine::add_linear(const Norm* norm, const float* x, int64_t x_stride, const Matrix& matrix, float* y,
-                        int64_t y_stride, bool gelu, bool accumulate) {
+void Engine::add_linear(const char* name, const Norm* norm, const float* x, int64_t x_stride,
+                        const Matrix& matrix, float* y, int64_t y_stride, bool gelu, bool accumulate) {
     Stage s;
-    s.kind = Kind::linear, s.dtype = matrix.dtype, s.draft = drafting_;
+    s.name = name, s.kind = Kind::linear, s.dtype = matrix.dtype, s.draft = drafting_;
     s.x = x, s.x_stride = x_stride, s.y = y, s.y_stride = y_stride;
     if (norm) s.norm_weight = norm->weight, s.norm_bias = norm->bias;
     s.weight = static_cast<const char*>(matrix.weight), s.scale = matrix.scale, s.bias = matrix.bias;
@@ -282,9 +309,9 @@ void Engine::add_linear(const Norm* norm, const float* x, int64_t x_stride, cons
     stages_.push_back(s);
 }
 
-void Engine::add_attend(bool cross, int layer, int layers, int query_heads, bool causal) {
+void Engine::add_attend(const char* name, bool cross, int layer, int layers, int query_heads, bool causal) {
     Stage s;
-    s.kind = Kind::attend, s.dtype = model_.kv_dtype, s.draft = drafting_;
+    s.name = name, s.kind = Kind::attend, s.dtype = model_.kv_dtype, s.draft = drafting_;
     s.x = wide_.as<float>(), s.y = attended_.as<float>(), s.x_stride = s.y_stride = query_stride_;
     s.kv = layer_kv(cross, layer), s.kv_scale = layer_scale(cross, layer), s.layers = layers;
     s.capacity = int((cross ? batch_.cross_kv : batch_.kv).shape[4]), s.query_heads = query_heads;
@@ -294,11 +321,13 @@ void Engine::add_attend(bool cross, int layer, int layers, int query_heads, bool
 }
 
 void Engine::add_verify(bool draft, const Norm& norm, const Matrix& head) {
-    add_linear(&norm, x_.as<float>(), model_.x_stride, head, nullptr, 0, false, false);
+    add_linear(draft ? "draft.head" : "head", &norm, x_.as<float>(), model_.x_stride, head, nullptr, 0, false,
+               false);
     stages_.back().kind = Kind::verify, stages_.back().draft = draft;
 }
 
 void Engine::encode(int row, const kvspn_tensor& states) {
+    const cuda::OnDevice here(device_.index);
     check_row(row);
     check_tensor("states", states, {Dtype::fp32, Dtype::bf16, Dtype::fp16}, {-1, weights_.width});
     const int64_t capacity = batch_.cross_kv.shape[4], count = states.shape[0];
@@ -316,8 +345,8 @@ void Engine::encode(int row, const kvspn_tensor& states) {
         at += rows.shape[0];
     }
     for (int i = 0; i < int(weights_.layers.size()); ++i) {
-        add_linear(nullptr, x, model_.x_stride, weights_.layers[i].cross_kv, projected_.as<float>(),
-                   2 * weights_.width, false, false);
+        add_linear("cross_kv", nullptr, x, model_.x_stride, weights_.layers[i].cross_kv,
+                   projected_.as<float>(), 2 * weights_.width, false, false);
         Stage stage = stages_.back();
         stages_.pop_back();
         if (!int8) stage.kv = layer_kv(true, i), stage.capacity = int(capacity);
@@ -347,6 +376,7 @@ void Engine::append_cross(int layer, int row, int64_t count) {
 }
 
 void Engine::prefill(int row, int count) {
+    const cuda::OnDevice here(device_.index);
     check_row(row);
     const int limit = std::min({model_.capacity, model_.id_capacity, model_.positions.count});
     require(count >= 0 && count <= limit, "count must be 0 to ", limit, ", got ", count);
@@ -376,6 +406,7 @@ void Engine::check_step(const kvspn_step_params& params) const {
 }
 
 void Engine::generate(const kvspn_generate_params& params) {
+    const cuda::OnDevice here(device_.index);
     check_step(params.step);
     require(params.max_steps >= 0, "max_steps must be at least 0, got ", params.max_steps);
     int left = params.max_steps ? params.max_steps : params.step.max_length;  // each makes a token
@@ -399,6 +430,7 @@ void Engine::generate(const kvspn_generate_params& params) {
 }
 
 void Engine::rollback(int row, int length) {
+    const cuda::OnDevice here(device_.index);
     check_row(row);
     int32_t present;
     fetch(&present, model_.lengths + row, sizeof present);
@@ -411,6 +443,7 @@ void Engine::rollback(int row, int length) {
 }
 
 void Engine::reset() {
+    const cuda::OnDevice here(device_.index);
     check_bound();
     const size_t rows = size_t(model_.batch);
     cuda::check(cudaMemsetAsync(model_.lengths, 0, rows * sizeof(int32_t), stream_), "reset");
@@ -423,6 +456,7 @@ void Engine::reset() {
 }
 
 void Engine::read_statistics(int row, kvspn_statistics& statistics) const {
+    const cuda::OnDevice here(device_.index);
     if (row == -1)
         check_bound();
     else
@@ -459,6 +493,7 @@ int Engine::progress(int row, int32_t* tokens, int capacity) const {
 }
 
 void Engine::run(const kvspn_step_params& params, int steps) {
+    const cuda::OnDevice here(device_.index);
     check_step(params);
     if (!steps) return;
     const cuda::Control control{params.mask, params.k, params.eos, params.max_length};
@@ -484,6 +519,54 @@ void Engine::run(const kvspn_step_params& params, int steps) {
         case Mode::kernels:
             while (steps-- > 0) launch_stages(first, last, pass, stream_);
     }
+}
+
+int Engine::profile(const kvspn_step_params& params, kvspn_stage* stages, int capacity) {
+    const cuda::OnDevice here(device_.index);
+    check_step(params);
+    require(mode_ == Mode::persistent,
+            "KVSPN_CUDA_STEP must be persistent to have stages timed, got another");
+    const int first = params.draft ? 0 : base_, count = int(stages_.size()) - first;
+    // Positions of the two caches that the step attends to, before the step moves them.
+    std::vector<int64_t> positions(2);
+    std::vector<int32_t> lengths(size_t(model_.batch)), encoded(lengths.size());
+    std::vector<uint8_t> finished(lengths.size());
+    fetch(lengths.data(), model_.lengths, lengths.size() * sizeof(int32_t));
+    fetch(encoded.data(), model_.cross_lengths, encoded.size() * sizeof(int32_t));
+    fetch(finished.data(), model_.finished, finished.size());
+    for (size_t row = 0; row < lengths.size(); ++row)
+        if (!finished[row]) positions[0] += lengths[row], positions[1] += encoded[row];
+
+    std::vector<cuda::Stamp> stamps(size_t(count) + 2);
+    const Buffer there(stamps.size() * sizeof(cuda::Stamp), stream_);
+    model_.stamps = there.as<cuda::Stamp>();
+    try {
+        run(params, 1);
+        fetch(stamps.data(), model_.stamps, stamps.size() * sizeof(cuda::Stamp));
+    } catch (...) {
+        model_.stamps = nullptr;
+        throw;
+    }
+    model_.stamps = nullptr;
+    const cuda::Stamp &start = stamps.front(), &end = stamps.back();
+    const double cycle =
+        double(end.done - start.done) / double(std::max<int64_t>(end.passed - start.passed, 1));
+    for (int i = 0; i < std::min(2 * count, capacity); ++i) {
+        const Stage& stage = stages_[first + i / 2];
+        const cuda::Stamp &before = stamps[i / 2], &stamp = stamps[i / 2 + 1];
+        stages[i] = i % 2 ? kvspn_stage{"barrier", int64_t(cycle * double(stamp.passed - stamp.done)), 0}
+                          : kvspn_stage{stage.name, int64_t(cycle * double(stamp.done - before.passed)),
+                                        bytes_of(stage, positions)};
+    }
+    return 2 * count;
+}
+
+// Of weights, or of keys and values at the rows' positions, in the cache and of the encoder.
+int64_t Engine::bytes_of(const Stage& stage, const std::vector<int64_t>& positions) const {
+    if (stage.kind != Kind::attend) return stage.outputs * stage.pitch;
+    const int stride = stage.cross && stage.draft ? weights_.encoder_stride : 1;
+    const int64_t each = weights_.head_dim * int64_t(size_of(stage.dtype)) + (stage.kv_scale ? 4 : 0);
+    return 2 * stage.layers * weights_.heads * each * ((positions[stage.cross] + stride - 1) / stride);
 }
 
 void Engine::launch_stages(int first, int last, const cuda::Pass& pass, cudaStream_t stream) {

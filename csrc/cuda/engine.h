@@ -4,7 +4,6 @@
 
 #include <vector>
 
-#include "common/error.h"
 #include "common/weights.h"
 #include "cuda/kernels.h"
 #include "kvspn.h"
@@ -57,6 +56,17 @@ class Pinned {
     void* data_ = nullptr;
 };
 
+// Makes a device the present one, until it goes.
+class OnDevice {
+  public:
+    explicit OnDevice(int index);
+    OnDevice(const OnDevice&) = delete;
+    ~OnDevice();
+
+  private:
+    int before_;
+};
+
 // One that does not wait for the default stream.
 class Stream {
   public:
@@ -87,19 +97,20 @@ class Graph {
 
 const char* instruction_set();
 
-// Everything but the weights, which are there once the engine is, is put on the caller's stream.
+// Everything but the weights, which are there once the engine is, is put on the caller's stream. It belongs
+// to the device that was present when it was made.
 class Engine {
   public:
     Engine(const kvspn_engine_params& params, const kvspn_tensor* weights, int count);
+    ~Engine();
 
     void set_stream(void* stream) { stream_ = static_cast<cudaStream_t>(stream); }
     void bind(const kvspn_batch& batch);
     void encode(int row, const kvspn_tensor& states);
     void prefill(int row, int count);
-    int profile(const kvspn_step_params&, kvspn_stage*, int) {
-        throw InvalidArgument("engine must be of the CPU to have stages, got one of a CUDA device");
-    }
     void step(const kvspn_step_params& params) { run(params, 1); }
+    // Waits for it. Each stage is followed by the barrier behind it.
+    int profile(const kvspn_step_params& params, kvspn_stage* stages, int capacity);
     void generate(const kvspn_generate_params& params);
     void rollback(int row, int length);
     void reset();
@@ -121,11 +132,12 @@ class Engine {
     void run(const kvspn_step_params& params, int steps);
     void plan();
     void add_embed(bool draft);
-    void add_linear(const Norm* norm, const float* x, int64_t x_stride, const Matrix& matrix, float* y,
-                    int64_t y_stride, bool gelu, bool accumulate);
-    void add_attend(bool cross, int layer, int layers, int query_heads, bool causal);
+    void add_linear(const char* name, const Norm* norm, const float* x, int64_t x_stride,
+                    const Matrix& matrix, float* y, int64_t y_stride, bool gelu, bool accumulate);
+    void add_attend(const char* name, bool cross, int layer, int layers, int query_heads, bool causal);
     void add_verify(bool draft, const Norm& norm, const Matrix& head);
     void launch_stages(int first, int last, const cuda::Pass& pass, cudaStream_t stream);
+    int64_t bytes_of(const cuda::Stage& stage, const std::vector<int64_t>& positions) const;
     void fetch(void* to, const void* from, size_t bytes) const;
     void wait(const char* what) const;
     void check_tokens(int row) const;

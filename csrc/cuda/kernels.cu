@@ -6,16 +6,15 @@ namespace {
 
 constexpr int kAhead = 2;  // stages, of weights on their way: memory is busy through the barriers
 
-__device__ __forceinline__ int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+constexpr int64_t kSharedPart = (sizeof(Shared) + 15) / 16 * 16;
 
 // The block's memory: Shared, the plan if there is one, activations.
 __device__ __forceinline__ Shared& shared_part() { return *reinterpret_cast<Shared*>(shared_memory()); }
-__device__ __forceinline__ char* behind_shared() { return shared_memory() + aligned(sizeof(Shared)); }
+__device__ __forceinline__ char* behind_shared() { return shared_memory() + kSharedPart; }
 
 // Block 0 tops the count up to 2^31, so that its highest bit turns when all blocks have come: the barrier is
-// ready for the next time, and for the next kernel, as it is.
+// ready for the next time, and for the next kernel, as it is. After a sync_block().
 __device__ __forceinline__ uint32_t arrive(uint32_t* barrier) {
-    sync_block();
     if (thread_index()) return 0;
     return add_release(barrier, block_index() ? 1 : 0x80000000 - uint32_t(block_count() - 1));
 }
@@ -23,6 +22,10 @@ __device__ __forceinline__ void wait(const uint32_t* barrier, uint32_t before) {
     if (thread_index() == 0)
         while (!((before ^ load_acquire(barrier)) & 0x80000000)) wait_a_moment();
     sync_block();
+}
+
+__device__ __forceinline__ void stamp(const Model& m, int at, int64_t first) {
+    if (m.stamps && !block_index() && !thread_index()) m.stamps[at] = {first, cycles()};
 }
 
 template <Kind kind>
@@ -41,13 +44,14 @@ __global__ void __launch_bounds__(kThreads, 1)
                 const int steps) {
     Shared& shared = shared_part();
     Stage* stages = reinterpret_cast<Stage*>(behind_shared());
-    float* x = reinterpret_cast<float*>(behind_shared() + aligned(count * int64_t(sizeof(Stage))));
+    float* x = reinterpret_cast<float*>(stages + count);
     for (int i = thread_index(); i < count * int(sizeof(Stage) / 4); i += thread_count())
         reinterpret_cast<uint32_t*>(stages)[i] = reinterpret_cast<const uint32_t*>(plan)[i];
     for (int step = 0; step < steps; ++step) {
         sync_block();
         collect(m, pass, shared.slots);
         if (!shared.slots.count) return;
+        stamp(m, 0, nanoseconds());
         for (int i = 0; i < count; ++i) {
             const Stage& stage = stages[i];
             const Pass now = stage.draft ? Pass{} : pass;
@@ -67,12 +71,16 @@ __global__ void __launch_bounds__(kThreads, 1)
                 case Kind::accept:
                     run_stage<Kind::accept>(m, stage, now, shared, x);
             }
+            sync_block();
+            const int64_t done = cycles();
+            if (i + 1 == count) stamp(m, count, done), stamp(m, count + 1, nanoseconds());
             if (i + 1 == count && step + 1 == steps) return;
             const uint32_t before = arrive(m.barrier);
             const Stage& soon = stages[(i + kAhead) % count];
             prefetch_weights(soon);
             prefetch_cross(m, soon, shared.slots);
             wait(m.barrier, before);
+            if (i + 1 < count) stamp(m, 1 + i, done);
         }
     }
 }
@@ -101,15 +109,19 @@ Device open_device() {
 }
 
 int shared_floats(const Device& device, int stages) {
-    const int64_t others = (sizeof(Shared) + 15) / 16 * 16 + (stages * sizeof(Stage) + 15) / 16 * 16;
-    return int((device.shared_bytes - others) / 4);
+    return int((device.shared_bytes - kSharedPart - stages * int64_t(sizeof(Stage))) / 4);
 }
 
-void launch_stage(const Device& device, const Model& m, const Stage& stage, const Pass& pass,
-                  cudaStream_t stream) {
+void launch_stage(const Device& device, Model m, const Stage& stage, const Pass& pass, cudaStream_t stream) {
+    // No more of a multiprocessor's memory than the rows need, which leaves room for the next kernel's
+    // blocks.
+    const Pass now = stage.draft ? Pass{} : pass;
+    const int rows = std::min((now.row < 0 ? m.batch : 1) * now.queries, kTile);
+    const bool multiplies = stage.kind == Kind::linear || stage.kind == Kind::verify;
+    if (multiplies) m.shared_floats = std::min(m.shared_floats, kMoments + rows * pad(stage.inputs, 1024));
+    const int bytes = int(kSharedPart) + (multiplies ? 4 * m.shared_floats : 0);
     auto run = [&](const char* name, auto kernel, int blocks) {
-        launch(name, device, kernel, {blocks, device.shared_bytes}, stream, m, stage,
-               stage.draft ? Pass{} : pass);
+        launch(name, device, kernel, {blocks, bytes}, stream, m, stage, now);
     };
     switch (stage.kind) {
         case Kind::embed:

@@ -33,7 +33,7 @@ Device open_device();
 int shared_floats(const Device& device, int stages);
 
 // One kernel for one stage.
-void launch_stage(const Device& device, const Model& model, const Stage& stage, const Pass& pass,
+void launch_stage(const Device& device, Model model, const Stage& stage, const Pass& pass,
                   cudaStream_t stream);
 
 // One cooperative kernel for `steps` times all the stages, or until every row is finished.

@@ -56,11 +56,12 @@ struct OpRows {
         return four_at(x, start, column, op.weights.inputs, op.by_four);
     }
     __device__ __forceinline__ bool normed() const { return op.p.norm_weight.data; }
-    __device__ __forceinline__ float norm_weight(int column) const {
-        return float_at(op.p.norm_weight, column);
+    __device__ __forceinline__ float4 norm_weight(int column) const {
+        return four_at(op.p.norm_weight, 0, column, op.weights.inputs, op.norm_by_four);
     }
-    __device__ __forceinline__ float norm_bias(int column) const {
-        return op.p.norm_bias.data ? float_at(op.p.norm_bias, column) : 0.f;
+    __device__ __forceinline__ float4 norm_bias(int column) const {
+        if (!op.p.norm_bias.data) return float4{0, 0, 0, 0};
+        return four_at(op.p.norm_bias, 0, column, op.weights.inputs, op.norm_by_four);
     }
     __device__ __forceinline__ float eps() const { return op.p.eps; }
 };
@@ -123,16 +124,20 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const __grid_consta
     with_tile(op.weights.dtype, op.aligned, rows, [&](auto type, auto tile, auto aligned) {
         constexpr int R = decltype(tile)::value;
         auto start = [](int, int, int) {};
-        auto output = [&](int n, int r, float value) {
+        auto begin = [&](int n, int r) {
+            return Added{p.bias.data ? float_at(p.bias, n) : 0.f,
+                         p.residual.data ? float_at(p.residual, r * p.residual.strides[0] + n) : 0.f};
+        };
+        auto end = [&](int n, int r, float value, const Added& added) {
             if (lane() % (32 / R)) return;
-            if (p.bias.data) value += float_at(p.bias, n);
+            if (p.bias.data) value += added.bias;
             if (p.gelu) value = 0.5f * value * (1.f + erff(value * 0.70710678f));
-            if (p.residual.data) value += float_at(p.residual, r * p.residual.strides[0] + n);
+            if (p.residual.data) value += added.residual;
             put(p.out, r * p.out.strides[0] + n, value);
         };
         project<decltype(type), R, decltype(aligned)::value>(op.weights, OpRows<LinearOp>{op}, rows,
                                                              reinterpret_cast<float*>(shared_memory()),
-                                                             op.shared_floats, start, output);
+                                                             op.shared_floats, start, begin, end);
     });
 }
 
@@ -150,9 +155,7 @@ __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_consta
     });
     // The last block to arrive writes the results.
     if (thread_index() == 0) {
-        fence();
-        tally.draft[0] = atomic_add(op.arrived, 1) == block_count() - 1;
-        fence();
+        tally.draft[0] = add_acquire_release(op.arrived, 1) == block_count() - 1;
     }
     sync_block();
     if (!tally.draft[0]) return;

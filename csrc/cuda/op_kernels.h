@@ -9,15 +9,15 @@ namespace kvspn::cuda {
 struct LinearOp {
     kvspn_linear_params p;
     Stage weights;
-    bool aligned;  // rows of weights, to 16 bytes; else they are read element by element
-    bool by_four;  // elements of x, in one load
+    bool aligned;                // rows of weights, to 16 bytes; else they are read element by element
+    bool by_four, norm_by_four;  // elements of x and of the LayerNorm, in one load
     int32_t shared_floats;
 };
 
 struct VerifyOp {
     kvspn_verify_params p;
     Stage weights;
-    bool aligned, by_four;
+    bool aligned, by_four, norm_by_four;
     int32_t shared_floats;
     uint64_t* best;            // [rows], zeros
     int32_t *above, *arrived;  // [rows] and [1], zeros

@@ -79,6 +79,9 @@ void plan(const cuda::Device& device, int64_t rows, Op& op) {
     s.outputs = int(weight.shape[0]), s.inputs = int(op.p.x.shape[op.p.x.ndim - 1]);
     op.aligned = fits(weight, weight.shape[1], 16);
     op.by_four = by_four(op.p.x);
+    op.norm_by_four = true;
+    for (const kvspn_tensor* norm : {&op.p.norm_weight, &op.p.norm_bias})
+        op.norm_by_four &= !norm->data || by_four(*norm);
     if (int4) {
         s.groups = int(scale.shape[1]);
         const int span = s.inputs / s.groups;
@@ -86,10 +89,10 @@ void plan(const cuda::Device& device, int64_t rows, Op& op) {
         op.aligned &= span >= 8 && 1 << s.group_shift == span;
     }
     const int64_t columns = pad(std::max(s.inputs, 1), 32 * int(int4 ? 32 : 16 / size));
-    const int64_t most = cuda::shared_floats_of_ops(device);
+    const int64_t most = cuda::shared_floats_of_ops(device) - cuda::kMoments;
     require(columns <= most, "x must be at most ", most / 1024 * 1024, " columns wide on this device, got ",
             s.inputs);
-    op.shared_floats = int(std::min(std::min<int64_t>(rows, cuda::kTile) * columns, most));
+    op.shared_floats = cuda::kMoments + int(std::min(std::min<int64_t>(rows, cuda::kTile) * columns, most));
 }
 
 cuda::KeyValues key_values(const kvspn_tensor& kv, int layers) {
@@ -130,7 +133,8 @@ void flat_kv_attention(const kvspn_attention_params& p) {
     const int64_t tasks = splits * rows * heads;
     require(tasks < (int64_t(1) << 30), "kv must have less than 2^30 blocks of positions, got ", tasks);
     const int64_t most = std::min<int64_t>(queries, kQueriesAtOnce);
-    a.partials = allocate<float>(p.stream, tasks * most * a.sharing * (2 + width));
+    a.pitch = cuda::pitch_of_partial(width);
+    a.partials = allocate<float>(p.stream, tasks * most * a.sharing * a.pitch);
     a.arrived = allocate_zeros<int32_t>(p.stream, rows * heads);
     const cuda::Device device = cuda::open_device_for_ops();
     for (int64_t first = 0; first < queries; first += most) {

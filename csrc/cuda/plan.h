@@ -10,8 +10,9 @@ namespace kvspn::cuda {
 constexpr int kThreads =
     256;                   // of a block on the device, one block a multiprocessor: up to 255 registers each
 constexpr int kTile = 16;  // rows that share one reading of the weights
-constexpr int kMaxBatch = 256;      // rows of a batch
-constexpr int kMaxHeadBytes = 512;  // of one position's key: what a warp loads at once
+constexpr int kMoments = 2 * kTile;  // floats in front of a block's activations: mean and factor of each row
+constexpr int kMaxBatch = 256;       // rows of a batch
+constexpr int kMaxHeadBytes = 512;   // of one position's key: what a warp loads at once
 
 // 16-byte loads of keys, and of values, that a lane has under way: of int8, as many positions as of fp16.
 constexpr int kFloatLoads = 8, kInt8Loads = 4;
@@ -24,9 +25,15 @@ inline int lanes_of(int64_t head_bytes) {
     return lanes;
 }
 
+// Floats of a partial result of attention: the largest score, the sum of weights, two unused; then the
+// columns.
+constexpr int kPartialHead = 4;
+inline int pitch_of_partial(int64_t width) { return kPartialHead + int(width + 3) / 4 * 4; }
+
 enum class Kind : int32_t { embed, linear, attend, verify, accept };
 
-struct Stage {
+struct alignas(16) Stage {
+    const char* name = nullptr;  // of the host's memory
     Kind kind{};
     Dtype dtype{};       // of the weight; attend: of keys and values
     bool draft = false;  // embed, verify: for the draft network
@@ -61,7 +68,8 @@ struct Attention {
     int32_t lanes;                                          // of a position
     bool causal;                                            // query i sees length + i + 1 positions
     float scale;
-    float* partials;   // [slots, heads, splits, queries * sharing, 2 + width]
+    int32_t pitch;     // of a partial result, in floats
+    float* partials;   // [slots, heads, splits, queries * sharing, pitch]
     int32_t* arrived;  // [slots, heads], zeros
 };
 
@@ -75,6 +83,13 @@ struct Table {
 struct Control {
     const float* mask;
     int32_t k, eos, max_length;
+};
+
+// When the first block had done its part of a stage, and when it went on behind the barrier, in cycles of its
+// multiprocessor. Two more, of a step's start and end, tell what a cycle is: the device's nanoseconds,
+// cycles.
+struct Stamp {
+    int64_t done, passed;
 };
 
 // Tables, the caller's batch, and the engine's own state.
@@ -95,11 +110,13 @@ struct Model {
     int64_t x_stride;
     uint64_t *best, *draft_best;  // [rows], [batch]: the largest logit and the smallest id that has it
     int32_t* above;               // [rows]: tokens in front of the draft
-    float* partials;              // of attention: [batch, heads, splits, queries, 2 + D]
-    int32_t* arrived;             // [batch, heads]
+    int32_t partial_pitch;
+    float* partials;   // of attention: [batch, heads, splits, queries, partial_pitch]
+    int32_t* arrived;  // [batch, heads]
     uint32_t* barrier;
+    Stamp* stamps;          // [start, stages..., end] of the last step; or null
     int32_t* progress;      // [batch, 1 + ids], in the host's memory: how many tokens a row has, and they
-    int32_t shared_floats;  // of activations, in a block
+    int32_t shared_floats;  // of activations and their moments, in a block
 };
 
 // Which tokens: the newest of every unfinished row and, with two queries, the draft; or, where `row` is one,

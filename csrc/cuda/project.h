@@ -1,7 +1,10 @@
 // Rows of activations times a matrix of weights, whose outputs the warps of the grid share out.
 //
 // A source tells the rows: four(row, column), whose elements past the last column do not matter; and their
-// LayerNorm: normed(), norm_weight(column), norm_bias(column), eps().
+// LayerNorm: normed(), norm_weight(column) and norm_bias(column), four at a time, eps().
+//
+// What a stage reads and the one before has not made is asked for before anything waits for it: memory and
+// the L2 cache then answer side by side, and not one after the other.
 #pragma once
 
 #include "cuda/grid.h"
@@ -17,86 +20,146 @@ __device__ __forceinline__ int place_of(int column) {
     return group + in_group % E / 4 * 128 + in_group / E * 4;
 }
 
-// Rows of the source, through the LayerNorm if there is one, to the block's x, filled up with zeros to
-// `columns`.
-template <int E, class Source>
-__device__ __forceinline__ void load_rows(const Source& source, int inputs, int first, int count, int columns,
+// Rows of the source to the block's x, filled up with zeros to `columns`. R: rows at most.
+template <int E, int R, class Source>
+__device__ __forceinline__ void copy_rows(const Source& source, int inputs, int first, int count, int columns,
                                           float* x) {
+    constexpr int kRows = R > 2 ? 4 : 2, kTimes = 4 / kRows;  // four loads of a thread under way
+    const int step = 4 * thread_count();
+    for (int top = 0; top < count; top += kRows) {
+        for (int left = 4 * thread_index(); left < columns; left += kTimes * step) {
+            float4 v[kRows][kTimes];
+#pragma unroll
+            for (int i = 0; i < kRows; ++i)
+#pragma unroll
+                for (int j = 0; j < kTimes; ++j) {
+                    const int c = left + j * step;
+                    v[i][j] = float4{0, 0, 0, 0};
+                    if (top + i < count && c < inputs) v[i][j] = source.four(first + top + i, c);
+                }
+#pragma unroll
+            for (int i = 0; i < kRows; ++i)
+#pragma unroll
+                for (int j = 0; j < kTimes; ++j) {
+                    const int c = left + j * step;
+                    if (top + i >= count || c >= columns) continue;
+                    float4 four = v[i][j];
+                    four.y = c + 1 < inputs ? four.y : 0, four.z = c + 2 < inputs ? four.z : 0;
+                    four.w = c + 3 < inputs ? four.w : 0;
+                    *reinterpret_cast<float4*>(x + (top + i) * columns + place_of<E>(c)) = four;
+                }
+        }
+    }
+}
+
+// Mean and factor of the LayerNorm of the block's rows, a warp each: moments[0 .. count), [kTile .. + count).
+template <int E, class Source>
+__device__ __forceinline__ void find_moments(const Source& source, int inputs, int count, int columns,
+                                             const float* x, float* moments) {
     for (int r = warp(); r < count; r += warps()) {
-        float* row = x + r * columns;
+        const float* row = x + r * columns;
         float sum = 0;
 #pragma unroll 8
         for (int c = 4 * lane(); c < columns; c += 128) {
-            float4 v{0, 0, 0, 0};
-            if (c < inputs) v = source.four(first + r, c);
-            v.y = c + 1 < inputs ? v.y : 0, v.z = c + 2 < inputs ? v.z : 0, v.w = c + 3 < inputs ? v.w : 0;
+            const float4 v = *reinterpret_cast<const float4*>(row + place_of<E>(c));
             sum += v.x + v.y + (v.z + v.w);
-            *reinterpret_cast<float4*>(row + place_of<E>(c)) = v;
         }
-        if (!source.normed()) continue;
         const float mean = sum_of_warp(sum) / float(inputs);
         float squares = 0;
+#pragma unroll 8
         for (int c = 4 * lane(); c < inputs; c += 128) {
             const float* v = row + place_of<E>(c);
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 if (c + i < inputs) squares = fmaf(v[i] - mean, v[i] - mean, squares);
         }
-        const float factor = 1.f / sqrtf(sum_of_warp(squares) / float(inputs) + source.eps());
-        for (int c = 4 * lane(); c < inputs; c += 128) {
-            float* v = row + place_of<E>(c);
+        const float variance = sum_of_warp(squares) / float(inputs);
+        if (lane() == 0) moments[r] = mean, moments[kTile + r] = 1.f / sqrtf(variance + source.eps());
+    }
+}
+
+// Rows of the source, through the LayerNorm if there is one, to the block's x. Its weights are asked for
+// together with the rows.
+template <int E, int R, class Source>
+__device__ __forceinline__ void load_rows(const Source& source, int inputs, int first, int count, int columns,
+                                          float* x, float* moments) {
+    const int start = 4 * thread_index(), step = 4 * thread_count();
+    float4 weight{}, bias{};
+    if (source.normed() && start < inputs) weight = source.norm_weight(start), bias = source.norm_bias(start);
+    copy_rows<E, R>(source, inputs, first, count, columns, x);
+    sync_block();
+    if (!source.normed()) return;
+    find_moments<E>(source, inputs, count, columns, x, moments);
+    sync_block();
+    for (int c = start; c < inputs; c += step) {
+        const float w[4] = {weight.x, weight.y, weight.z, weight.w}, b[4] = {bias.x, bias.y, bias.z, bias.w};
+        if (c + step < inputs) weight = source.norm_weight(c + step), bias = source.norm_bias(c + step);
+        for (int r = 0; r < count; ++r) {
+            float* v = x + r * columns + place_of<E>(c);
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                if (c + i < inputs)
-                    v[i] = fmaf((v[i] - mean) * factor, source.norm_weight(c + i), source.norm_bias(c + i));
+                if (c + i < inputs) v[i] = fmaf((v[i] - moments[r]) * moments[kTile + r], w[i], b[i]);
         }
     }
     sync_block();
 }
 
-// A lane's part of output n's product with R rows of activations, of which `rows` are there.
+// What an output gets beside its product.
+struct Added {
+    float bias, residual;
+};
+
+constexpr int kTurn = 4;  // loads of a lane, of one output, that are under way together
+
+template <class W>
+__device__ __forceinline__ int bytes_of(const Stage& s) {
+    return std::is_same_v<W, Nibbles> ? s.inputs / 2 : s.inputs * int(sizeof(W));
+}
+
+// A lane's part of an output's weights from byte `at` on.
+template <class W, bool kAligned>
+__device__ __forceinline__ void load_turn(const Stage& s, int output, int at, uint4 (&weights)[kTurn]) {
+    const char* row = s.weight + output * s.pitch;
+    const int bytes = bytes_of<W>(s);
+#pragma unroll
+    for (int u = 0; u < kTurn; ++u) {
+        const int from = at + 512 * u + 16 * lane();
+        weights[u] = uint4{0, 0, 0, 0};
+        if (output < s.outputs && from < bytes)
+            weights[u] = kAligned ? load_weights(row + from) : load_elements<W>(row, from, bytes);
+    }
+}
+
+// Adds its product with R rows of activations, of which `rows` are there.
 template <class W, int R, bool kAligned>
-__device__ __forceinline__ void dot(const Stage& s, int64_t n, const float* x, int columns, int rows,
-                                    float (&sum)[R]) {
-    constexpr int E = kPerLoad<W>, kUnroll = 4;
-    const char* weight = s.weight + n * s.pitch;
-    const int bytes = std::is_same_v<W, Nibbles> ? s.inputs / 2 : s.inputs * int(sizeof(W));
+__device__ __forceinline__ void multiply(const Stage& s, const uint4 (&weights)[kTurn], int output, int at,
+                                         const float* x, int columns, int rows, float (&sum)[R]) {
+    constexpr int E = kPerLoad<W>;
 #pragma unroll
-    for (int r = 0; r < R; ++r) sum[r] = 0;
-    for (int from = 0; from < bytes; from += 512 * kUnroll) {
-        uint4 w[kUnroll];
+    for (int u = 0; u < kTurn; ++u) {
+        const int column = (at / 16 + 32 * u) * E;
+        if (column >= columns) continue;
+        float values[E];
+        unpack(weights[u], values, W{});
+        if constexpr (std::is_same_v<W, Nibbles>) {
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            const int at = from + 512 * u + 16 * lane();
-            w[u] = uint4{0, 0, 0, 0};
-            if (at < bytes) w[u] = kAligned ? load_weights(weight + at) : load_elements<W>(weight, at, bytes);
+            for (int e = 0; e < E; ++e) {
+                const int c = column + lane() * E + e;
+                const int group = kAligned ? (c - e % 8) >> s.group_shift : c / (s.inputs / s.groups);
+                values[e] *= s.scale[int64_t(output) * s.groups + min(group, s.groups - 1)];
+            }
         }
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            const int column = (from / 16 + 32 * u) * E;
-            if (column >= columns) continue;
-            float values[E];
-            unpack(w[u], values, W{});
-            if constexpr (std::is_same_v<W, Nibbles>) {
+        for (int r = 0; r < R; ++r) {
+            if (r < rows) {
 #pragma unroll
-                for (int e = 0; e < E; ++e) {
-                    const int at = column + lane() * E + e;
-                    const int group = kAligned ? (at - e % 8) >> s.group_shift : at / (s.inputs / s.groups);
-                    values[e] *= s.scale[n * s.groups + min(group, s.groups - 1)];
-                }
-            }
-#pragma unroll
-            for (int r = 0; r < R; ++r) {
-                if (r < rows) {
-#pragma unroll
-                    for (int p = 0; p < E / 4; ++p) {
-                        const float4 v =
-                            *reinterpret_cast<const float4*>(x + r * columns + column + 4 * lane() + 128 * p);
-                        sum[r] = fmaf(values[4 * p], v.x, sum[r]);
-                        sum[r] = fmaf(values[4 * p + 1], v.y, sum[r]);
-                        sum[r] = fmaf(values[4 * p + 2], v.z, sum[r]);
-                        sum[r] = fmaf(values[4 * p + 3], v.w, sum[r]);
-                    }
+                for (int p = 0; p < E / 4; ++p) {
+                    const float4 v =
+                        *reinterpret_cast<const float4*>(x + r * columns + column + 4 * lane() + 128 * p);
+                    sum[r] = fmaf(values[4 * p], v.x, sum[r]);
+                    sum[r] = fmaf(values[4 * p + 1], v.y, sum[r]);
+                    sum[r] = fmaf(values[4 * p + 2], v.z, sum[r]);
+                    sum[r] = fmaf(values[4 * p + 3], v.w, sum[r]);
                 }
             }
         }
@@ -124,25 +187,71 @@ __device__ __forceinline__ float reduce(float (&sum)[R]) {
     return sum[0];
 }
 
-// Rows of activations pass by tile by tile; `start(first, count)` runs when a tile is in the block's memory,
-// `output(n, r, value)` for each output and row of it, on all lanes that have the value.
-template <class W, int R, bool kAligned, class Source, class Start, class Output>
-__device__ __forceinline__ void project(const Stage& s, const Source& source, int rows, float* x,
-                                        int shared_floats, Start start, Output output) {
-    constexpr int E = kPerLoad<W>;
-    const int columns = (max(s.inputs, 1) + 32 * E - 1) / (32 * E) * (32 * E);
-    const int tile = min(R, shared_floats / columns);
+// One output's product with one row of the block, on all lanes.
+template <class W, bool kAligned>
+__device__ __forceinline__ float dot(const Stage& s, int output, const float* x, int columns) {
+    const float scale = std::is_same_v<W, int8_t> ? s.scale[output] : 1.f;
+    float sum[1] = {};
+    for (int at = 0; at < bytes_of<W>(s); at += 512 * kTurn) {
+        uint4 weights[kTurn];
+        load_turn<W, kAligned>(s, output, at, weights);
+        multiply<W, 1, kAligned>(s, weights, output, at, x, columns, 1, sum);
+    }
+    return reduce<1>(sum) * scale;
+}
+
+// Rows of activations pass by tile by tile; `start(first, count, columns)` runs when a tile is in the block's
+// memory. For each output and row of it, begin(n, row) loads what end(n, row, value, begun) needs beside the
+// product, both on all lanes that have the value.
+//
+// A warp goes through its outputs turn by turn. Two are under way, each in registers of its own; one where
+// these are needed for the sums of many rows or the many weights of a load.
+template <class W, int R, bool kAligned, class Source, class Start, class Begin, class End>
+__device__ __forceinline__ void project(const Stage& s, const Source& source, int rows, float* memory,
+                                        int shared_floats, Start start, Begin begin, End end) {
+    constexpr int E = kPerLoad<W>, kTurns = R > 2 || E > 8 ? 1 : 2;
+    float *moments = memory, *x = memory + kMoments;
+    const int columns = (max(s.inputs, 1) + 32 * E - 1) / (32 * E) * (32 * E), bytes = bytes_of<W>(s);
+    const int tile = min(R, (shared_floats - kMoments) / columns);
     for (int first = 0; first < rows; first += tile) {
-        const int count = min(tile, rows - first);
-        load_rows<E>(source, s.inputs, first, count, columns, x);
+        const int count = min(tile, rows - first), own = lane() / (32 / R);
+        struct {
+            int output, at;
+            uint4 weights[kTurn];
+            float scale;
+            decltype(begin(0, 0)) begun;
+        } turns[kTurns];
+        int output = grid_warp(), at = 0;  // of the next turn
+        const auto fetch = [&](auto& turn) {
+            turn.output = output, turn.at = at;
+            load_turn<W, kAligned>(s, output, at, turn.weights);
+            at += 512 * kTurn;
+            if (at < bytes) return;
+            if (output < s.outputs && own < count) {
+                turn.begun = begin(output, first + own);
+                if (std::is_same_v<W, int8_t>) turn.scale = s.scale[output];
+            }
+            output += grid_warps(), at = 0;
+        };
+#pragma unroll
+        for (auto& turn : turns) fetch(turn);
+        load_rows<E, R>(source, s.inputs, first, count, columns, x, moments);
         start(first, count, columns);
-        for (int n = grid_warp(); n < s.outputs; n += grid_warps()) {
-            float sum[R];
-            dot<W, R, kAligned>(s, n, x, columns, count, sum);
-            float value = reduce<R>(sum);
-            if (std::is_same_v<W, int8_t>) value *= s.scale[n];
-            const int r = lane() / (32 / R);
-            if (r < count) output(n, first + r, value);
+        float sum[R] = {};
+        while (turns[0].output < s.outputs) {
+#pragma unroll
+            for (auto& turn : turns) {
+                if (turn.output >= s.outputs) break;
+                multiply<W, R, kAligned>(s, turn.weights, turn.output, turn.at, x, columns, count, sum);
+                if (turn.at + 512 * kTurn >= bytes) {
+                    float value = reduce<R>(sum);
+                    if (std::is_same_v<W, int8_t>) value *= turn.scale;
+                    if (own < count) end(turn.output, first + own, value, turn.begun);
+#pragma unroll
+                    for (int r = 0; r < R; ++r) sum[r] = 0;
+                }
+                fetch(turn);
+            }
         }
         sync_block();
     }

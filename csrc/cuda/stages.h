@@ -12,7 +12,7 @@ namespace kvspn::cuda {
 // The rows of a pass.
 struct Slots {
     int32_t count;
-    int32_t row[kMaxBatch], position[kMaxBatch];
+    int32_t row[kMaxBatch], position[kMaxBatch], encoded[kMaxBatch];  // encoded: positions of the encoder
 };
 
 // A block's memory; activations lie behind it.
@@ -25,20 +25,24 @@ struct Shared {
 // left alone.
 __device__ __forceinline__ void collect(const Model& m, const Pass& pass, Slots& slots) {
     if (pass.row >= 0) {
-        if (thread_index() == 0) slots.count = 1, slots.row[0] = pass.row, slots.position[0] = pass.position;
+        if (thread_index() == 0) {
+            slots.count = 1, slots.row[0] = pass.row, slots.position[0] = pass.position;
+            slots.encoded[0] = m.cross_lengths[pass.row];
+        }
     } else {
         for (int b = thread_index(); b < m.batch; b += thread_count()) {
             const int length = fresh(m.lengths + b);
             const bool ready = !fresh(reinterpret_cast<const uint8_t*>(m.finished) + b) && length >= 0 &&
                                length < m.capacity && length < m.id_capacity;
             slots.position[b] = ready ? length : -1;
+            slots.encoded[b] = m.cross_lengths[b];
         }
         sync_block();
         if (thread_index() == 0) {
             int count = 0;
             for (int b = 0; b < m.batch; ++b) {
                 if (slots.position[b] < 0) continue;
-                slots.row[count] = b;
+                slots.row[count] = b, slots.encoded[count] = slots.encoded[b];
                 slots.position[count++] = slots.position[b];
             }
             slots.count = count;
@@ -63,9 +67,21 @@ __device__ __forceinline__ void embed(const Model& m, const Stage& s, const Pass
         id = min(max(id, 0), m.tokens.count - 1);
         // A draft past the last position is never emitted.
         const int64_t position = min(at, m.positions.count - 1);
-        for (int c = thread_index(); c < m.width; c += thread_count())
-            m.x[r * m.x_stride + c] =
-                element(m.tokens, int64_t(id) * m.width + c) + element(m.positions, position * m.width + c);
+        constexpr int kColumns = 4;  // of a thread, whose loads are under way together
+        for (int left = thread_index(); left < m.width; left += kColumns * thread_count()) {
+            float token[kColumns], at_position[kColumns];
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i) {
+                const int c = min(left + i * thread_count(), m.width - 1);
+                token[i] = element(m.tokens, int64_t(id) * m.width + c);
+                at_position[i] = element(m.positions, position * m.width + c);
+            }
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i) {
+                const int c = left + i * thread_count();
+                if (c < m.width) m.x[r * m.x_stride + c] = token[i] + at_position[i];
+            }
+        }
         if (!s.draft && thread_index() == 0) m.best[r] = 0, m.above[r] = 0;
     }
 }
@@ -77,8 +93,12 @@ struct StageRows {
         return fresh(reinterpret_cast<const float4*>(s.x + r * s.x_stride + column));
     }
     __device__ __forceinline__ bool normed() const { return s.norm_weight; }
-    __device__ __forceinline__ float norm_weight(int column) const { return s.norm_weight[column]; }
-    __device__ __forceinline__ float norm_bias(int column) const { return s.norm_bias[column]; }
+    __device__ __forceinline__ float4 norm_weight(int column) const {
+        return *reinterpret_cast<const float4*>(s.norm_weight + column);
+    }
+    __device__ __forceinline__ float4 norm_bias(int column) const {
+        return *reinterpret_cast<const float4*>(s.norm_bias + column);
+    }
     __device__ __forceinline__ float eps() const { return 1e-5f; }
 };
 
@@ -87,9 +107,12 @@ __device__ __forceinline__ void linear(const Model& m, const Stage& s, const Pas
                                        float* x) {
     const Slots& slots = shared.slots;
     auto start = [](int, int, int) {};
-    auto output = [&](int n, int r, float value) {
+    auto begin = [&](int n, int r) {
+        return Added{s.bias ? s.bias[n] : 0.f, s.accumulate ? fresh(s.y + r * s.y_stride + n) : 0.f};
+    };
+    auto end = [&](int n, int r, float value, const Added& added) {
         if (lane() % (32 / R)) return;
-        if (s.bias) value += s.bias[n];
+        if (s.bias) value += added.bias;
         if (s.gelu) value = 0.5f * value * (1.f + erff(value * 0.70710678f));
         if (s.kv && n >= s.kept) {
             const int slot = r / pass.queries, position = slots.position[slot] + r % pass.queries;
@@ -102,10 +125,10 @@ __device__ __forceinline__ void linear(const Model& m, const Stage& s, const Pas
                        [&](auto type) { store(reinterpret_cast<decltype(type)*>(s.kv) + at, value); });
         } else {
             float* y = s.y + r * s.y_stride + n;
-            *y = s.accumulate ? fresh(y) + value : value;
+            *y = s.accumulate ? added.residual + value : value;
         }
     };
-    project<W, R, true>(s, StageRows{s}, slots.count * pass.queries, x, m.shared_floats, start, output);
+    project<W, R, true>(s, StageRows{s}, slots.count * pass.queries, x, m.shared_floats, start, begin, end);
 }
 
 // The draft network's choice, or the base model's judgement of it.
@@ -114,9 +137,9 @@ struct StageJudge {
     const Stage& s;
     const Pass& pass;
     const Slots& slots;
+    const float* const masks = m.control->mask;
     __device__ __forceinline__ float mask(int n) const {
-        const float* mask = m.control->mask;
-        return mask ? mask[s.draft && m.draft_ids ? m.draft_ids[n] : n] : 0.f;
+        return masks ? masks[s.draft && m.draft_ids ? m.draft_ids[n] : n] : 0.f;
     }
     __device__ __forceinline__ int draft(int r) const {
         const bool judges = !s.draft && r % pass.queries + 1 < pass.queries;
@@ -135,10 +158,10 @@ __device__ __forceinline__ void verify(const Model& m, const Stage& s, const Pas
                        shared.slots.count * pass.queries, shared.tally, x, m.shared_floats);
 }
 
-// The encoder's positions of a row that a stage attends to.
-__device__ __forceinline__ int cross_length(const Model& m, const Stage& s, int row) {
+// The encoder's positions that a stage attends to.
+__device__ __forceinline__ int cross_length(const Model& m, const Stage& s, const Slots& slots, int slot) {
     const int stride = s.draft ? m.encoder_stride : 1;
-    return (min(max(m.cross_lengths[row], 0), s.capacity) + stride - 1) / stride;
+    return (min(max(slots.encoded[slot], 0), s.capacity) + stride - 1) / stride;
 }
 
 // The rows of a pass with their queries and what becomes of them.
@@ -149,7 +172,7 @@ struct StagePlace {
     const Slots& slots;
     __device__ __forceinline__ int row(int slot) const { return slots.row[slot]; }
     __device__ __forceinline__ int length(int slot) const {
-        return s.cross ? cross_length(m, s, slots.row[slot]) : slots.position[slot];
+        return s.cross ? cross_length(m, s, slots, slot) : slots.position[slot];
     }
     __device__ __forceinline__ int tail_length(int) const { return 0; }
     __device__ __forceinline__ float4 four(int slot, int query, int head, int column) const {
@@ -168,17 +191,19 @@ struct StagePlace {
             const int t = from + lane() / s.lanes;
             const bool used = t < end && column < m.head_dim;
             const float* made = s.x + (slot * pass.queries + t - position) * s.x_stride + head * m.head_dim;
+            float x[2][16] = {};
+#pragma unroll
+            for (int i = 0; i < 32; i += 4) {
+                if (!used) continue;
+                const float* four = made + (1 + i / 16) * m.width + column + i % 16;
+                const float4 v = fresh(reinterpret_cast<const float4*>(four));
+                float* to = &x[i / 16][i % 16];
+                to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+            }
 #pragma unroll
             for (int part = 0; part < 2; ++part) {
-                float x[16] = {}, scale;
-#pragma unroll
-                for (int i = 0; i < 16; i += 4) {
-                    if (!used) continue;
-                    const float* four = made + (1 + part) * m.width + column + i;
-                    const float4 v = fresh(reinterpret_cast<const float4*>(four));
-                    x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
-                }
-                const uint4 values = quantise(x, s.lanes, scale);
+                float scale;
+                const uint4 values = quantise(x[part], s.lanes, scale);
                 if (!used) continue;
                 const int64_t plane = (int64_t(part) * m.batch + slots.row[slot]) * m.heads + head;
                 const int64_t at = plane * s.capacity + t;
@@ -208,6 +233,7 @@ __device__ __forceinline__ void attend(const Model& m, const Stage& s, const Pas
                                s.lanes,
                                s.causal,
                                1.f / sqrtf(float(m.head_dim)),
+                               m.partial_pitch,
                                m.partials,
                                m.arrived},
                      StagePlace{m, s, pass, shared.slots});
@@ -246,14 +272,23 @@ __device__ __forceinline__ void accept(const Model& m, const Pass& pass, const S
     }
 }
 
-// The weights that a stage will read go to the L2 cache, each warp seeing to its share.
+// Warps take pieces in turn.
+__device__ __forceinline__ void prefetch_by_all(const void* from, int64_t bytes) {
+    constexpr int64_t kPiece = 2048;
+    if (!from) return;
+    bytes -= bytes % 16;
+    for (int64_t at = grid_warp() * kPiece; at < bytes; at += grid_warps() * kPiece)
+        prefetch(static_cast<const char*>(from) + at, min(bytes - at, kPiece), lane());
+}
+
+// What a stage will read of the model goes to the L2 cache.
 __device__ __forceinline__ void prefetch_weights(const Stage& s) {
     constexpr int64_t kMost = int64_t(8) << 20;  // of an output embedding, which is larger than the cache
-    if (!s.weight) return;
-    const int64_t bytes = min(int64_t(s.outputs) * s.pitch, kMost);
-    const int64_t share = (bytes / 16 + grid_warps() - 1) / grid_warps() * 16;
-    const int64_t from = grid_warp() * share;
-    prefetch(s.weight + from, min(share, bytes - from), lane());
+    prefetch_by_all(s.weight, min(s.outputs * s.pitch, kMost));
+    prefetch_by_all(s.norm_weight, int64_t(4) * s.inputs);
+    prefetch_by_all(s.norm_bias, int64_t(4) * s.inputs);
+    prefetch_by_all(s.bias, int64_t(4) * s.outputs);
+    prefetch_by_all(s.scale, min(int64_t(4) * s.outputs * max(s.groups, 1), kMost));
 }
 
 // So do the encoder's keys and values, and their scales.
@@ -266,7 +301,7 @@ __device__ __forceinline__ void prefetch_cross(const Model& m, const Stage& s, c
         const int plane = i / pieces, head = plane % m.heads, slot = plane / m.heads % slots.count;
         const int64_t row = int64_t(plane / m.heads / slots.count) * m.batch + slots.row[slot];
         const int64_t first = (row * m.heads + head) * s.capacity;
-        const int64_t length = cross_length(m, s, slots.row[slot]);
+        const int64_t length = cross_length(m, s, slots, slot);
         const int64_t from = i % pieces * kPiece, bytes = length * position - from;
         prefetch(s.kv + first * position + from, min(bytes, kPiece), lane());
         if (!s.kv_scale || from) continue;

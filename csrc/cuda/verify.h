@@ -1,7 +1,7 @@
 // The logits of rows, reduced to the best of each and the number of those in front of the row's draft.
 //
-// A judge tells what they are held against: mask(output), which is added; draft(row), or -1; and where the
-// result joins those of other blocks: best(row), above(row).
+// A judge tells what they are held against: mask(output), which is added and loaded ahead; draft(row), or -1;
+// and where the result joins those of other blocks: best(row), above(row).
 #pragma once
 
 #include "cuda/project.h"
@@ -29,9 +29,10 @@ __device__ __forceinline__ int id_of(uint64_t key) {
 
 template <class W, int R, bool kAligned, class Source, class Judge>
 __device__ __forceinline__ void verify(const Stage& s, const Source& source, const Judge& judge, int rows,
-                                       Tally& tally, float* x, int shared_floats) {
-    auto masked = [&](float logit, int n) {
-        logit += judge.mask(n);
+                                       Tally& tally, float* memory, int shared_floats) {
+    const float* x = memory + kMoments;
+    auto masked = [](float logit, float mask) {
+        logit += mask;
         return logit == logit ? logit + 0.f : NAN;
     };
     uint64_t best = 0;
@@ -64,23 +65,23 @@ __device__ __forceinline__ void verify(const Stage& s, const Source& source, con
             const int draft = judge.draft(first + r);
             float logit = 0;
             if (draft >= 0) {
-                float sum[1];
-                dot<W, 1, kAligned>(s, draft, x + r * columns, columns, 1, sum);
-                logit = reduce<1>(sum);
-                logit = masked(std::is_same_v<W, int8_t> ? logit * s.scale[draft] : logit, draft);
+                const float mask = judge.mask(draft);
+                logit = masked(dot<W, kAligned>(s, draft, x + r * columns, columns), mask);
             }
             if (lane() == 0) tally.draft[r] = draft, tally.draft_logit[r] = logit;
         }
         sync_block();
     };
-    project<W, R, kAligned>(s, source, rows, x, shared_floats, start, [&](int n, int r, float value) {
-        value = masked(value, n);
-        const uint64_t key = key_of(value, n);
-        best = key > best ? key : best;
-        const int draft = tally.draft[r - tile_first];
-        const float logit = tally.draft_logit[r - tile_first];
-        above += draft >= 0 && (value > logit || (value == logit && n < draft));
-    });
+    auto begin = [&](int n, int) { return judge.mask(n); };
+    project<W, R, kAligned>(s, source, rows, memory, shared_floats, start, begin,
+                            [&](int n, int r, float value, float mask) {
+                                value = masked(value, mask);
+                                const uint64_t key = key_of(value, n);
+                                best = key > best ? key : best;
+                                const int draft = tally.draft[r - tile_first];
+                                const float logit = tally.draft_logit[r - tile_first];
+                                above += draft >= 0 && (value > logit || (value == logit && n < draft));
+                            });
     finish();
 }
 

@@ -170,7 +170,8 @@ KVSPN_API kvspn_status kvspn_engine_prefill(kvspn_engine* engine, int32_t row, i
 KVSPN_API kvspn_status kvspn_engine_step(kvspn_engine* engine, const kvspn_step_params* params);
 
 /* A step like that of kvspn_engine_step, each of its stages timed, in their order. *count: how many there
- * are; of them `capacity` are filled in at most. The CPU alone has stages. */
+ * are; of them `capacity` are filled in at most. On a CUDA device a step must be one persistent kernel; each
+ * stage is followed by its "barrier" there, and the times are those of the grid's first block. */
 KVSPN_API kvspn_status kvspn_engine_profile(kvspn_engine* engine, const kvspn_step_params* params,
                                             kvspn_stage* stages, int32_t capacity, int32_t* count);
 

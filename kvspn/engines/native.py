@@ -83,7 +83,8 @@ class NativeEngine(CachedEngine):
         A stage is what the threads do between two barriers: "self_qkv", "cross_attention", "draft.fc1", ...
 
         Raises:
-            ValueError: on a CUDA device, where a step has no such stages.
+            ValueError: on a CUDA device where a step is not one persistent kernel; of that, each stage is
+                followed by the "barrier" behind it.
         """
         found: list[tuple[str, int, int]] = self._engine.profile(
             self._mask, k=k, eos=self._eos, max_length=self._max_length, draft=draft

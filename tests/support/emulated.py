@@ -26,8 +26,9 @@ OPS = (
     "accept_and_rollback",
     "compact_kv",
 )
-# What a test may set: the order of threads, the size of the device, the launch that fails (-1: none).
-SETTINGS = ("seed", "multiprocessors", "shared_bytes", "failing_launch")
+# What a test may set: the order of threads, the size of the device, the launch that fails (-1: none), the
+# number of the present device. `launched_on`, to read: that of the last launch.
+SETTINGS = ("seed", "multiprocessors", "shared_bytes", "failing_launch", "device")
 
 
 def load() -> None:
