@@ -11,7 +11,7 @@ import torch
 from kvspn.measure.launches import count
 
 _ROUNDS = 20
-_FLUSH = 1 << 28  # bytes written before each timing, more than an L2 cache holds
+_FLUSH = 1 << 28  # bytes read before each timing, more than an L2 cache holds
 _CLOCK = 2e9  # cycles a second, about
 
 
@@ -22,14 +22,14 @@ def on_device(call: Callable[[], object], reset: Callable[[], object], seconds: 
 
 def device_ms(call: Callable[[], object], reset: Callable[[], object], seconds: float) -> list[float]:
     """The L2 cache is cold, and the device busy until the host has enqueued the whole call."""
-    flush = torch.empty(_FLUSH, dtype=torch.uint8, device="cuda")
+    flush = torch.ones(_FLUSH // 4, device="cuda")
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
     for _ in range(_ROUNDS):
         reset()
         torch.cuda.synchronize()
         torch.cuda._sleep(int(_CLOCK * min(2 * seconds, 0.05)))
-        flush.zero_()
+        flush.sum()  # what was written would have to go back to memory while the call is timed
         begin.record()
         call()
         end.record()

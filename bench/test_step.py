@@ -24,10 +24,7 @@ _FORMATS = {dtype: name for name, dtype in FORMATS.items()}
 _DEVICES = {"native": "cpu", "cuda": "cuda", "triton": "cuda"}
 _CUDA_STEPS = ("persistent", "graph", "kernels")
 BACKENDS = [
-    f"{name} {way}".strip()
-    for name, missing in backends().items()
-    if missing is None
-    for way in (_CUDA_STEPS if name == "cuda" else ("",))
+    f"{name} {way}".strip() for name in backends() for way in (_CUDA_STEPS if name == "cuda" else ("",))
 ]
 BATCHES = [
     (backend, batch)
@@ -78,11 +75,15 @@ def test_peer(timed, request, device, shape, dtype, peer, rows):
 
 
 @pytest.mark.parametrize("kind", ["greedy", "two rows", "k=1", "k=inf"])
-@pytest.mark.parametrize(("backend", "batch"), BATCHES)
+@pytest.mark.parametrize(
+    ("backend", "batch"), BATCHES, ids=lambda value: value if isinstance(value, str) else f"batch{value}"
+)
 def test_step(timed, request, monkeypatch, device, shape, dtype, backend, kind, batch):
     name, _, way = backend.partition(" ")
     if device != _DEVICES.get(name, device):
         pytest.skip(f"the {name} backend does not run on {device}")
+    if missing := backends()[name]:
+        pytest.skip(f"{name}: {missing}")
     if way:
         monkeypatch.setenv("KVSPN_CUDA_STEP", way)
     int8 = request.config.getoption("--int8")
