@@ -97,6 +97,10 @@ class Statistics(ctypes.Structure):
     _fields_ = (("struct_size", c_uint32), *((name, c_int64) for name in COUNTS))
 
 
+class Stage(ctypes.Structure):
+    _fields_ = (("name", c_char_p), ("nanoseconds", c_int64), ("bytes", c_int64))
+
+
 def library(path) -> ctypes.CDLL:
     lib = ctypes.CDLL(str(path))
     lib.kvspn_last_error.restype = c_char_p
@@ -223,6 +227,25 @@ def test_generate_stops(lib, started):
     values["finished"][0] = True
     assert lib.kvspn_engine_generate(engine, byref(generate())) == OK
     assert statistics(lib, engine, 0)["steps"] == 3
+
+
+def test_a_profiled_step_counts_its_stages(lib, started):
+    """Room for fewer stages, or for none, changes neither their number nor the step."""
+    engine, values = started
+    lib.kvspn_engine_profile.argtypes = [c_void_p, c_void_p, c_void_p, c_int32, c_void_p]
+    counts = []
+    for capacity in (0, 2, 200):
+        room = (Stage * capacity)()
+        count = c_int32()
+        assert lib.kvspn_engine_profile(engine, byref(step()), room, capacity, byref(count)) == OK
+        assert all(stage.name for stage in room[: count.value])
+        assert not any(stage.name for stage in room[count.value :])
+        counts.append(count.value)
+    assert counts[0] == counts[1] == counts[2] > 2
+    assert values["stats"][0, 0] == 3
+    for bad in ((None, 2, byref(count)), (room, -1, byref(count)), (room, 2, None)):
+        assert lib.kvspn_engine_profile(engine, byref(step()), *bad) == INVALID
+    assert values["stats"][0, 0] == 3
 
 
 def test_the_first_mask_is_for_a_first_greedy_step(lib, started):

@@ -120,6 +120,11 @@ def test_bench_of_a_model(tmp_path: Path) -> None:
     assert "--encoder-stride is the model's own beside --model" in " ".join(refused.stderr.split())
 
 
+def test_bench_of_a_model_without_draft_network(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["bench", "--model", str(save_model(tmp_path / "mine", kvspn_blocks=0))])
+    assert result.exit_code and "--model must have a draft network" in " ".join(result.stderr.split())
+
+
 def test_a_shape_of_weights_needs_a_draft() -> None:
     made = TINY.weights()
     assert shape_of(made, 20) == replace(TINY, length=44)

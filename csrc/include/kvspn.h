@@ -112,8 +112,7 @@ typedef struct kvspn_statistics {
 
 /* A part of a step: what runs between two barriers of the CPU's threads. */
 typedef struct kvspn_stage {
-    const char*
-        name; /* "self_qkv", "self_attention", ..., "draft.fc1", ...; it lives as long as the library */
+    const char* name; /* "self_qkv", ..., "draft.fc1", ...; it lives as long as the library */
     int64_t nanoseconds;
     int64_t bytes; /* of weights, keys and values that it must read */
 } kvspn_stage;

@@ -212,6 +212,10 @@ def bench(
             if value is not None:
                 raise typer.BadParameter(f"{option} is the model's own beside --model; got {value}")
         decoder, positions = _decoder(model)
+        if not decoder.blocks:
+            raise typer.BadParameter(
+                f"--model must have a draft network, which kvspn convert adds; got {model}"
+            )
         chosen = {model.resolve().name: shape_of(decoder, positions)}
     many = whole_numbers("--batch", batches or (_BATCHES if everything else "1"), 256)
     longest = min(shape.max_length for shape in chosen.values())
