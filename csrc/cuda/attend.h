@@ -1,8 +1,8 @@
 // Attention of a few queries to the keys and values of several layers, and to a tail, under one softmax.
 //
-// A place tells where queries come from and results go: row(slot), length(slot), tail_length(slot),
-// four(slot, query, head, column), store(slot, query, head, column, value); and where int8 is still to be
-// written, append(slot, head, first, last) does so for positions first to last - 1.
+// A place tells where queries come from and results go: row(slot), length(slot), four(slot, query, head,
+// column), store(slot, query, head, column, value); with kTail, tail_length(slot); and where int8 is still to
+// be written, append(slot, head, first, last) does so for positions first to last - 1.
 #pragma once
 
 #include "cuda/grid.h"
@@ -71,15 +71,19 @@ __device__ __forceinline__ void attend(const Attention& a, const Place& place) {
     const bool used = part * E < D;
     const int queries = a.queries * a.sharing, pitch = a.pitch;
     const auto splits_of = [&](int positions) { return (positions + split - 1) / split; };
-    const int most = splits_of(a.tail.capacity) + a.layers * max(1, splits_of(a.cache.capacity));
+    const int most =
+        (Place::kTail ? splits_of(a.tail.capacity) : 0) + a.layers * max(1, splits_of(a.cache.capacity));
 
     for (int task = grid_warp(); task < most * a.slots * a.heads; task += grid_warps()) {
         const int head = task % a.heads, slot = task / a.heads % a.slots, index = task / a.heads / a.slots;
-        const int length = place.length(slot), tail = place.tail_length(slot);
+        const int length = place.length(slot);
+        int tail = 0;
+        if constexpr (Place::kTail) tail = place.tail_length(slot);
         const int limit = min(max(length + (a.causal ? a.queries : 0), 0), a.cache.capacity);
-        const int tails = splits_of(tail), splits = tails + a.layers * max(1, splits_of(limit));
+        const int tails = Place::kTail ? splits_of(tail) : 0,
+                  splits = tails + a.layers * max(1, splits_of(limit));
         if (index >= splits) continue;
-        const bool of_tail = index < tails;
+        const bool of_tail = Place::kTail && index < tails;
         const int layer = of_tail ? 0 : (index - tails) % a.layers, end = of_tail ? tail : limit;
         const int first = (of_tail ? index : (index - tails) / a.layers) * split + spot;
         const auto pick = [&](auto KeyValues::* field) { return of_tail ? a.tail.*field : a.cache.*field; };

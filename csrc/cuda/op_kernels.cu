@@ -83,6 +83,7 @@ struct OpJudge {
 };
 
 struct OpPlace {
+    static constexpr bool kTail = true;
     const AttentionOp& op;
     __device__ __forceinline__ int row(int slot) const { return slot; }
     __device__ __forceinline__ int length(int slot) const {

@@ -174,7 +174,7 @@ struct StagePlace {
     __device__ __forceinline__ int length(int slot) const {
         return s.cross ? cross_length(m, s, slots, slot) : slots.position[slot];
     }
-    __device__ __forceinline__ int tail_length(int) const { return 0; }
+    static constexpr bool kTail = false;
     __device__ __forceinline__ float4 four(int slot, int query, int head, int column) const {
         const float* from = s.x + (slot * pass.queries + query) * s.x_stride + head * m.head_dim;
         return fresh(reinterpret_cast<const float4*>(from + column));

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _REGISTER = re.compile(r"\bR(\d+)(\.64)?\b")
 _WIDTH = {"64": 2, "128": 4}
 
@@ -41,7 +41,21 @@ def kind_of(opcode: str) -> str | None:
 
 def instructions(sass: str) -> list[tuple[str, str]]:
     """(opcode, operands) in the program's order."""
-    return [(match[2], match[3]) for match in _INSTRUCTION.finditer(sass)]
+    return [(match[3], match[4]) for match in _INSTRUCTION.finditer(sass)]
+
+
+def innermost_loops(sass: str) -> list[list[str]]:
+    """The opcodes of each loop that has no other one in it."""
+    found = list(_INSTRUCTION.finditer(sass))
+    place = {int(match[1], 16): number for number, match in enumerate(found)}
+    loops = []
+    for number, match in enumerate(found):
+        target = re.search(r"0x([0-9a-f]+)", match[4]) if match[3].startswith("BRA") else None
+        start = place.get(int(target[1], 16)) if target else None
+        if start is not None and start <= number:
+            loops.append((start, number))
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return [[match[3] for match in found[start : end + 1]] for start, end in inner]
 
 
 def batches(sass: str) -> list[Batch]:
