@@ -51,7 +51,9 @@ int32_t dtype_of(const std::string& name, DLDataType dtype) {
 
 // What a buffer's format (struct's) and item size are in DLPack's terms.
 DLDataType dlpack_dtype(const std::string& format, ssize_t size) {
-    const char kind = format.size() == 1 ? format[0] : '\0';  // with a byte order in front: not the machine's
+    // Some libraries say in front that the byte order is the machine's; another one has its own sign.
+    const bool marked = format.size() == 2 && (format[0] == '=' || format[0] == '@');
+    const char kind = marked ? format[1] : format.size() == 1 ? format[0] : '\0';
     if (kind == '\0') return {};
     const uint8_t code = kind == '?' ? 6 : std::strchr("efd", kind) ? 2 : std::strchr("BHILQ", kind) ? 1 : 0;
     return {code, uint8_t(8 * size), 1};
