@@ -1,5 +1,7 @@
 """Builds csrc with ninja: the modules kvspn._native and kvspn._cuda, and the ops of each that torch loads.
 
+A wheel also carries the C library, its header and a file for pkg-config, in kvspn/lib and kvspn/include.
+
 csrc/CMakeLists.txt builds the library without Python from the same files, with the same flags: keep them so.
 Metadata lives in pyproject.toml. KVSPN_SANITIZE=address,undefined (or thread) builds with sanitizers.
 KVSPN_CUDA=auto builds for CUDA where nvcc and a GPU are, 1 in any case, 0 never; KVSPN_CUDA_ARCHS narrows the
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -25,8 +28,13 @@ CSRC = ROOT / "csrc"
 CUDA = os.environ.get("KVSPN_CUDA", "auto")
 EMULATE = CUDA == "emulate"
 CUDA_ARCHS = os.environ.get("KVSPN_CUDA_ARCHS", "80 90a 100a 120").split()
-TORCH = find_spec("torch") is not None  # an isolated build has none, and leaves the torch ops out
+SANITIZE = os.environ.get("KVSPN_SANITIZE")
+COMPILER = os.environ.get("CXX", "c++")
+PYTHON_HEADERS = sysconfig.get_paths()["include"]
+TORCH = find_spec("torch") is not None  # An isolated build has none, and leaves the torch ops out.
+ABI = re.findall(r"define KVSPN_ABI_VERSION (\d+)", (CSRC / "include" / "kvspn.h").read_text())[0]
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
+LIBRARY = f"libkvspn.so.{ABI}"
 ISA = {"avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512vnni": f"{AVX512} -mavx512vnni"}
 
 
@@ -45,6 +53,7 @@ def cuda() -> tuple[bool, str]:
     return True, f"with nvcc, for sm_{', sm_'.join(CUDA_ARCHS)}"
 
 
+NO_TORCH = "the build sees no torch (pip install --no-build-isolation lets it see the installed one)"
 MODULES = [] if EMULATE else ["kvspn._native"] + ["kvspn._torch_ops"] * TORCH
 MODULES += (["kvspn._cuda"] + ["kvspn._torch_ops_cuda"] * TORCH) * cuda()[0]
 # Packages whose files lie outside of kvspn/.
@@ -56,9 +65,16 @@ class NinjaBuild(build_ext):
 
     def run(self) -> None:
         missing = [name for name in ("ninja", "pybind11") if find_spec(name) is None]
+        programs = [word for word in COMPILER.split() if not word.startswith("-")]  # "ccache c++ -m64"
+        missing += [
+            f"the program {name} (or CXX names another)" for name in programs if not shutil.which(name)
+        ]
+        missing += ["Python's headers"] * (not Path(PYTHON_HEADERS, "Python.h").exists())
         if missing:
-            print(f"kvspn: the native backend is not built: {' and '.join(missing)} missing", file=sys.stderr)
+            print(f"kvspn: only the reference runs: the build lacks {', '.join(missing)}", file=sys.stderr)
             return
+        if not TORCH:
+            print(f"kvspn: the torch ops are not built: {NO_TORCH}", file=sys.stderr)
         print(f"kvspn: the CUDA backend is {'' if cuda()[0] else 'not '}built: {cuda()[1]}", file=sys.stderr)
         super().run()
 
@@ -71,24 +87,37 @@ class NinjaBuild(build_ext):
             module = Path(self.get_ext_fullpath(extension.name))
             module.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(folder / f"{extension.name.rpartition('.')[2]}.so", module)
+        if not (self.inplace or EMULATE or SANITIZE):
+            _copy_library(folder / LIBRARY, Path(self.get_ext_fullpath("kvspn._native")).parent)
+
+
+def _copy_library(built: Path, package: Path) -> None:
+    """The C library for programs without Python, as CMake installs it, less the links: a wheel holds none."""
+    version = re.findall(r'__version__ = "([^"]+)"', (ROOT / "kvspn" / "__init__.py").read_text())[0]
+    words = {"up": "../..", "include": "include", "lib": "lib", "version": version, "libs": f"-l:{LIBRARY}"}
+    described = re.sub(r"@(\w+)@", lambda word: words[word[1]], (CSRC / "kvspn.pc.in").read_text())
+    (package / "lib" / "pkgconfig").mkdir(parents=True, exist_ok=True)
+    (package / "include").mkdir(exist_ok=True)
+    shutil.copy2(built, package / "lib")
+    shutil.copy2(CSRC / "include" / "kvspn.h", package / "include")
+    (package / "lib" / "pkgconfig" / "kvspn.pc").write_text(described)
 
 
 def _rules() -> str:
     """build.ninja."""
     import pybind11
 
-    sanitize = os.environ.get("KVSPN_SANITIZE")
-    checks = f" -fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
+    checks = f" -fsanitize={SANITIZE} -fno-omit-frame-pointer -g" if SANITIZE else ""
     x86 = platform.machine() in ("x86_64", "AMD64")
     # -ffp-contract, -fmad: a sum is the same wherever it is inlined.
     # -O1: with the sanitizers' checks, -O3 compiles for minutes more.
-    common = f"-std=c++17 {'-O1' if sanitize else '-O3'} -I{CSRC} -I{CSRC / 'include'}"
+    common = f"-std=c++17 {'-O1' if SANITIZE else '-O3'} -I{CSRC} -I{CSRC / 'include'}"
     targets = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS)
     lines = [
-        f"cxx = {os.environ.get('CXX', 'c++')}",
+        f"cxx = {COMPILER}",
         f"flags = {common} -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra "
         # GCC's own vector headers; vectors never cross a call.
-        f"-Wno-uninitialized -Wno-maybe-uninitialized -Wno-psabi{checks}",
+        f"-Wno-uninitialized -Wno-maybe-uninitialized -Wno-psabi -Wno-unknown-warning-option{checks}",
         "rule compile",
         "  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -111,12 +140,16 @@ def _rules() -> str:
 
     objects = []
     for source in sorted([*CSRC.glob("common/*.cpp"), *CSRC.glob("cpu/*.cpp")]):
-        extra = ISA.get(source.stem, "") if x86 else ""
+        if source.stem in ISA and not x86:
+            continue
+        extra = ISA.get(source.stem, "")
         objects.append(build(f"{source.parent.name}-{source.stem}.o", "compile", source, extra))
-    python = f"-I{sysconfig.get_paths()['include']} -I{pybind11.get_include()}"
+    python = f"-I{PYTHON_HEADERS} -I{pybind11.get_include()}"
     bindings = CSRC / "bindings"
     module = build("module.o", "compile", bindings / "module.cpp", f"{python} -DKVSPN_MODULE=_native")
     build("_native.so", "link", " ".join([module, *objects]))
+    exports = f"-Wl,--version-script={CSRC / 'exports.map'},-soname,{LIBRARY},-z,defs"
+    build(LIBRARY, "link", " ".join(objects), exports)
     if TORCH:
         import torch
 
@@ -143,7 +176,8 @@ def _rules() -> str:
     if TORCH:
         ops = build("cuda-torch_ops.o", "compile", bindings / "torch_ops.cpp", f"{stable} {defines}")
         build("_torch_ops_cuda.so", link, " ".join([ops, *objects]), linked)
-    wanted = " ".join(f"{extension.rpartition('.')[2]}.so" for extension in MODULES)
+    wanted = " ".join([f"{extension.rpartition('.')[2]}.so" for extension in MODULES])
+    wanted += f" {LIBRARY}" * (not (EMULATE or SANITIZE))
     return "\n".join([*lines, f"default {wanted}", ""])
 
 

@@ -179,6 +179,18 @@ def test_faults_nan_logits_end_their_row(start, draft):
     step_and_check(e)
 
 
+def test_faults_one_nan_among_the_logits(start):
+    """Is enough, for a draft that would stand, too: the rest of the row means nothing."""
+    weights = scripted_decoder(chain(1, 2, 3), chain(1, 2, 3))
+    weights.head.weight[50] = torch.nan
+    e = start(weights, [[1]])
+    with pytest.raises(
+        ValueError, match=r"^the logits of row 0 at position 0 must be numbers, one of them above"
+    ):
+        step_and_check(e, K_INF)
+    assert rows(e) == [[1, -1]]
+
+
 def test_faults_everything_forbidden(start):
     e = start(scripted_decoder(chain(1, 2), chain(1, 2)), [[1]], mask=torch.full((VOCABULARY,), -torch.inf))
     with pytest.raises(

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -596,8 +597,10 @@ def test_train_mini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = json.loads(kvspn_("doctor", "--json").stdout)
-    assert set(report) == {"backends", "cpu", "gpu", "versions", "espeak_ng", "model"}
+    names = {"backends", "torch_ops", "library", "cpu", "gpu", "versions", "espeak_ng", "model"}
+    assert set(report) == names
     assert report["backends"]["reference"] is None
+    assert (report["torch_ops"] is None) == (find_spec("kvspn._torch_ops") is not None)
     assert report["versions"]["kvspn"] == kvspn.__version__
     assert "avx2" in report["cpu"]["flags"]
     monkeypatch.setenv("KVSPN_CPU", "portable")

@@ -44,11 +44,30 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(sys.platform != "linux", reason="ELF tools")
 def test_exports_the_abi_alone(build):
     [library] = build.glob("prefix/lib*/libkvspn.so")
-    exported = {line.split()[-1] for line in run("nm", "-D", "--defined-only", library).splitlines()}
+    symbols = [
+        line.split()[-1].partition("@@") for line in run("nm", "-D", "--defined-only", library).splitlines()
+    ]
+    exported = {name for name, _, version in symbols if version}
     header = (build / "prefix" / "include" / "kvspn.h").read_text()
     assert exported == {name for name in exported if f"{name}(" in header}
     assert {"kvspn_engine_create", "kvspn_engine_generate"} <= exported
+    assert {version for _, _, version in symbols if version} == {"KVSPN_2"}
     assert "libkvspn.so.2" in run("readelf", "-d", library)
+
+
+def test_pkg_config_finds_it(build):
+    [folder] = build.glob("prefix/lib*/pkgconfig")
+    found = subprocess.run(
+        ["pkg-config", "--cflags", "--libs", "kvspn"],
+        env={**os.environ, "PKG_CONFIG_PATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    include, lib, library = found.split()
+    assert Path(include.removeprefix("-I"), "kvspn.h").is_file()
+    assert Path(lib.removeprefix("-L"), "libkvspn.so").is_file()
+    assert library == "-lkvspn"
 
 
 def test_threads_memory_and_allocations(build):

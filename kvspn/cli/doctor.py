@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+import kvspn
 
 
 def doctor(
@@ -24,6 +28,8 @@ def doctor(
     table.add_column()
     for name, reason in report["backends"].items():
         table.add_row(f"backend {name}", _state(reason))
+    table.add_row("native torch ops", _state(report["torch_ops"]))
+    table.add_row("C library", report["library"] or "not in this installation: CMake builds it from csrc")
     cpu, gpu = report["cpu"], report["gpu"]
     flags = [name for name, has in cpu["flags"].items() if has]
     table.add_row("CPU", f"{cpu['model']}, {cpu['cores']} cores; {', '.join(flags) or 'no AVX2 or later'}")
@@ -45,12 +51,15 @@ def _state(reason: str | None) -> Text:
 
 
 def _examine() -> dict[str, Any]:
-    """Everything by name; for backends and the model, None where ready, else why not."""
+    """Everything by name; for backends, torch ops and the model, None where ready, else why not. library: the
+    folder of the C library that a wheel carries, with pkgconfig in it and ../include beside it.
+    """
     from kvspn.assets import bundled_model
     from kvspn.engines import backends
     from kvspn.measure import machine
     from kvspn.models.folder import ModelError, check_parts
 
+    library = next(Path(kvspn.__file__).parent.glob("lib/libkvspn.so.*"), None)
     missing = None
     try:
         check_parts(bundled_model())
@@ -58,9 +67,20 @@ def _examine() -> dict[str, Any]:
         missing = str(error)
     return {
         "backends": backends(),
+        "torch_ops": _torch_ops_missing(),
+        "library": str(library.parent) if library else None,
         "cpu": machine.cpu(),
         "gpu": machine.gpu(),
         "versions": machine.versions(),
         "espeak_ng": machine.program("espeak-ng"),
         "model": missing,
     }
+
+
+def _torch_ops_missing() -> str | None:
+    if find_spec("kvspn._torch_ops"):
+        return None
+    return (
+        "every op runs its reference, since the package was built where torch was not: an isolated build."
+        " pip install --no-build-isolation builds them with the installed torch"
+    )

@@ -44,7 +44,10 @@ def translate(
     target: Annotated[
         str,
         typer.Option(
-            "--to", metavar="LANGUAGE", help="Translate to: en, zh, de, es, fr or it.", show_default=False
+            "--to",
+            metavar="LANGUAGE",
+            help="Translate to a language of the model, by its code: en, de, ...",
+            show_default=False,
         ),
     ],
     source: Annotated[
