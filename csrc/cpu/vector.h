@@ -298,9 +298,16 @@ INLINE Integers dot(Shorts a, Shorts b, Integers acc) {
     return acc + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
 #endif
 }
+// As fp16_to_float does it, four at a time and without a branch.
 INLINE Floats widen_register(const Fp16* p) {
-    return Floats{fp16_to_float(p[0].bits), fp16_to_float(p[1].bits), fp16_to_float(p[2].bits),
-                  fp16_to_float(p[3].bits)};
+    const Shorts four = (Shorts)Longs{load<int64_t>(p)};
+    const Integers bits = (Integers)shuffle<0, 8, 1, 9, 2, 10, 3, 11>(four, Shorts{});
+    const Integers magnitude = (bits & 0x7fff) << 13, sign = bits << 16 & Integers{} + INT32_MIN;
+    constexpr int32_t kBias = (127 - 15) << 23, kInfinity = 0x1f << 23, kOne = 1 << 23;
+    const Integers normal = magnitude + kBias + ((magnitude >= kInfinity) & kBias);
+    const Integers smallest = Integers{} + (kBias + kOne);
+    const Integers subnormal = (Integers)((Floats)(magnitude + smallest) - (Floats)smallest);
+    return (Floats)((magnitude < kOne ? subnormal : normal) | sign);
 }
 INLINE void narrow_register(Floats v, Fp16* p) {
     for (int i = 0; i < 4; ++i) p[i].bits = float_to_fp16(v[i]);
