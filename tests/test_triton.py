@@ -184,7 +184,7 @@ def test_export(tmp_path: Path):
 def test_an_unknown_target(tmp_path: Path):
     done = compiled("kvspn", "export-kernels", "--target", "cuda:75", str(tmp_path))
     assert done.returncode == 1
-    assert "target must be one of cuda:80" in done.stderr
+    assert "--target must be one of cuda:80" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -24,7 +24,7 @@ def append_kv_kernel(
     if finished is not None:
         write = write & (tl.load(finished + b) == 0)
     d = tl.arange(0, BLOCK_D)
-    inside = (d < D) & write
+    inside = d < tl.where(write, D, 0)
     target = kv + b.to(tl.int64) * kv_b + h.to(tl.int64) * kv_h + position.to(tl.int64) * kv_s + d
     key = tl.load(k + b.to(tl.int64) * k_b + h * k_h + i * k_q + d, mask=inside, other=0)
     value = tl.load(v + b.to(tl.int64) * v_b + h * v_h + i * v_q + d, mask=inside, other=0)

@@ -24,7 +24,7 @@ def compact_kv_kernel(
     write = tl.load(start + b) + m
     moved = (row >= 0) & (row < batch) & (read >= 0) & (read < capacity) & (write >= 0) & (write < capacity)
     d = tl.arange(0, BLOCK_D)
-    inside = (d < D) & moved
+    inside = d < tl.where(moved, D, 0)
     cache = kv + (plane // 2).to(tl.int64) * kv_n + (plane % 2).to(tl.int64) * kv_part + d
     for h in range(HEADS):
         kept = held + (((plane.to(tl.int64) * batch + b) * moves + m) * HEADS + h) * D + d

@@ -55,7 +55,7 @@ _OPTIONS = {
     "kv": "--kv",
     "shape": "--shape",
     "lengths": "--lengths",
-    "target": "--to",
+    "target": "--target",
     "target_language": "--to",
     "language": "--from",
     "formats": "--weights",
