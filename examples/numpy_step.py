@@ -3,6 +3,8 @@
 The file is one that `kvspn quantize` writes. It is mapped, not read: the engine packs its weights from the
 map. STATES.npy holds what the speech encoder made, float32 [positions, width]; without it they are random,
 and so is the text. Prints the tokens, and how many steps they took.
+
+pip install numpy and pip install --no-deps kvspn (or its folder) are all that it needs.
 """
 
 from __future__ import annotations

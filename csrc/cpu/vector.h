@@ -302,7 +302,7 @@ INLINE Integers dot(Shorts a, Shorts b, Integers acc) {
 INLINE Floats widen_register(const Fp16* p) {
     const Shorts four = (Shorts)Longs{load<int64_t>(p)};
     const Integers bits = (Integers)shuffle<0, 8, 1, 9, 2, 10, 3, 11>(four, Shorts{});
-    const Integers magnitude = (bits & 0x7fff) << 13, sign = bits << 16 & Integers{} + INT32_MIN;
+    const Integers magnitude = (bits & 0x7fff) << 13, sign = (bits << 16) & (Integers{} + INT32_MIN);
     constexpr int32_t kBias = (127 - 15) << 23, kInfinity = 0x1f << 23, kOne = 1 << 23;
     const Integers normal = magnitude + kBias + ((magnitude >= kInfinity) & kBias);
     const Integers smallest = Integers{} + (kBias + kOne);
