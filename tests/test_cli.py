@@ -23,7 +23,6 @@ from typer.testing import CliRunner, Result
 import kvspn
 from kvspn import assets
 from kvspn.cli import app
-from kvspn.models.folder import PARTS
 from kvspn.speech.translator import Translator
 from support.tiny import TEXTS, damaged, save_model, save_whisper, sound
 
@@ -342,29 +341,49 @@ def test_faults_threads(clip: Path, set_threads: Callable[[int], None]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "unused"),
+    ("arguments", "code", "unused"),
     [
-        ("bench --help", "numpy torch transformers"),
-        ("translate --help", "numpy torch transformers"),
-        ("translate x.wav --to de --model /nowhere", "numpy torch transformers"),
-        ("evaluate --model /nowhere", "numpy torch transformers"),
-        ("quantize x --model /nowhere", "numpy torch transformers"),
-        ("translate x.wav --to de", "sacrebleu matplotlib peft jax kvspn.training kvspn.measure"),
+        ("bench --help", 0, "numpy torch transformers"),
+        ("translate --help", 0, "numpy torch transformers"),
+        ("translate x.wav --to de --model /nowhere", 2, "numpy torch transformers"),
+        ("evaluate --model /nowhere", 2, "numpy torch transformers"),
+        ("quantize x --model /nowhere", 2, "numpy torch transformers"),
+        ("bench --compare {record} {record}", 0, "numpy torch transformers"),
+        ("translate x.wav --to de", 1, "sacrebleu matplotlib peft jax kvspn.training kvspn.measure"),
+        ("doctor --json", 0, "transformers kvspn.models matplotlib"),
+        (
+            "bench --shape miniature --weights int8 --rounds 1 --ops",
+            0,
+            "transformers kvspn.models matplotlib",
+        ),
+        ("profile --shape miniature --lengths 64 --rounds 1", 0, "transformers kvspn.models matplotlib"),
+        ("export-kernels {folder}", 0, "transformers kvspn.models matplotlib"),
     ],
 )
-def test_faults_a_command_imports_what_it_uses(arguments: str, unused: str) -> None:
-    code = f"""
+def test_faults_a_command_imports_what_it_uses(
+    tmp_path: Path, arguments: str, code: int, unused: str
+) -> None:
+    record = Path(__file__).parents[1] / "bench/results/step-cpu.json"
+    if arguments.startswith("export") and not find_spec("triton"):
+        pytest.skip("triton is not installed")
+    program = f"""
 import sys
 from kvspn.cli import app
 try:
-    app({arguments.split()})
-except SystemExit:
-    sys.exit(" ".join(module for module in {unused.split()} if module in sys.modules))
+    app({arguments.format(record=record, folder=tmp_path / "kernels").split()})
+except SystemExit as end:
+    print([end.code or 0, *(module for module in {unused.split()} if module in sys.modules)])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 1)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "Traceback" not in done.stderr
-    assert (done.stderr.splitlines() or [""])[-1] == "", done.stderr
+    assert done.stdout.splitlines()[-1] == f"[{code}]", done.stderr
 
 
 def test_translate_streams_to_a_terminal(tmp_path: Path, clip: Path, root: Path) -> None:
@@ -431,10 +450,10 @@ def test_translate_bad_options(clip: Path, arguments: list[str], message: str) -
     assert_one_line(kvspn_("translate", clip, *arguments), message)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", assets.PARTS)
 def test_translate_with_a_folder_that_lacks_a_part(tmp_path: Path, clip: Path, root: Path, part: str) -> None:
     shutil.copytree(root / "mini", tmp_path / "model")
-    (tmp_path / "model" / PARTS[part][0]).unlink()
+    (tmp_path / "model" / assets.PARTS[part][0]).unlink()
     result = kvspn_("translate", clip, "--to", "de", "--model", tmp_path / "model")
     assert_one_line(result, str(tmp_path / "model"), f"the {part} is missing")
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from kvspn import assets
 from kvspn.decoding import DecodeStats
-from kvspn.models.folder import PARTS, ModelError
+from kvspn.models.folder import ModelError
 from kvspn.speech.translator import Translator, _TextStream
 from support.tiny import TEXTS, save_model, save_whisper, sound, tokenizer
 
@@ -125,7 +125,7 @@ def truncate(file: Path) -> None:
     [
         *(
             (damage(files[0], Path.unlink), f"the {part} is missing \\({files[0]}\\)")
-            for part, files in PARTS.items()
+            for part, files in assets.PARTS.items()
         ),
         (damage("config.json", lambda file: file.write_text("{")), "cannot be read"),
         (damage("config.json", edit(model_type="bert")), "model type 'bert', must be 'whisper_m2m'"),

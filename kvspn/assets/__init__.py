@@ -9,11 +9,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 
-ROOT = Path(str(files(__name__)))
+ROOT = Path(str(resources.files(__name__)))
 SETS = ("demo", "unseen", "hard")
+PARTS = {
+    "configuration": ("config.json",),
+    "weights": ("model.safetensors", "model.safetensors.index.json"),
+    "tokenizer": ("tokenizer.json", "vocab.json"),
+    "preprocessor": ("preprocessor_config.json", "processor_config.json"),
+    "generation configuration": ("generation_config.json",),
+}
+"""The parts of a model's folder, and the files of which one must be there for each."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,16 @@ class SpokenSentence:
 def bundled_model() -> Path:
     """The miniature's folder."""
     return ROOT / "mini"
+
+
+def missing_part(folder: Path) -> str | None:
+    """What a model's folder lacks of PARTS, or that it is not there; None where it is whole."""
+    if not folder.is_dir():
+        return f"{folder}: no such model folder"
+    for part, files in PARTS.items():
+        if not any((folder / file).is_file() for file in files):
+            return f"{folder}: the {part} is missing ({files[0]})"
+    return None
 
 
 def is_bundled(audio: Path) -> bool:

@@ -54,17 +54,11 @@ def _examine() -> dict[str, Any]:
     """Everything by name; for backends, torch ops and the model, None where ready, else why not. library: the
     folder of the C library that a wheel carries, with pkgconfig in it and ../include beside it.
     """
-    from kvspn.assets import bundled_model
+    from kvspn.assets import bundled_model, missing_part
     from kvspn.engines import backends
     from kvspn.measure import machine
-    from kvspn.models.folder import ModelError, check_parts
 
     library = next(Path(kvspn.__file__).parent.glob("lib/libkvspn.so.*"), None)
-    missing = None
-    try:
-        check_parts(bundled_model())
-    except ModelError as error:
-        missing = str(error)
     return {
         "backends": backends(),
         "torch_ops": _torch_ops_missing(),
@@ -73,7 +67,7 @@ def _examine() -> dict[str, Any]:
         "gpu": machine.gpu(),
         "versions": machine.versions(),
         "espeak_ng": machine.program("espeak-ng"),
-        "model": missing,
+        "model": missing_part(bundled_model()),
     }
 
 

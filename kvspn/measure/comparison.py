@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvspn.measure.intervals import CONFIDENCE, Ratio, ratio
-from kvspn.measure.steps import DERIVED
 
+DERIVED = ("draft", "token")  # rows whose times follow from others'
 _SAME_CASE = ("what", "shape", "backend", "weights", "batch", "rows", "kv_length", "device", "cache", "kv")
 
 

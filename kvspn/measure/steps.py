@@ -20,6 +20,7 @@ import torch
 
 from kvspn.engines import Engine
 from kvspn.measure import allocations
+from kvspn.measure.comparison import DERIVED
 from kvspn.measure.correctness import Expected
 from kvspn.measure.intervals import of_median, ratio
 from kvspn.measure.peers import PEERS, Problem, Skipped, load
@@ -29,7 +30,6 @@ from kvspn.weights import DecoderWeights, Linear
 from kvspn.weights.formats import base_and_draft, quantise
 
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
-DERIVED = ("draft", "token")  # rows whose times follow from others'
 
 
 def run(

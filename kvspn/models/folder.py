@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from kvspn.assets import PARTS, missing_part
 from kvspn.models.validation import (
     ModelError,
     check_config,
@@ -19,25 +20,7 @@ from kvspn.models.validation import (
     reason,
 )
 
-__all__ = ["PARTS", "ModelError", "check_parts", "open_folder"]
-
-PARTS = {
-    "configuration": ("config.json",),
-    "weights": ("model.safetensors", "model.safetensors.index.json"),
-    "tokenizer": ("tokenizer.json", "vocab.json"),
-    "preprocessor": ("preprocessor_config.json", "processor_config.json"),
-    "generation configuration": ("generation_config.json",),
-}
-"""The parts of a model's folder, and the files of which one must be there for each."""
-
-
-def check_parts(folder: Path) -> None:
-    """Raises ModelError where the folder or one of its PARTS is not there."""
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: no such model folder")
-    for part, files in PARTS.items():
-        if not any((folder / file).is_file() for file in files):
-            raise ModelError(f"{folder}: the {part} is missing ({files[0]})")
+__all__ = ["ModelError", "open_folder"]
 
 
 def open_folder(
@@ -51,7 +34,8 @@ def open_folder(
         ModelError: no such folder, a missing part, another kind of model, files that cannot be read, or that
             do not fit each other.
     """
-    check_parts(folder)
+    if (missing := missing_part(folder)) is not None:
+        raise ModelError(missing)
     try:
         return _open(folder, model_class, processor_class, dtype)
     except ModelError as error:

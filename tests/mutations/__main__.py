@@ -55,8 +55,10 @@ def verdict(mutation: Mapping[str, str], copy: Path) -> str:
         done = run(f"-m pytest -q -x -p no:cacheprovider {mutation['tests']}", copy)
     finally:
         file.write_text(source)
-    # 1: tests failed, or the process ended in a crash; 5: no test was selected.
-    return {0: "SURVIVED", 5: "NO TEST SELECTED"}.get(done.returncode, "killed")
+    # 1: tests failed; less than 0: the process ended in a crash; 5: no test was selected.
+    if done.returncode == 1 or done.returncode < 0:
+        return "killed"
+    return {0: "SURVIVED", 5: "NO TEST SELECTED"}.get(done.returncode, f"PYTEST: {done.stdout[-500:]}")
 
 
 def main() -> int:
