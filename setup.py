@@ -1,11 +1,11 @@
-"""Builds csrc with ninja: the modules kvspn._native and kvspn._cuda, and the ops of each that torch loads.
+"""Builds csrc with ninja: the module kvspn._native, and its ops as torch loads them, for each kind of device.
 
 A wheel also carries the C library, its header and a file for pkg-config, in kvspn/lib and kvspn/include.
 
 csrc/CMakeLists.txt builds the library without Python from the same files, with the same flags: keep them so.
 Metadata lives in pyproject.toml. KVSPN_SANITIZE=address,undefined (or thread) builds with sanitizers.
-KVSPN_CUDA=auto builds for CUDA where nvcc and a GPU are, 1 in any case, 0 never; KVSPN_CUDA_ARCHS narrows the
-architectures down. KVSPN_CUDA=emulate builds csrc/cuda for the host, for the tests, and nothing else.
+KVSPN_CUDA=auto builds for CUDA too where nvcc and a GPU are, 1 in any case, 0 never; KVSPN_CUDA_ARCHS narrows
+the architectures down. KVSPN_CUDA=emulate builds what the tests load, csrc/cuda on the host, nothing else.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -54,8 +55,8 @@ def cuda() -> tuple[bool, str]:
 
 
 NO_TORCH = "the build sees no torch (pip install --no-build-isolation lets it see the installed one)"
-MODULES = [] if EMULATE else ["kvspn._native"] + ["kvspn._torch_ops"] * TORCH
-MODULES += (["kvspn._cuda"] + ["kvspn._torch_ops_cuda"] * TORCH) * cuda()[0]
+MODULES = ["kvspn._native"] + ["kvspn._torch_ops"] * TORCH
+MODULES += ["kvspn._torch_ops_cuda"] * (TORCH and cuda()[0])
 # Packages whose files lie outside of kvspn/.
 HOMES = {"kvspn.triton_kernels": "triton_kernels", "kvspn.measure.records": "bench/results"}
 
@@ -79,7 +80,7 @@ class NinjaBuild(build_ext):
         super().run()
 
     def build_extensions(self) -> None:
-        folder = ROOT / "build" / ("emulated" if EMULATE else "native")
+        folder = ROOT / "build" / "native"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(_rules())
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder), "--quiet"], check=True)
@@ -138,47 +139,51 @@ def _rules() -> str:
         lines.extend([f"build {output}: {rule} {inputs}", f"  extra = {extra}"])
         return output
 
-    objects = []
-    for source in sorted([*CSRC.glob("common/*.cpp"), *CSRC.glob("cpu/*.cpp")]):
-        if source.stem in ISA and not x86:
-            continue
-        extra = ISA.get(source.stem, "")
-        objects.append(build(f"{source.parent.name}-{source.stem}.o", "compile", source, extra))
+    def compile_all(folder: str, rule: str, sources: Iterable[Path], extra: str = "") -> list[str]:
+        return [
+            build(f"{folder}{source.parent.name}-{source.stem}.o", rule, source, ISA.get(source.stem, extra))
+            for source in sorted(sources)
+        ]
+
+    backends = CSRC / "common" / "backend.cpp"
+    host = {*CSRC.glob("common/*.cpp"), *CSRC.glob("cpu/*.cpp")} - {backends}
+    objects = compile_all("", "compile", (file for file in host if x86 or file.stem not in ISA))
+    without = [*objects, build("common-backend.o", "compile", backends)]
     python = f"-I{PYTHON_HEADERS} -I{pybind11.get_include()}"
-    bindings = CSRC / "bindings"
-    module = build("module.o", "compile", bindings / "module.cpp", f"{python} -DKVSPN_MODULE=_native")
-    build("_native.so", "link", " ".join([module, *objects]))
+    module, torch_ops = CSRC / "bindings" / "module.cpp", CSRC / "bindings" / "torch_ops.cpp"
     exports = f"-Wl,--version-script={CSRC / 'exports.map'},-soname,{LIBRARY},-z,defs"
-    build(LIBRARY, "link", " ".join(objects), exports)
+    build(LIBRARY, "link", " ".join(without), exports)
+    stable = linked = ""
     if TORCH:
         import torch
 
         installed = Path(torch.__file__).parent
         # TORCH_TARGET_VERSION: the oldest torch whose stable ABI it must run with.
         stable = f"-std=c++20 -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem {installed / 'include'}"
-        ops = build("torch_ops.o", "compile", bindings / "torch_ops.cpp", stable)
         # libtorch leads to libtorch_cuda, where torch has one.
         linked = f"-L{installed / 'lib'} -ltorch_cpu -Xlinker --no-as-needed -ltorch"
-        build("_torch_ops.so", "link", " ".join([ops, *objects]), linked)
+        ops = build("torch_ops.o", "compile", torch_ops, stable)
+        build("_torch_ops.so", "link", " ".join([ops, *without]), linked)
 
-    defines = f"-DKVSPN_CUDA -DKVSPN_MODULE=_cuda {'-DKVSPN_EMULATE -Wno-unknown-pragmas' * EMULATE}"
-    shared = ("common-batch.o", "common-cores.o", "common-op_checks.o", "common-tensor.o", "common-weights.o")
-    objects = [name for name in objects if name in shared]
-    sources = sorted([CSRC / "common" / "c_api.cpp", *CSRC.glob("cuda/*.cpp"), *CSRC.glob("cuda/*.cu")])
-    for source in sources:
-        if EMULATE:
-            objects.append(build(f"cuda-{source.stem}.o", "compile", source, f"{defines} -x c++"))
-        elif source.stem != "emulation":
-            objects.append(build(f"cuda-{source.stem}.o", "nvcc", source, defines))
-    link = "link" if EMULATE else "nvlink"
-    module = build("cuda-module.o", "compile", bindings / "module.cpp", f"{python} {defines}")
-    build("_cuda.so", link, " ".join([module, *objects]))
-    if TORCH:
-        ops = build("cuda-torch_ops.o", "compile", bindings / "torch_ops.cpp", f"{stable} {defines}")
-        build("_torch_ops_cuda.so", link, " ".join([ops, *objects]), linked)
-    wanted = " ".join([f"{extension.rpartition('.')[2]}.so" for extension in MODULES])
-    wanted += f" {LIBRARY}" * (not (EMULATE or SANITIZE))
-    return "\n".join([*lines, f"default {wanted}", ""])
+    # With CUDA: for devices, or what the tests run on the host.
+    folder, link, defines = "", "nvlink", "-DKVSPN_WITH_CUDA"
+    device = {*CSRC.glob("cuda/*.cpp"), *CSRC.glob("cuda/*.cu")}
+    if EMULATE:
+        folder, link, defines = "emulated/", "link", f"{defines} -DKVSPN_EMULATE -Wno-unknown-pragmas"
+        compiled = compile_all(folder, "compile", device, f"{defines} -x c++")
+    else:
+        compiled = compile_all(folder, "nvcc", device - {CSRC / "cuda" / "emulation.cpp"}, defines)
+    whole = [*objects, *compiled, build(f"{folder}with-cuda-backend.o", "compile", backends, defines)]
+    if not cuda()[0]:
+        link, defines, whole = "link", "", without
+    made = build(f"{folder}module.o", "compile", module, f"{python} {defines}")
+    wanted = [build(f"{folder}_native.so", link, " ".join([made, *whole]))]
+    if TORCH and cuda()[0]:
+        ops = build(f"{folder}torch_ops_cuda.o", "compile", torch_ops, f"{stable} {defines}")
+        wanted.append(build(f"{folder}_torch_ops_cuda.so", link, " ".join([ops, *whole]), linked))
+    if not EMULATE:
+        wanted += ["_torch_ops.so"] * TORCH + [LIBRARY] * (not SANITIZE)
+    return "\n".join([*lines, f"default {' '.join(wanted)}", ""])
 
 
 setup(

@@ -50,6 +50,8 @@ class EngineParams(ctypes.Structure):
         ("last_layer_only", c_int32),
         ("threads", c_int32),
         ("encoder_stride", c_int32),
+        ("device", c_int32),
+        ("variant", c_char_p),
     )
 
 
@@ -233,7 +235,12 @@ def test_a_profiled_step_counts_its_stages(lib, started):
     """Room for fewer stages, or for none, changes neither their number nor the step."""
     engine, values = started
     lib.kvspn_engine_profile.argtypes = [c_void_p, c_void_p, c_void_p, c_int32, c_void_p]
-    counts = []
+    counts, planned, count = [], (Stage * 200)(), c_int32()
+    lib.kvspn_engine_plan.argtypes = lib.kvspn_engine_profile.argtypes
+    assert lib.kvspn_engine_plan(engine, byref(step()), planned, 200, byref(count)) == OK
+    assert values["stats"][0, 0] == 0
+    plan = [(stage.name, stage.bytes) for stage in planned[: count.value]]
+    assert all(size > 0 for name, size in plan if name not in (b"draft.embed", b"embed", b"accept"))
     for capacity in (0, 2, 200):
         room = (Stage * capacity)()
         count = c_int32()
@@ -241,7 +248,8 @@ def test_a_profiled_step_counts_its_stages(lib, started):
         assert all(stage.name for stage in room[: count.value])
         assert not any(stage.name for stage in room[count.value :])
         counts.append(count.value)
-    assert counts[0] == counts[1] == counts[2] > 2
+    assert counts[0] == counts[1] == counts[2] == len(plan)
+    assert [stage.name for stage in room[: len(plan)]] == [name for name, _ in plan]
     assert values["stats"][0, 0] == 3
     for bad in ((None, 2, byref(count)), (room, -1, byref(count)), (room, 2, None)):
         assert lib.kvspn_engine_profile(engine, byref(step()), *bad) == INVALID
@@ -282,7 +290,7 @@ def test_refused_calls_change_nothing(lib, started):
         ("rollback", (0, -1), b"length must be 0 to 2, got -1"),
         ("rollback", (1, 0), b"row must be 0 to 0, got 1"),
         ("read_statistics", (-2, byref(Statistics(40))), b"row must be 0 to 0, got -2"),
-        ("read_statistics", (0, byref(Statistics(8))), b"statistics->struct_size must be 40, got 8"),
+        ("read_statistics", (0, byref(Statistics(8))), b"statistics->struct_size must be 40 to 4096, got 8"),
     ):
         assert getattr(lib, f"kvspn_engine_{name}")(engine, *arguments) == INVALID
         assert message in lib.kvspn_last_error()
@@ -458,6 +466,7 @@ class AttentionParams(ctypes.Structure):
         ("causal", c_int32),
         ("kv_scale", POINTER(Tensor)),
         ("stream", POINTER(Stream)),
+        ("device", c_int32),
     )
 
 
@@ -532,6 +541,69 @@ def test_attention_in_parts_and_fuzzed(lib):
         assert b"must " in lib.kvspn_last_error() or status == OK
 
 
+def edition(struct: ctypes.Structure, size: int, **fields: int) -> ctypes.Array:
+    """The struct as a caller of another version has it: `size` bytes, 0 past what this one knows."""
+    for name, value in fields.items():
+        setattr(struct, name, value)
+    struct.struct_size = size
+    other = (ctypes.c_char * max(size, 4))()
+    ctypes.memmove(other, byref(struct), min(size, ctypes.sizeof(struct)))
+    return other
+
+
+FIRST_ENGINE, FIRST_ATTENTION = EngineParams.device.offset, AttentionParams.device.offset
+
+
+def test_struct_size_of_the_first_edition(lib, weights):
+    """Its callers go on: what their structs lack, a device for one, is as if it were 0."""
+    status, engine = create(lib, weights, edition(params(device=7), FIRST_ENGINE))
+    assert status == OK, lib.kvspn_last_error()
+    lib.kvspn_engine_destroy(engine)
+    assert create(lib, weights, params(device=7))[0] == INVALID
+    assert b"device must be a kvspn_device that the library is built for, got 7" in lib.kvspn_last_error()
+
+    q, kv = np.ones((1, 1, 1, 4), np.float32), np.ones((1, 2, 1, 1, 3, 4), np.float32)
+    out = np.full((1, 1, 4), np.nan, np.float32)
+    given = attention(q, kv, np.array([2], np.int32), out)
+    given.device = 7
+    assert lib.kvspn_flat_kv_attention(byref(given)) == INVALID
+    assert b"device must be a kvspn_device that the library is built for, got 7" in lib.kvspn_last_error()
+    assert lib.kvspn_flat_kv_attention(edition(given, FIRST_ATTENTION)) == OK
+    assert (out == 1).all()
+
+
+def test_struct_size_of_a_later_edition(lib, weights, started):
+    """Its callers go on as long as they set nothing that this version does not know."""
+    size = ctypes.sizeof(EngineParams) + 24
+    longer = edition(params(), size)
+    status, engine = create(lib, weights, longer)
+    assert status == OK
+    lib.kvspn_engine_destroy(engine)
+    longer[size - 5] = 1
+    assert create(lib, weights, longer)[0] == INVALID
+    assert b"params must be 0 in what this version does not know" in lib.kvspn_last_error()
+    for wrong in (0, FIRST_ENGINE - 1, 5000):
+        assert create(lib, weights, edition(params(), wrong))[0] == INVALID
+        assert b"params->struct_size must be 32 to 4096, got %d" % wrong in lib.kvspn_last_error()
+
+    # The step in the midst of a generation's parameters is of that edition too.
+    engine, _ = started
+    known, grown = generate(max_steps=1, k=0), 16
+    known.step.struct_size += grown
+    behind = GenerateParams.first_mask.offset
+    bytes_ = bytes(known)
+    later = ctypes.create_string_buffer(bytes_[:behind] + bytes(grown) + bytes_[behind:])
+    ctypes.memmove(later, byref(c_uint32(len(bytes_) + grown)), 4)
+    assert lib.kvspn_engine_generate(engine, later) == INVALID
+    assert b"k must be at least 1, got 0" in lib.kvspn_last_error()
+    ctypes.memmove(byref(later, GenerateParams.step.offset + StepParams.k.offset), byref(c_int32(1)), 4)
+    assert lib.kvspn_engine_generate(engine, later) == OK
+    assert statistics(lib, engine, 0)["steps"] == 1
+    later[behind] = 1
+    assert lib.kvspn_engine_generate(engine, later) == INVALID
+    assert b"params->step must be 0 in what this version does not know" in lib.kvspn_last_error()
+
+
 class AppendParams(ctypes.Structure):
     _fields_ = (
         ("struct_size", c_uint32),
@@ -539,6 +611,7 @@ class AppendParams(ctypes.Structure):
         ("layer", c_int32),
         ("stream", POINTER(Stream)),
         ("kv_scale", Tensor),
+        ("device", c_int32),
     )
 
 
@@ -552,6 +625,7 @@ class LinearParams(ctypes.Structure):
         ("eps", c_float),
         ("gelu", c_int32),
         ("stream", POINTER(Stream)),
+        ("device", c_int32),
     )
 
 

@@ -227,7 +227,7 @@ def test_engines_on_streams(configure, monkeypatch, mode, kv):
 
 def test_every_call_of_the_c_abi_keeps_to_its_stream():
     lib = test_c_abi.library(emulated.PATH)
-    status, made = test_c_abi.create(lib, test_c_abi.random_weights())
+    status, made = test_c_abi.create(lib, test_c_abi.random_weights(), test_c_abi.params(device=1))
     assert status == test_c_abi.OK
     values, stream = test_c_abi.arrays(), emulated.stream()
     states = test_c_abi.Tensor.of("states", np.ones((4, 16), np.float32))
@@ -301,7 +301,7 @@ def test_a_row_with_an_absurd_length_is_left_alone(configure):
 def test_a_row_whose_length_is_past_its_tokens_is_left_alone():
     """A batch may hold fewer tokens than its cache has places."""
     lib = test_c_abi.library(emulated.PATH)
-    status, made = test_c_abi.create(lib, test_c_abi.random_weights())
+    status, made = test_c_abi.create(lib, test_c_abi.random_weights(), test_c_abi.params(device=1))
     assert status == test_c_abi.OK
     values = test_c_abi.arrays(rows=2)
     values["tokens"] = np.full((2, 8), 3, np.int32)

@@ -25,7 +25,7 @@ FLOORS = (
     "weights",
     "checks",
 )
-GROUND = ("assets", "atomic", "_native", "_cuda", "_torch_ops", "_torch_ops_cuda")  # import nothing of kvspn
+GROUND = ("assets", "atomic", "_native", "_torch_ops", "_torch_ops_cuda")  # import nothing of kvspn
 # What a folder of csrc may include of the others; csrc/tests and the examples are users of the ABI.
 INCLUDES = {
     "include": set(),
@@ -35,7 +35,6 @@ INCLUDES = {
     "bindings": {"include", "bindings"},
     "tests": {"include", "common", "tests"},
 }
-BORDER = "csrc/common/c_api.cpp"  # It chooses the device, so it alone in common knows both.
 
 
 def sources() -> dict[str, Path]:
@@ -124,8 +123,7 @@ def test_includes_of_csrc(path: Path) -> None:
     folder = path.parent.name
     included = re.findall(r'^#include [<"]([^>"]+)[>"]', path.read_text("utf-8"), flags=re.MULTILINE)
     own = {name.partition("/")[0] for name in included if (ROOT / "csrc" / name).exists()}
-    allowed = INCLUDES[folder] | ({"cpu", "cuda"} if path == ROOT / BORDER else set())
-    assert own <= allowed, f"{path.name} includes {own - allowed}"
+    assert own <= INCLUDES[folder], f"{path.name} includes {own - INCLUDES[folder]}"
     if folder != "bindings":
         foreign = [name for name in included if re.match(r"(torch|pybind11|ATen|c10)/|Python\.h", name)]
         assert not foreign, f"{path.name} includes {foreign}"

@@ -63,7 +63,7 @@ def test_stages():
     assert names[-2] == "accept"
     rows = stages.summarise(steps, [1.0] * len(modelled))
     assert sum(row["times"] for row in rows) == len(modelled)
-    assert [row["bytes"] for row in rows if row["stage"] == "fc1"] == [2 * 2 * 128 * 64]
+    assert [row["bytes"] for row in rows if row["stage"] == "fc1"] == [2 * (2 * 128 * 64 + 4 * 128)]
     assert stages.page(rows).splitlines()[-1].startswith("| all ")
 
 

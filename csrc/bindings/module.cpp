@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -16,12 +17,12 @@ namespace py = pybind11;
 
 namespace {
 
-// As DLPack counts them; the batch's.
+// Kinds of memory, as DLPack counts them: the host's, and that of an engine for CUDA.
 constexpr int kCpu = 1;
-#if defined(KVSPN_CUDA) && !defined(KVSPN_EMULATE)
-constexpr int kDevice = 2;
+#if defined(KVSPN_EMULATE)
+constexpr int kCuda = kCpu;
 #else
-constexpr int kDevice = kCpu;
+constexpr int kCuda = 2;
 #endif
 
 void check(kvspn_status status) {
@@ -62,8 +63,8 @@ DLDataType dlpack_dtype(const std::string& format, ssize_t size) {
 // A tensor of the caller; holds what keeps its memory alive.
 class Tensor {
   public:
-    // written: whether the engine writes it. device: where it must be.
-    Tensor(std::string name, const py::object& object, bool written = false, int device = kDevice)
+    // written: whether the engine writes it. device: the memory that it must be in.
+    Tensor(std::string name, const py::object& object, int device, bool written = false)
         : name_(std::move(name)) {
         if (PyObject_CheckBuffer(object.ptr()))
             take_buffer(object, written, device);
@@ -149,16 +150,25 @@ struct Free {
 class Engine {
   public:
     Engine(const py::dict& weights, int layers, int heads, int blocks, int groups, bool last_layer_only,
-           int threads, int encoder_stride) {
+           int threads, int encoder_stride, const std::string& device,
+           const std::optional<std::string>& variant)
+        : device_(device == "cuda" ? kCuda : kCpu) {
+        if (device != "cpu" && device != "cuda")
+            throw py::value_error("device must be cpu or cuda, got " + device);
         Tensors held;
         std::vector<kvspn_tensor> tensors;
         for (auto& [name, value] : weights) {
-            held.push_back(std::make_unique<Tensor>(py::cast<std::string>(name), py::cast<py::object>(value),
-                                                    false, kCpu));
+            held.push_back(
+                std::make_unique<Tensor>(py::cast<std::string>(name), py::cast<py::object>(value), kCpu));
             tensors.push_back(held.back()->get());
         }
-        kvspn_engine_params params{sizeof params, layers,          heads,   blocks,
-                                   groups,        last_layer_only, threads, encoder_stride};
+        kvspn_engine_params params{};
+        params.struct_size = sizeof params;
+        params.layers = layers, params.heads = heads, params.blocks = blocks, params.groups = groups;
+        params.last_layer_only = last_layer_only, params.threads = threads;
+        params.encoder_stride = encoder_stride;
+        params.device = device == "cuda" ? KVSPN_DEVICE_CUDA : KVSPN_DEVICE_CPU;
+        params.variant = variant ? variant->c_str() : nullptr;
         kvspn_engine* engine = nullptr;
         kvspn_status status;
         {
@@ -180,12 +190,12 @@ class Engine {
               const py::object& cross_lengths, const py::object& kv_scale, const py::object& cross_kv_scale) {
         Tensors held;
         auto add = [&](const char* name, const py::object& value) {
-            held.push_back(std::make_unique<Tensor>(name, value, true));
+            held.push_back(std::make_unique<Tensor>(name, value, device_, true));
             return held.back()->get();
         };
         auto scales = [&](const char* name, const py::object& value) -> const kvspn_tensor* {
             if (value.is_none()) return nullptr;
-            held.push_back(std::make_unique<Tensor>(name, value, true));
+            held.push_back(std::make_unique<Tensor>(name, value, device_, true));
             return &held.back()->get();
         };
         kvspn_batch batch{sizeof batch,
@@ -203,7 +213,7 @@ class Engine {
     }
 
     void encode(int row, const py::object& states) {
-        Tensor tensor("states", states);
+        Tensor tensor("states", states, device_);
         kvspn_status status;
         {
             py::gil_scoped_release release;
@@ -240,24 +250,16 @@ class Engine {
         check(status);
     }
 
-    // (name, nanoseconds, bytes) of each stage of a step.
-    std::vector<std::tuple<std::string, int64_t, int64_t>> profile(const py::object& mask, int k, int eos,
-                                                                   int max_length, bool draft) {
+    // (name, nanoseconds, bytes) of each stage of a step; it runs, or is planned and takes no time.
+    using Stages = std::vector<std::tuple<std::string, int64_t, int64_t>>;
+    Stages profile(const py::object& mask, int k, int eos, int max_length, bool draft) {
         const auto held = take_mask(mask);
-        const kvspn_step_params params{sizeof params, values_of(held), k, eos, max_length, draft};
-        std::vector<kvspn_stage> stages(4096);
-        int32_t count = 0;
-        kvspn_status status;
-        {
-            py::gil_scoped_release release;
-            status =
-                kvspn_engine_profile(engine_.get(), &params, stages.data(), int32_t(stages.size()), &count);
-        }
-        check(status);
-        std::vector<std::tuple<std::string, int64_t, int64_t>> found;
-        for (int i = 0; i < std::min(count, int32_t(stages.size())); ++i)
-            found.emplace_back(stages[i].name, stages[i].nanoseconds, stages[i].bytes);
-        return found;
+        return list_stages(&kvspn_engine_profile,
+                           {sizeof(kvspn_step_params), values_of(held), k, eos, max_length, draft});
+    }
+    Stages plan(int max_length, bool draft) {
+        return list_stages(&kvspn_engine_plan,
+                           {sizeof(kvspn_step_params), nullptr, 1, -1, max_length, draft});
     }
 
     std::vector<int32_t> progress(int row) const {
@@ -269,9 +271,24 @@ class Engine {
     }
 
   private:
+    Stages list_stages(decltype(&kvspn_engine_profile) list, const kvspn_step_params& params) {
+        std::vector<kvspn_stage> stages(4096);
+        int32_t count = 0;
+        kvspn_status status;
+        {
+            py::gil_scoped_release release;
+            status = list(engine_.get(), &params, stages.data(), int32_t(stages.size()), &count);
+        }
+        check(status);
+        Stages listed;
+        for (int i = 0; i < std::min(count, int32_t(stages.size())); ++i)
+            listed.emplace_back(stages[i].name, stages[i].nanoseconds, stages[i].bytes);
+        return listed;
+    }
+
     std::unique_ptr<Tensor> take_mask(const py::object& mask) const {
         if (mask.is_none()) return nullptr;
-        auto held = std::make_unique<Tensor>("mask", mask);
+        auto held = std::make_unique<Tensor>("mask", mask, device_);
         const kvspn_tensor& t = held->get();
         if (t.dtype != KVSPN_FP32 || t.ndim != 1 || t.shape[0] != vocabulary_ ||
             (t.shape[0] > 1 && t.strides[0] != 1))
@@ -284,6 +301,7 @@ class Engine {
         return mask ? static_cast<const float*>(mask->get().data) : nullptr;
     }
 
+    const int device_;
     Tensors batch_;  // outlives its use by the engine
     std::unique_ptr<kvspn_engine, Free> engine_;
     int64_t vocabulary_ = 0;
@@ -291,15 +309,22 @@ class Engine {
 
 }  // namespace
 
-PYBIND11_MODULE(KVSPN_MODULE, m) {
+PYBIND11_MODULE(_native, m) {
     m.doc() = "kvspn's C++ engine; it takes NumPy's arrays and DLPack's tensors. See csrc/include/kvspn.h.";
     m.def("instruction_set", [] { return std::string(kvspn_instruction_set()); });
     m.def("default_threads", &kvspn_default_threads);
     m.attr("ABI_VERSION") = kvspn_abi_version();
+    // Of each kind of engine that is built: where its tensors must be.
+    py::dict devices;
+    devices["cpu"] = "cpu";
+    if (kvspn_has_device(KVSPN_DEVICE_CUDA)) devices["cuda"] = kCuda == kCpu ? "cpu" : "cuda";
+    m.attr("DEVICES") = devices;
     py::class_<Engine>(m, "Engine")
-        .def(py::init<const py::dict&, int, int, int, int, bool, int, int>(), py::arg("weights"),
-             py::kw_only(), py::arg("layers"), py::arg("heads"), py::arg("blocks"), py::arg("groups"),
-             py::arg("last_layer_only"), py::arg("threads"), py::arg("encoder_stride") = 1)
+        .def(py::init<const py::dict&, int, int, int, int, bool, int, int, const std::string&,
+                      const std::optional<std::string>&>(),
+             py::arg("weights"), py::kw_only(), py::arg("layers"), py::arg("heads"), py::arg("blocks"),
+             py::arg("groups"), py::arg("last_layer_only"), py::arg("threads"), py::arg("encoder_stride") = 1,
+             py::arg("device") = "cpu", py::arg("variant") = py::none())
         .def("set_stream", &Engine::set_stream, py::arg("stream"))
         .def("bind", &Engine::bind, py::kw_only(), py::arg("kv"), py::arg("lengths"), py::arg("tokens"),
              py::arg("finished"), py::arg("stats"), py::arg("cross_kv"), py::arg("cross_lengths"),
@@ -312,5 +337,6 @@ PYBIND11_MODULE(KVSPN_MODULE, m) {
              py::arg("max_length"), py::arg("draft"), py::arg("steps"))
         .def("profile", &Engine::profile, py::arg("mask"), py::kw_only(), py::arg("k"), py::arg("eos"),
              py::arg("max_length"), py::arg("draft"))
+        .def("plan", &Engine::plan, py::kw_only(), py::arg("max_length"), py::arg("draft"))
         .def("progress", &Engine::progress, py::arg("row"));
 }

@@ -1,8 +1,8 @@
-// The kernels of the torch ops, through the C ABI: of the native library for tensors on the CPU and, with
-// KVSPN_CUDA, of that for CUDA devices, on torch's current stream and with memory of its allocator. (The
-// tests' build of csrc/cuda registers them for tensors on the CPU, in a namespace of its own.) Torch's stable
-// ABI, so one build serves later versions.
-#if defined(KVSPN_CUDA) && !defined(KVSPN_EMULATE)
+// The kernels of the torch ops, through the C ABI: for tensors on the CPU or, with KVSPN_WITH_CUDA, on CUDA
+// devices, on torch's current stream and with memory of its allocator. (The tests' build of csrc/cuda
+// registers them for tensors on the CPU, in a namespace of its own.) Torch's stable ABI, so one build serves
+// later versions.
+#if defined(KVSPN_WITH_CUDA) && !defined(KVSPN_EMULATE)
 #define USE_CUDA  // torch declares its streams then
 #endif
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -28,7 +28,7 @@ class Place {
   public:
     explicit Place(const Tensor& tensor)
         : tensor_(tensor),
-#if !defined(KVSPN_CUDA)
+#if !defined(KVSPN_WITH_CUDA)
           stream_{nullptr, nullptr, nullptr, &run_parts, int32_t(torch::stable::get_num_threads())} {
     }
 #elif defined(KVSPN_EMULATE)
@@ -79,13 +79,16 @@ class Place {
     void run(kvspn_status (*op)(const Params*), Params& params) {
         params.struct_size = sizeof params;
         params.stream = &stream_;
+#if defined(KVSPN_WITH_CUDA)
+        params.device = KVSPN_DEVICE_CUDA;
+#endif
         const kvspn_status status = op(&params);
         if (error_) std::rethrow_exception(error_);
         STD_TORCH_CHECK(status == KVSPN_OK, kvspn_last_error());
     }
 
   private:
-#if defined(KVSPN_CUDA)
+#if defined(KVSPN_WITH_CUDA)
     // Torch gives the memory to others only behind what is on the stream now.
     static void* allocate(void* context, int64_t bytes) {
         Place& place = *static_cast<Place*>(context);
@@ -106,7 +109,7 @@ class Place {
 #endif
 
     const Tensor& tensor_;
-#if defined(KVSPN_CUDA) && !defined(KVSPN_EMULATE)
+#if defined(KVSPN_WITH_CUDA) && !defined(KVSPN_EMULATE)
     torch::stable::accelerator::DeviceGuard guard_;
 #endif
     kvspn_stream stream_;
@@ -224,7 +227,7 @@ void compact_kv(Tensor kv, Tensor rows, Tensor source, Tensor start, std::option
 
 }  // namespace
 
-#if !defined(KVSPN_CUDA)
+#if !defined(KVSPN_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(kvspn, CPU, m) {
 #elif defined(KVSPN_EMULATE)
 STABLE_TORCH_LIBRARY_IMPL(kvspn_emulated, CPU, m) {

@@ -18,7 +18,7 @@ void check_contiguous(const std::string& name, const kvspn_tensor& tensor) {
 
 }  // namespace
 
-BatchSizes check_batch(const kvspn_batch& b, const Weights& weights) {
+Batch check_batch(const kvspn_batch& b, const Weights& weights) {
     const int64_t layers = int64_t(weights.layers.size()), heads = weights.heads, width = weights.head_dim;
     check_tensor("kv", b.kv, {Dtype::fp32, Dtype::bf16, Dtype::fp16, Dtype::int8},
                  {layers, 2, -1, heads, -1, width});
@@ -51,7 +51,21 @@ BatchSizes check_batch(const kvspn_batch& b, const Weights& weights) {
         check_tensor(name, *tensor, {Dtype::fp32}, {layers, 2, rows, heads, positions});
         check_contiguous(name, *tensor);
     }
-    return {rows, capacity, cross, tokens};
+    const auto cache = [](const kvspn_tensor& kv, const kvspn_tensor* scale, const kvspn_tensor& lengths) {
+        return Cache{static_cast<char*>(kv.data), scale ? static_cast<float*>(scale->data) : nullptr,
+                     static_cast<int32_t*>(lengths.data), int(kv.shape[4])};
+    };
+    return {Dtype(b.kv.dtype),
+            cache(b.kv, b.kv_scale, b.lengths),
+            cache(b.cross_kv, b.cross_kv_scale, b.cross_lengths),
+            static_cast<int32_t*>(b.tokens.data),
+            static_cast<int32_t*>(b.stats.data),
+            static_cast<uint8_t*>(b.finished.data),
+            int(rows),
+            int(tokens),
+            int(layers),
+            int(heads),
+            int(width)};
 }
 
 }  // namespace kvspn

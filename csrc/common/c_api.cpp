@@ -1,14 +1,12 @@
+#include <algorithm>
 #include <atomic>
+#include <cstddef>
+#include <cstring>
 #include <new>
 
 #include "common/cores.h"
+#include "common/engine.h"
 #include "common/error.h"
-#include "common/ops.h"
-#if defined(KVSPN_CUDA)  // one ABI, a library for each kind of device
-#include "cuda/engine.h"
-#else
-#include "cpu/engine.h"
-#endif
 
 struct kvspn_engine {
     kvspn::Engine engine;
@@ -80,11 +78,83 @@ kvspn_status guard(Body body) noexcept {
     }
 }
 
+// Bytes of a struct's first edition, which no caller falls short of.
 template <class Params>
-void check_struct(const char* name, const Params* params) {
-    kvspn::require(params, name, " must be given, got a null pointer");
-    kvspn::require(params->struct_size == sizeof(Params), name, "->struct_size must be ", sizeof(Params),
-                   ", got ", params->struct_size);
+constexpr size_t kFirstEdition = sizeof(Params);
+template <>
+constexpr size_t kFirstEdition<kvspn_engine_params> = offsetof(kvspn_engine_params, device);
+template <>
+constexpr size_t kFirstEdition<kvspn_attention_params> = offsetof(kvspn_attention_params, device);
+template <>
+constexpr size_t kFirstEdition<kvspn_linear_params> = offsetof(kvspn_linear_params, device);
+template <>
+constexpr size_t kFirstEdition<kvspn_verify_params> = offsetof(kvspn_verify_params, device);
+template <>
+constexpr size_t kFirstEdition<kvspn_append_params> = offsetof(kvspn_append_params, device);
+template <>
+constexpr size_t kFirstEdition<kvspn_accept_params> = offsetof(kvspn_accept_params, device);
+template <>
+constexpr size_t kFirstEdition<kvspn_compact_params> = offsetof(kvspn_compact_params, device);
+
+constexpr size_t kMostBytes = 4096;  // of a struct of any edition
+
+// How much of a caller's struct of `size` bytes this edition knows; what it does not know must be 0.
+template <class Params>
+size_t known_bytes(const char* name, const void* given, size_t size) {
+    kvspn::require(size >= kFirstEdition<Params> && size <= kMostBytes, name, "->struct_size must be ",
+                   kFirstEdition<Params>, " to ", kMostBytes, ", got ", size);
+    const char* bytes = static_cast<const char*>(given);
+    for (size_t i = sizeof(Params); i < size; ++i)
+        kvspn::require(!bytes[i], name, " must be 0 in what this version does not know, past ",
+                       sizeof(Params), " bytes, got a setting in byte ", i);
+    return std::min(size, sizeof(Params));
+}
+
+// The caller's struct as this edition has it: fields that the caller does not know are 0.
+template <class Params>
+Params take(const char* name, const Params* given) {
+    kvspn::require(given, name, " must be given, got a null pointer");
+    Params own{};
+    std::memcpy(&own, given, known_bytes<Params>(name, given, given->struct_size));
+    own.struct_size = sizeof own;
+    return own;
+}
+
+// Its step lies in the midst of it, and may be of another size there.
+kvspn_generate_params take(const char* name, const kvspn_generate_params* given) {
+    kvspn::require(given, name, " must be given, got a null pointer");
+    constexpr size_t at = offsetof(kvspn_generate_params, step), behind = at + sizeof(kvspn_step_params);
+    kvspn_generate_params own{};
+    own.step = take("params->step", &given->step);
+    const ptrdiff_t grown = ptrdiff_t(given->step.struct_size) - ptrdiff_t(sizeof own.step);
+    const size_t size = size_t(ptrdiff_t(given->struct_size) - grown);
+    const char* rest = reinterpret_cast<const char*>(given) + grown;
+    const size_t known = known_bytes<kvspn_generate_params>(name, rest, size);
+    std::memcpy(reinterpret_cast<char*>(&own) + behind, rest + behind, known - behind);
+    own.struct_size = sizeof own;
+    return own;
+}
+
+// An op on the device that its parameters name.
+template <class Params>
+kvspn_status run_op(void (*kvspn::Backend::*op)(const Params&), const Params* given) noexcept {
+    return guard([&] {
+        const Params params = take("params", given);
+        (kvspn::get_backend(params.device).*op)(params);
+    });
+}
+
+// Fills in what an engine says of its stages.
+kvspn_status list_stages(int (kvspn::Engine::*list)(const kvspn_step_params&, kvspn_stage*, int),
+                         kvspn_engine* engine, const kvspn_step_params* params, kvspn_stage* stages,
+                         int32_t capacity, int32_t* count) noexcept {
+    return guard([&] {
+        const kvspn_step_params own = take("params", params);
+        kvspn::require(count && capacity >= 0 && (stages || !capacity),
+                       "stages and count must be given, got a null pointer");
+        const Entry entry(engine);
+        *count = (entry.operator->()->*list)(own, stages, capacity);
+    });
 }
 
 // A generation that leaves the engine to its caller's on_step, which may call it.
@@ -113,18 +183,20 @@ int32_t kvspn_default_threads(void) {
     return threads;
 }
 
+int32_t kvspn_has_device(int32_t device) { return kvspn::find_backend(device) ? 1 : 0; }
+
 const char* kvspn_instruction_set(void) {
     const char* name = "";
-    guard([&] { name = kvspn::instruction_set(); });
+    guard([&] { name = kvspn::cpu_backend.instruction_set(); });
     return name;
 }
 
 kvspn_status kvspn_engine_create(const kvspn_engine_params* params, const kvspn_tensor* weights,
                                  int32_t count, kvspn_engine** engine) {
     return guard([&] {
-        check_struct("params", params);
+        const kvspn_engine_params own = take("params", params);
         kvspn::require(engine, "engine must be given, got a null pointer");
-        *engine = new kvspn_engine{{*params, weights, count}};
+        *engine = new kvspn_engine{{own, weights, count}};
     });
 }
 
@@ -136,8 +208,8 @@ kvspn_status kvspn_engine_set_stream(kvspn_engine* engine, void* stream) {
 
 kvspn_status kvspn_engine_bind(kvspn_engine* engine, const kvspn_batch* batch) {
     return guard([&] {
-        check_struct("batch", batch);
-        Entry(engine)->bind(*batch);
+        const kvspn_batch own = take("batch", batch);
+        Entry(engine)->bind(own);
     });
 }
 
@@ -154,28 +226,27 @@ kvspn_status kvspn_engine_prefill(kvspn_engine* engine, int32_t row, int32_t cou
 
 kvspn_status kvspn_engine_step(kvspn_engine* engine, const kvspn_step_params* params) {
     return guard([&] {
-        check_struct("params", params);
-        Entry(engine)->step(*params);
+        const kvspn_step_params own = take("params", params);
+        Entry(engine)->step(own);
     });
+}
+
+kvspn_status kvspn_engine_plan(kvspn_engine* engine, const kvspn_step_params* params, kvspn_stage* stages,
+                               int32_t capacity, int32_t* count) {
+    return list_stages(&kvspn::Engine::plan, engine, params, stages, capacity, count);
 }
 
 kvspn_status kvspn_engine_profile(kvspn_engine* engine, const kvspn_step_params* params, kvspn_stage* stages,
                                   int32_t capacity, int32_t* count) {
-    return guard([&] {
-        check_struct("params", params);
-        kvspn::require(count && capacity >= 0 && (stages || !capacity),
-                       "stages and count must be given, got a null pointer");
-        *count = Entry(engine)->profile(*params, stages, capacity);
-    });
+    return list_stages(&kvspn::Engine::profile, engine, params, stages, capacity, count);
 }
 
 kvspn_status kvspn_engine_generate(kvspn_engine* engine, const kvspn_generate_params* params) {
     return guard([&] {
-        check_struct("params", params);
-        check_struct("params->step", &params->step);
-        Between between{Entry(engine), *params};
-        kvspn_generate_params own = *params;
-        if (params->on_step) own.on_step = &Between::on_step, own.context = &between;
+        const kvspn_generate_params given = take("params", params);
+        Between between{Entry(engine), given};
+        kvspn_generate_params own = given;
+        if (given.on_step) own.on_step = &Between::on_step, own.context = &between;
         between.entry->generate(own);
     });
 }
@@ -190,8 +261,10 @@ kvspn_status kvspn_engine_reset(kvspn_engine* engine) {
 
 kvspn_status kvspn_engine_read_statistics(kvspn_engine* engine, int32_t row, kvspn_statistics* statistics) {
     return guard([&] {
-        check_struct("statistics", statistics);
-        Entry(engine)->read_statistics(row, *statistics);
+        kvspn_statistics own = take("statistics", statistics);
+        Entry(engine)->read_statistics(row, own);
+        own.struct_size = statistics->struct_size;
+        std::memcpy(statistics, &own, std::min<size_t>(own.struct_size, sizeof own));
     });
 }
 
@@ -205,43 +278,25 @@ kvspn_status kvspn_engine_progress(kvspn_engine* engine, int32_t row, int32_t* t
 }
 
 kvspn_status kvspn_flat_kv_attention(const kvspn_attention_params* params) {
-    return guard([&] {
-        check_struct("params", params);
-        kvspn::flat_kv_attention(*params);
-    });
+    return run_op(&kvspn::Backend::flat_kv_attention, params);
 }
 
 kvspn_status kvspn_fused_linear(const kvspn_linear_params* params) {
-    return guard([&] {
-        check_struct("params", params);
-        kvspn::fused_linear(*params);
-    });
+    return run_op(&kvspn::Backend::fused_linear, params);
 }
 
 kvspn_status kvspn_lm_head_verify(const kvspn_verify_params* params) {
-    return guard([&] {
-        check_struct("params", params);
-        kvspn::lm_head_verify(*params);
-    });
+    return run_op(&kvspn::Backend::lm_head_verify, params);
 }
 
 kvspn_status kvspn_append_kv(const kvspn_append_params* params) {
-    return guard([&] {
-        check_struct("params", params);
-        kvspn::append_kv(*params);
-    });
+    return run_op(&kvspn::Backend::append_kv, params);
 }
 
 kvspn_status kvspn_accept_and_rollback(const kvspn_accept_params* params) {
-    return guard([&] {
-        check_struct("params", params);
-        kvspn::accept_and_rollback(*params);
-    });
+    return run_op(&kvspn::Backend::accept_and_rollback, params);
 }
 
 kvspn_status kvspn_compact_kv(const kvspn_compact_params* params) {
-    return guard([&] {
-        check_struct("params", params);
-        kvspn::compact_kv(*params);
-    });
+    return run_op(&kvspn::Backend::compact_kv, params);
 }

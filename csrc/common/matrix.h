@@ -28,6 +28,13 @@ struct Matrix {
     int inputs = 0;
     int columns = 0;  // the inputs; of an integer matrix: padded to a multiple of kDepth
     int span = 0;     // columns whose products with int16 fit into an int32 and that share a scale
+
+    // Of weights, scales and bias, as a reading of all outputs takes them.
+    int64_t bytes() const {
+        const int bits = dtype == Dtype::fp32 ? 32 : dtype == Dtype::int8 ? 8 : dtype == Dtype::int4 ? 4 : 16;
+        const int64_t spans = !scale ? 0 : span ? (columns + span - 1) / span : 1;
+        return outputs * (int64_t(columns) * bits / 8 + (spans + (bias ? 1 : 0)) * int64_t(sizeof(float)));
+    }
 };
 
 }  // namespace kvspn

@@ -92,7 +92,7 @@ struct Kernels {
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels, avx512vnni_kernels;
 
-// The best that the machine has, or the one that the environment variable KVSPN_CPU names.
-const Kernels& select_kernels();
+// The best that the machine has, or the variant by its name; the environment's KVSPN_CPU overrides both.
+const Kernels& select_kernels(const char* variant);
 
 }  // namespace kvspn

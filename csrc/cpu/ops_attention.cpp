@@ -4,11 +4,11 @@
 #include "common/error.h"
 #include "common/memory.h"
 #include "common/op_checks.h"
-#include "common/ops.h"
 #include "common/tensor.h"
+#include "cpu/ops.h"
 #include "cpu/parts.h"
 
-namespace kvspn {
+namespace kvspn::cpu {
 namespace {
 
 int clamped(const kvspn_tensor& lengths, int64_t row, int64_t more, int64_t capacity) {
@@ -26,7 +26,7 @@ void flat_kv_attention(const kvspn_attention_params& p) {
     const int64_t tail = p.tail ? p.tail->shape[3] : 0, tasks = rows * query_heads;
     const int64_t *at = p.kv.strides, *q_at = p.q.strides, *out_at = p.out.strides;
     const size_t size = size_of(Dtype(p.kv.dtype));
-    const Kernels& kernels = select_kernels();
+    const Kernels& kernels = select_kernels(nullptr);
     const Parts parts(p.stream, tasks);
     const size_t score_count = size_t(kQueries) * (layers * pad(int(capacity)) + pad(int(tail)));
     const size_t float_count = size_t(2) * kQueries * width;
@@ -86,4 +86,4 @@ void flat_kv_attention(const kvspn_attention_params& p) {
     });
 }
 
-}  // namespace kvspn
+}  // namespace kvspn::cpu

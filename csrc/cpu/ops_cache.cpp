@@ -5,11 +5,11 @@
 #include "common/counter.h"
 #include "common/memory.h"
 #include "common/op_checks.h"
-#include "common/ops.h"
 #include "common/tensor.h"
+#include "cpu/ops.h"
 #include "cpu/parts.h"
 
-namespace kvspn {
+namespace kvspn::cpu {
 namespace {
 
 int32_t& integer(const kvspn_tensor& tensor, int64_t row, int64_t column = 0) {
@@ -38,7 +38,7 @@ void append_kv(const kvspn_append_params& p) {
     const int64_t rows = p.kv.shape[2], heads = p.kv.shape[3], capacity = p.kv.shape[4],
                   width = p.kv.shape[5], queries = p.k.shape[2];
     const size_t bytes = width * size_of(Dtype(p.kv.dtype));
-    const Kernels& kernels = select_kernels();
+    const Kernels& kernels = select_kernels(nullptr);
     Memory floats(width * sizeof(float));
     for (int64_t b = 0; b < rows; ++b) {
         if (p.finished.data && flag(p.finished, b)) continue;
@@ -129,4 +129,4 @@ void compact_kv(const kvspn_compact_params& p) {
     if (p.kv_scale.data) move_all(p.kv_scale, 1);
 }
 
-}  // namespace kvspn
+}  // namespace kvspn::cpu

@@ -5,11 +5,11 @@
 
 #include "common/memory.h"
 #include "common/op_checks.h"
-#include "common/ops.h"
 #include "common/tensor.h"
+#include "cpu/ops.h"
 #include "cpu/parts.h"
 
-namespace kvspn {
+namespace kvspn::cpu {
 namespace {
 
 constexpr int kLeast = 1 << 15;  // weights that are worth a thread
@@ -67,7 +67,7 @@ class Product {
     float* row(int r) const { return y_.get() + int64_t(r) * outputs; }
 
     int rows, outputs;
-    const Kernels& kernels = select_kernels();
+    const Kernels& kernels = select_kernels(nullptr);
 
   private:
     int inputs_;
@@ -128,4 +128,4 @@ void lm_head_verify(const kvspn_verify_params& p) {
     });
 }
 
-}  // namespace kvspn
+}  // namespace kvspn::cpu

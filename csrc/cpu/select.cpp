@@ -30,16 +30,17 @@ bool supported(const Kernels& kernels) {
 
 }  // namespace
 
-const Kernels& select_kernels() {
-    const char* name = std::getenv("KVSPN_CPU");
-    if (name && !*name) name = nullptr;
+const Kernels& select_kernels(const char* variant) {
+    const char* overriding = std::getenv("KVSPN_CPU");
+    const bool overridden = overriding && *overriding;
+    const char *name = overridden ? overriding : variant, *given = overridden ? "KVSPN_CPU" : "variant";
     for (const Kernels* kernels : kTables) {
         if (name ? !std::strcmp(name, kernels->name) : supported(*kernels)) {
-            require(supported(*kernels), "KVSPN_CPU must be an instruction set of this machine, got ", name);
+            require(supported(*kernels), given, " must be an instruction set of this machine, got ", name);
             return *kernels;
         }
     }
-    require(false, "KVSPN_CPU must be avx512vnni, avx512, avx2 or portable, got ", name);
+    require(false, given, " must be avx512vnni, avx512, avx2 or portable, got ", name);
     return portable_kernels;
 }
 

@@ -1,5 +1,5 @@
 // The ops of the C ABI on a CUDA device: checks, scratch memory, launches.
-#include "common/ops.h"
+#include "cuda/ops.h"
 
 #include <algorithm>
 #include <new>
@@ -9,10 +9,8 @@
 #include "common/tensor.h"
 #include "cuda/op_kernels.h"
 
-namespace kvspn {
+namespace kvspn::cuda {
 namespace {
-
-using cuda::Stage;
 
 constexpr int kQueriesAtOnce = 16;
 
@@ -32,7 +30,7 @@ T* allocate(const kvspn_stream* stream, int64_t count) {
 template <class T>
 T* allocate_zeros(const kvspn_stream* stream, int64_t count) {
     T* memory = allocate<T>(stream, count);
-    cuda::check(cudaMemsetAsync(memory, 0, size_t(count) * sizeof(T), handle_of(stream)), "scratch memory");
+    check(cudaMemsetAsync(memory, 0, size_t(count) * sizeof(T), handle_of(stream)), "scratch memory");
     return memory;
 }
 
@@ -61,14 +59,13 @@ int unit_of(std::initializer_list<const kvspn_tensor*> tensors) {
 
 int lanes_of(const kvspn_tensor& kv) {
     const int64_t bytes = kv.shape[5] * int64_t(size_of(Dtype(kv.dtype)));
-    require(bytes <= cuda::kMaxHeadBytes, "kv must have heads of at most ", cuda::kMaxHeadBytes,
-            " bytes, got ", bytes);
+    require(bytes <= kMaxHeadBytes, "kv must have heads of at most ", kMaxHeadBytes, " bytes, got ", bytes);
     return cuda::lanes_of(bytes);
 }
 
 // The weights of a linear op or of verify, and the memory that a block needs for rows of x.
 template <class Op>
-void plan(const cuda::Device& device, int64_t rows, Op& op) {
+void plan(const Device& device, int64_t rows, Op& op) {
     const kvspn_tensor &weight = op.p.weight, &scale = op.p.scale;
     const bool int4 = weight.dtype == KVSPN_INT4;
     const int64_t size = int64_t(size_of(Dtype(weight.dtype)));
@@ -89,13 +86,13 @@ void plan(const cuda::Device& device, int64_t rows, Op& op) {
         op.aligned &= span >= 8 && 1 << s.group_shift == span;
     }
     const int64_t columns = pad(std::max(s.inputs, 1), 32 * int(int4 ? 32 : 16 / size));
-    const int64_t most = cuda::shared_floats_of_ops(device) - cuda::kMoments;
+    const int64_t most = shared_floats_of_ops(device) - kMoments;
     require(columns <= most, "x must be at most ", most / 1024 * 1024, " columns wide on this device, got ",
             s.inputs);
-    op.shared_floats = cuda::kMoments + int(std::min(std::min<int64_t>(rows, cuda::kTile) * columns, most));
+    op.shared_floats = kMoments + int(std::min(std::min<int64_t>(rows, kTile) * columns, most));
 }
 
-cuda::KeyValues key_values(const kvspn_tensor& kv, int layers) {
+KeyValues key_values(const kvspn_tensor& kv, int layers) {
     const int64_t* at = kv.strides + layers;
     return {kv.data, layers ? kv.strides[0] : 0, at[0], at[1], at[2], at[3], int32_t(kv.shape[layers + 3])};
 }
@@ -103,7 +100,7 @@ cuda::KeyValues key_values(const kvspn_tensor& kv, int layers) {
 }  // namespace
 
 void flat_kv_attention(const kvspn_attention_params& p) {
-    check(p);
+    kvspn::check(p);
     const cudaStream_t stream = handle_of(p.stream);
     const int64_t rows = p.q.shape[0], queries = p.q.shape[2], heads = p.kv.shape[3], width = p.kv.shape[5];
     require(width <= 1 || p.q.strides[3] == 1, "q must be contiguous in its last dimension, got stride ",
@@ -112,12 +109,12 @@ void flat_kv_attention(const kvspn_attention_params& p) {
     const int lanes = lanes_of(p.kv);
     if (!p.out.shape[0] || !p.out.shape[1] || !p.out.shape[2]) return;
 
-    cuda::AttentionOp op{};
+    AttentionOp op{};
     op.q = p.q, op.out = p.out, op.dtype = Dtype(p.kv.dtype);
     op.lengths = static_cast<const int32_t*>(p.lengths.data);
     op.aligned = fits(p.kv, width, 16) && (!p.tail || fits(*p.tail, width, 16));
     op.by_four = by_four(p.q);
-    cuda::Attention& a = op.attention;
+    Attention& a = op.attention;
     a.cache = key_values(p.kv, 1);
     if (p.kv_scale) a.scales = key_values(*p.kv_scale, 1);
     if (p.tail) {
@@ -126,54 +123,54 @@ void flat_kv_attention(const kvspn_attention_params& p) {
     }
     a.slots = int(rows), a.heads = int(heads), a.sharing = int(p.q.shape[1] / heads);
     a.width = int(width), a.layers = int(layers), a.lanes = lanes, a.causal = p.causal, a.scale = p.scale;
-    const int split = 32 / a.lanes * cuda::loads_of(op.dtype);
+    const int split = 32 / a.lanes * loads_of(op.dtype);
     const auto splits_of = [&](int64_t positions) { return (positions + split - 1) / split; };
     const int64_t splits =
         splits_of(a.tail.capacity) + layers * std::max<int64_t>(1, splits_of(a.cache.capacity));
     const int64_t tasks = splits * rows * heads;
     require(tasks < (int64_t(1) << 30), "kv must have less than 2^30 blocks of positions, got ", tasks);
     const int64_t most = std::min<int64_t>(queries, kQueriesAtOnce);
-    a.pitch = cuda::pitch_of_partial(width);
+    a.pitch = pitch_of_partial(width);
     a.partials = allocate<float>(p.stream, tasks * most * a.sharing * a.pitch);
     a.arrived = allocate_zeros<int32_t>(p.stream, rows * heads);
-    const cuda::Device device = cuda::open_device_for_ops();
+    const Device device = open_device_for_ops();
     for (int64_t first = 0; first < queries; first += most) {
         op.first = int(first), a.queries = int(std::min(most, queries - first));
-        cuda::launch(device, op, stream);
+        launch(device, op, stream);
     }
 }
 
 void fused_linear(const kvspn_linear_params& p) {
-    check(p);
+    kvspn::check(p);
     const cudaStream_t stream = handle_of(p.stream);
     if (!p.out.shape[0] || !p.out.shape[1]) return;
-    const cuda::Device device = cuda::open_device_for_ops();
-    cuda::LinearOp op{};
+    const Device device = open_device_for_ops();
+    LinearOp op{};
     op.p = p;
     plan(device, p.x.shape[0], op);
-    cuda::launch(device, op, stream);
+    launch(device, op, stream);
 }
 
 void lm_head_verify(const kvspn_verify_params& p) {
-    check(p);
+    kvspn::check(p);
     const cudaStream_t stream = handle_of(p.stream);
     const int64_t rows = p.x.shape[0] * p.x.shape[1];
     if (!rows) return;
-    const cuda::Device device = cuda::open_device_for_ops();
-    cuda::VerifyOp op{};
+    const Device device = open_device_for_ops();
+    VerifyOp op{};
     op.p = p;
     plan(device, rows, op);
     op.best = allocate_zeros<uint64_t>(p.stream, 2 * rows + 1);  // the others behind it
     op.above = reinterpret_cast<int32_t*>(op.best + rows), op.arrived = op.above + rows;
-    cuda::launch(device, op, stream);
+    launch(device, op, stream);
 }
 
 void append_kv(const kvspn_append_params& p) {
-    check(p);
+    kvspn::check(p);
     const cudaStream_t stream = handle_of(p.stream);
     const int64_t* shape = p.k.shape;
     if (!shape[0] || !shape[1] || !shape[2] || !shape[3]) return;
-    cuda::AppendOp op{};
+    AppendOp op{};
     op.p = p;
     if (p.kv.dtype == KVSPN_INT8) {
         op.unit = 1, op.units = lanes_of(p.kv);
@@ -182,13 +179,13 @@ void append_kv(const kvspn_append_params& p) {
         op.unit = unit_of({&p.kv, &p.k, &p.v});
         op.units = int(shape[3] * int64_t(size_of(Dtype(p.kv.dtype))) / op.unit);
     }
-    cuda::launch(cuda::open_device_for_ops(), op, stream);
+    launch(open_device_for_ops(), op, stream);
 }
 
 void accept_and_rollback(const kvspn_accept_params& p) {
-    check(p);
+    kvspn::check(p);
     const cudaStream_t stream = handle_of(p.stream);
-    if (p.tokens.shape[0]) cuda::launch_accept(cuda::open_device_for_ops(), p, stream);
+    if (p.tokens.shape[0]) launch_accept(open_device_for_ops(), p, stream);
 }
 
 namespace {
@@ -199,13 +196,13 @@ void compact(const kvspn_compact_params& p) {
     const int64_t moved = 2 * shape[0] * shape[2] * p.source.shape[1] * shape[3] * shape[5];
     if (!moved) return;
     char* held = allocate<char>(p.stream, moved * int64_t(size_of(Dtype(p.kv.dtype))));
-    cuda::launch_compact(cuda::open_device_for_ops(), p, unit_of({&p.kv}), held, stream);
+    launch_compact(open_device_for_ops(), p, unit_of({&p.kv}), held, stream);
 }
 
 }  // namespace
 
 void compact_kv(const kvspn_compact_params& p) {
-    check(p);
+    kvspn::check(p);
     compact(p);
     if (p.kv.dtype != KVSPN_INT8) return;
     kvspn_compact_params scales = p;  // a cache of one column
@@ -214,4 +211,4 @@ void compact_kv(const kvspn_compact_params& p) {
     compact(scales);
 }
 
-}  // namespace kvspn
+}  // namespace kvspn::cuda

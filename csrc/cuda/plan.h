@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/matrix.h"
+#include "common/plan.h"
 
 namespace kvspn::cuda {
 
@@ -30,10 +30,7 @@ inline int lanes_of(int64_t head_bytes) {
 constexpr int kPartialHead = 4;
 inline int pitch_of_partial(int64_t width) { return kPartialHead + int(width + 3) / 4 * 4; }
 
-enum class Kind : int32_t { embed, linear, attend, verify, accept };
-
 struct alignas(16) Stage {
-    const char* name = nullptr;  // of the host's memory
     Kind kind{};
     Dtype dtype{};       // of the weight; attend: of keys and values
     bool draft = false;  // embed, verify: for the draft network
@@ -117,12 +114,6 @@ struct Model {
     Stamp* stamps;          // [start, stages..., end] of the last step; or null
     int32_t* progress;      // [batch, 1 + ids], in the host's memory: how many tokens a row has, and they
     int32_t shared_floats;  // of activations and their moments, in a block
-};
-
-// Which tokens: the newest of every unfinished row and, with two queries, the draft; or, where `row` is one,
-// `queries` of its tokens from `position` on.
-struct Pass {
-    int32_t row = -1, position = 0, queries = 1;
 };
 
 }  // namespace kvspn::cuda

@@ -45,6 +45,9 @@ typedef enum kvspn_dtype {
     KVSPN_INT4 = 6 /* two to a byte, the first in its low half, each the value plus 8; shape counts bytes */
 } kvspn_dtype;
 
+/* Where an engine or an op works. A library may be built without CUDA: see kvspn_has_device. */
+typedef enum kvspn_device { KVSPN_DEVICE_CPU = 0, KVSPN_DEVICE_CUDA = 1 } kvspn_device;
+
 /* A tensor in the caller's memory; strides count elements. */
 typedef struct kvspn_tensor {
     const char* name;
@@ -55,7 +58,8 @@ typedef struct kvspn_tensor {
     int64_t strides[KVSPN_MAX_DIMS];
 } kvspn_tensor;
 
-/* `struct_size` is sizeof of the struct the caller was compiled with: later versions only append fields. */
+/* `struct_size` is sizeof of the struct the caller was compiled with. Later versions only append fields: what
+ * a shorter struct lacks is 0, and a longer one is taken where what this version does not know is 0. */
 typedef struct kvspn_engine_params {
     uint32_t struct_size;
     int32_t layers;
@@ -65,6 +69,11 @@ typedef struct kvspn_engine_params {
     int32_t last_layer_only;
     int32_t threads;        /* the caller's among them; 0: kvspn_default_threads() */
     int32_t encoder_stride; /* the draft network attends to every n-th encoder position; 0: to all */
+    int32_t device;         /* a kvspn_device */
+    /* How it works there; NULL: the best way. On the CPU an instruction set: "avx512vnni", "avx512", "avx2"
+     * or "portable". On a CUDA device how steps run: "persistent" (one launch, for all the steps of generate
+     * too), "graph" or "kernels". The environment's KVSPN_CPU and KVSPN_CUDA_STEP override it. */
+    const char* variant;
 } kvspn_engine_params;
 
 /* Everything that a batch is, each with the letters of its shape. kv and cross_kv: one dtype, FP32, BF16,
@@ -126,15 +135,17 @@ KVSPN_API const char* kvspn_last_error(void);
  * threads than these only wait for one another. */
 KVSPN_API int32_t kvspn_default_threads(void);
 
-/* The instruction set in use: "avx512vnni", "avx512", "avx2" or "portable". KVSPN_CPU names another one.
- *
- * "cuda" in the library for CUDA devices, which is the same but for this: the tensors of a batch, the encoder
- * states and the masks are in the device's memory, the weights in the host's, int4 in groups of 8, 16, 32,
- * ...; work is put on the stream that kvspn_engine_set_stream names, the default stream until then, step and
- * generate without on_step do not wait for it, and an error of the device may come out of a later call; a row
- * whose length is out of bounds is left alone. The environment variable KVSPN_CUDA_STEP says how steps run
- * there: "persistent" (the default: one launch, for all the steps of generate too), "graph" or "kernels". */
+/* 1 if the library is built for a kvspn_device, else 0. */
+KVSPN_API int32_t kvspn_has_device(int32_t device);
+
+/* The instruction set that an engine on the CPU takes by itself. */
 KVSPN_API const char* kvspn_instruction_set(void);
+
+/* An engine on a CUDA device differs in this: the tensors of a batch, the encoder states and the masks are in
+ * the device's memory, the weights in the host's, int4 in groups of 8, 16, 32, ...; work is put on the stream
+ * that kvspn_engine_set_stream names, the default stream until then, step and generate without on_step do not
+ * wait for it, and an error of the device may come out of a later call; a row whose length is out of bounds
+ * is left alone; a child of the process, after a fork, cannot use it. */
 
 /* Packs the weights, which may be freed afterwards. Names and shapes are those of kvspn/weights/decoder.py:
  * "embed_tokens", "layers.0.self_qkv.weight", "blocks.2.fc1.scale", ... A matrix is FP32, BF16, FP16,
@@ -168,8 +179,13 @@ KVSPN_API kvspn_status kvspn_engine_prefill(kvspn_engine* engine, int32_t row, i
  * for it. */
 KVSPN_API kvspn_status kvspn_engine_step(kvspn_engine* engine, const kvspn_step_params* params);
 
+/* The stages of such a step, in their order, with the bytes that each must read for the batch as it is now;
+ * nothing runs. *count: how many there are; of them `capacity` are filled in at most. */
+KVSPN_API kvspn_status kvspn_engine_plan(kvspn_engine* engine, const kvspn_step_params* params,
+                                         kvspn_stage* stages, int32_t capacity, int32_t* count);
+
 /* A step like that of kvspn_engine_step, each of its stages timed, in their order. *count: how many there
- * are; of them `capacity` are filled in at most. On a CUDA device a step must be one persistent kernel; each
+ * are; of them `capacity` are filled in at most. On a CUDA device the variant must be "persistent"; each
  * stage is followed by its "barrier" there, and the times are those of the grid's first block. */
 KVSPN_API kvspn_status kvspn_engine_profile(kvspn_engine* engine, const kvspn_step_params* params,
                                             kvspn_stage* stages, int32_t capacity, int32_t* count);
@@ -225,6 +241,7 @@ typedef struct kvspn_attention_params {
     int32_t causal;                   /* query i sees lengths[b] + i + 1 positions instead of lengths[b] */
     const kvspn_tensor* kv_scale;     /* FP32 [n, 2, B, H, S] of an INT8 kv, which has no tail; or NULL */
     const kvspn_stream* stream;       /* or NULL, as in every op */
+    int32_t device;                   /* a kvspn_device */
 } kvspn_attention_params;
 
 KVSPN_API kvspn_status kvspn_flat_kv_attention(const kvspn_attention_params* params);
@@ -244,6 +261,7 @@ typedef struct kvspn_linear_params {
     float eps;
     int32_t gelu;
     const kvspn_stream* stream;
+    int32_t device; /* a kvspn_device */
 } kvspn_linear_params;
 
 KVSPN_API kvspn_status kvspn_fused_linear(const kvspn_linear_params* params);
@@ -261,6 +279,7 @@ typedef struct kvspn_verify_params {
     kvspn_tensor norm_weight, norm_bias; /* [K]; optional, the bias with the weight alone */
     float eps;
     const kvspn_stream* stream;
+    int32_t device; /* a kvspn_device */
 } kvspn_verify_params;
 
 KVSPN_API kvspn_status kvspn_lm_head_verify(const kvspn_verify_params* params);
@@ -276,6 +295,7 @@ typedef struct kvspn_append_params {
     int32_t layer;
     const kvspn_stream* stream;
     kvspn_tensor kv_scale; /* FP32 [L, 2, B, H, S] of an INT8 kv; optional */
+    int32_t device;        /* a kvspn_device */
 } kvspn_append_params;
 
 KVSPN_API kvspn_status kvspn_append_kv(const kvspn_append_params* params);
@@ -291,6 +311,7 @@ typedef struct kvspn_accept_params {
     kvspn_tensor argmax;      /* int32 [B, Q] */
     int32_t k, eos, max_length;
     const kvspn_stream* stream;
+    int32_t device; /* a kvspn_device */
 } kvspn_accept_params;
 
 KVSPN_API kvspn_status kvspn_accept_and_rollback(const kvspn_accept_params* params);
@@ -304,6 +325,7 @@ typedef struct kvspn_compact_params {
     kvspn_tensor start;  /* int32 [B] */
     const kvspn_stream* stream;
     kvspn_tensor kv_scale; /* FP32 [L, 2, B, H, S] of an INT8 kv, moved with it; optional */
+    int32_t device;        /* a kvspn_device */
 } kvspn_compact_params;
 
 KVSPN_API kvspn_status kvspn_compact_kv(const kvspn_compact_params* params);

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
 
-from kvspn import _cuda
-from kvspn._cuda import instruction_set
 from kvspn.engines.native import NativeEngine
 
 
@@ -24,9 +21,7 @@ class CudaEngine(NativeEngine):
     wait for the last, as for any tensor.
     """
 
-    module: ClassVar[ModuleType] = _cuda
-    # The tests' build of csrc/cuda runs on the host.
-    device: ClassVar[str] = "cpu" if instruction_set() == "cuda, emulated" else "cuda"
+    device: ClassVar[str] = "cuda"
 
     @property
     def _engine(self) -> Any:

@@ -29,12 +29,13 @@ class NativeEngine(CachedEngine):
     """
 
     module: ClassVar[ModuleType] = _native
-    device: ClassVar[str] = "cpu"
+    device: ClassVar[str] = "cpu"  # of those that the module is built for
 
     def __init__(self, weights: DecoderWeights, **sizes: Any) -> None:
         super().__init__(weights, **sizes)
-        if self._embed.device.type != self.device:
-            raise ValueError(f"weights must be on the device {self.device}, got {self._embed.device}")
+        wanted = self.module.DEVICES[self.device]
+        if self._embed.device.type != wanted:
+            raise ValueError(f"weights must be on the device {wanted}, got {self._embed.device}")
         self._made = self.module.Engine(
             {name: tensor.cpu() for name, tensor in named_tensors(weights)},
             layers=len(weights.layers),
@@ -44,6 +45,7 @@ class NativeEngine(CachedEngine):
             last_layer_only=weights.last_layer_only,
             encoder_stride=weights.encoder_stride,
             threads=min(torch.get_num_threads(), default_threads()),
+            device=self.device,
         )
         self._engine.bind(
             kv=self.cache.kv,
@@ -90,6 +92,11 @@ class NativeEngine(CachedEngine):
             self._mask, k=k, eos=self._eos, max_length=self._max_length, draft=draft
         )
         return found
+
+    def plan(self, draft: bool = True) -> list[tuple[str, int]]:
+        """The stages of such a step, by name, with the bytes that each must read; nothing runs."""
+        stages = self._engine.plan(max_length=self._max_length, draft=draft)
+        return [(name, size) for name, _, size in stages]
 
     def progress(self, row: int) -> list[int]:
         """The tokens that steps have given one row since start(): on a CUDA device also while run() runs."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -11,11 +10,11 @@ from types import SimpleNamespace
 
 import torch
 
-import kvspn
+from kvspn.engines.cuda import CudaEngine
 from kvspn.ops._library import implement
 from kvspn.ops.decoder_step import composed
 
-PATH = Path(__file__).parents[2] / "build" / "emulated" / "_cuda.so"
+PATH = Path(__file__).parents[2] / "build" / "native" / "emulated" / "_native.so"
 OPS_PATH = PATH.with_name("_torch_ops_cuda.so")
 # Those that csrc/cuda has as single kernels.
 OPS = (
@@ -32,12 +31,12 @@ SETTINGS = ("seed", "multiprocessors", "shared_bytes", "failing_launch", "device
 
 
 def load() -> None:
-    """Put the module, if it is built, where kvspn.engines.cuda looks for its own."""
+    """The module, if it is built, for CudaEngine in place of its own."""
     if PATH.exists():
-        loader = ExtensionFileLoader("kvspn._cuda", str(PATH))
-        module = module_from_spec(spec_from_loader("kvspn._cuda", loader))
+        loader = ExtensionFileLoader("emulated._native", str(PATH))
+        module = module_from_spec(spec_from_loader("emulated._native", loader))
         loader.exec_module(module)
-        sys.modules["kvspn._cuda"] = kvspn._cuda = module
+        CudaEngine.module = module
 
 
 def ops() -> SimpleNamespace:

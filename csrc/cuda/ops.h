@@ -1,9 +1,9 @@
-// Single ops on the caller's tensors: cpu/ops_*.cpp on the CPU, cuda/ops.cpp on a CUDA device.
+// Single ops on the caller's tensors.
 #pragma once
 
 #include "kvspn.h"
 
-namespace kvspn {
+namespace kvspn::cuda {
 
 void flat_kv_attention(const kvspn_attention_params& params);
 void fused_linear(const kvspn_linear_params& params);
@@ -12,4 +12,4 @@ void append_kv(const kvspn_append_params& params);
 void accept_and_rollback(const kvspn_accept_params& params);
 void compact_kv(const kvspn_compact_params& params);
 
-}  // namespace kvspn
+}  // namespace kvspn::cuda

@@ -1,0 +1,31 @@
+// The kinds of devices: how each runs engines and single ops.
+#pragma once
+
+#include <memory>
+
+#include "common/runner.h"
+
+namespace kvspn {
+
+struct Backend {
+    Layout layout;  // of the matrices that its runners read
+    // The runner may replace what the weights point to by copies of its own; they and the plan outlive it.
+    std::unique_ptr<Runner> (*make_runner)(const kvspn_engine_params& params, Weights& weights,
+                                           const Plan& plan);
+    const char* (*instruction_set)();
+    void (*flat_kv_attention)(const kvspn_attention_params& params);
+    void (*fused_linear)(const kvspn_linear_params& params);
+    void (*lm_head_verify)(const kvspn_verify_params& params);
+    void (*append_kv)(const kvspn_append_params& params);
+    void (*accept_and_rollback)(const kvspn_accept_params& params);
+    void (*compact_kv)(const kvspn_compact_params& params);
+};
+
+extern const Backend cpu_backend, cuda_backend;
+
+// Of a kvspn_device; null where the library is built without it.
+const Backend* find_backend(int32_t device);
+// The same; throws InvalidArgument where there is none.
+const Backend& get_backend(int32_t device);
+
+}  // namespace kvspn

@@ -1,0 +1,223 @@
+#include "common/engine.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "common/error.h"
+
+namespace kvspn {
+
+Engine::Engine(const kvspn_engine_params& params, const kvspn_tensor* weights, int count)
+    : backend_(get_backend(params.device)),
+      weights_(params, weights, count, backend_.layout),
+      plan_(weights_),
+      runner_(backend_.make_runner(params, weights_, plan_)) {}
+
+void Engine::bind(const kvspn_batch& b) {
+    const Batch batch = check_batch(b, weights_);
+    std::vector<int> prefilled(size_t(batch.rows));
+    std::vector<uint8_t> finished(size_t(batch.rows));
+    runner_->bind(batch);
+    batch_ = batch;
+    prefilled_ = std::move(prefilled), finished_ = std::move(finished);
+}
+
+void Engine::encode(int row, const kvspn_tensor& states) {
+    check_row(row);
+    check_tensor("states", states, {Dtype::fp32, Dtype::bf16, Dtype::fp16}, {-1, weights_.width});
+    const int64_t capacity = batch_.cross.capacity, count = states.shape[0];
+    require(count >= 1 && count <= capacity, "states must hold 1 to ", capacity, " positions, got ", count);
+    runner_->encode(row, states);
+    const int32_t length = int32_t(count);
+    runner_->write(batch_.cross.lengths + row, &length, sizeof length);
+    runner_->wait();
+}
+
+void Engine::prefill(int row, int count) {
+    check_row(row);
+    require(count >= 0 && count <= length_limit(), "count must be 0 to ", length_limit(), ", got ", count);
+    runner_->prefill(row, count);
+    const int32_t length = count;
+    runner_->write(batch_.self.lengths + row, &length, sizeof length);
+    runner_->wait();
+    prefilled_[size_t(row)] = count;
+    runner_->forget(row, 0);
+}
+
+void Engine::check_bound() const { require(batch_.rows, "a batch must be bound first, got none"); }
+
+void Engine::check_row(int row) const {
+    check_bound();
+    require(row >= 0 && row < batch_.rows, "row must be 0 to ", batch_.rows - 1, ", got ", row);
+}
+
+// Tokens of a row at most.
+int Engine::length_limit() const {
+    return std::min({batch_.self.capacity, batch_.token_capacity, weights_.positions.count});
+}
+
+void Engine::check_step(const kvspn_step_params& params) const {
+    check_bound();
+    require(params.k >= 1, "k must be at least 1, got ", params.k);
+    require(params.eos >= -1, "eos must be at least -1, got ", params.eos);
+    require(params.max_length >= 1 && params.max_length <= length_limit(), "max_length must be 1 to ",
+            length_limit(), ", got ", params.max_length);
+    require(!params.draft || !weights_.blocks.empty(), "draft must be 0 without draft blocks, got 1");
+}
+
+void Engine::step(const kvspn_step_params& params) {
+    kvspn_generate_params once{};
+    once.step = params, once.max_steps = 1;
+    generate(once);
+}
+
+void Engine::generate(const kvspn_generate_params& params) {
+    check_step(params.step);
+    require(params.max_steps >= 0, "max_steps must be at least 0, got ", params.max_steps);
+    kvspn_step_params first = params.step;
+    if (params.first_mask) first.mask = params.first_mask, first.draft = 0;
+    if (!params.on_step && runner_->asynchronous()) {  // The host does not wait between steps.
+        int left = params.max_steps ? params.max_steps : params.step.max_length;  // Each makes a token.
+        if (params.first_mask) runner_->run(first, 1), --left;
+        return runner_->run(params.step, left);
+    }
+    for (int n = 0; !params.max_steps || n < params.max_steps; ++n) {
+        if (!find_unfinished()) return;  // of what on_step may have bound
+        runner_->run(n ? params.step : first, 1);
+        runner_->wait();
+        check_tokens();
+        if (params.on_step && params.on_step(params.context)) return;
+    }
+}
+
+// Which rows the next step is for, and whether there are any.
+bool Engine::find_unfinished() {
+    runner_->read(finished_.data(), batch_.finished, finished_.size());
+    return std::find(finished_.begin(), finished_.end(), 0) != finished_.end();
+}
+
+void Engine::check_tokens() const {
+    for (int row = 0; row < batch_.rows; ++row)
+        if (!finished_[size_t(row)]) check_token(row);
+}
+
+// -1 as a row's newest token is what a step without a token leaves.
+void Engine::check_token(int row) const {
+    const Shown shown = runner_->shown(row);
+    if (shown.count && shown.tokens[shown.count - 1] < 0) throw NoToken(row, shown.count - 2);
+}
+
+int Engine::plan(const kvspn_step_params& params, kvspn_stage* stages, int capacity) {
+    check_step(params);
+    find_unfinished();
+    const std::vector<int64_t> bytes = bytes_of_stages(params.draft);
+    const int first = params.draft ? 0 : plan_.base;
+    for (int i = 0; i < std::min(int(bytes.size()), capacity); ++i)
+        stages[i] = {plan_.stages[size_t(first + i)].name, 0, bytes[size_t(i)]};
+    return int(bytes.size());
+}
+
+int Engine::profile(const kvspn_step_params& params, kvspn_stage* stages, int capacity) {
+    check_step(params);
+    find_unfinished();
+    const std::vector<int64_t> bytes = bytes_of_stages(params.draft);
+    const int first = params.draft ? 0 : plan_.base;
+    int count = 0;
+    const auto note = [&](const kvspn_stage& stage) {
+        if (count < capacity) stages[count] = stage;
+        ++count;
+    };
+    const std::vector<Timing> timings = runner_->profile(params);
+    for (size_t i = 0; i < timings.size(); ++i) {
+        note({plan_.stages[size_t(first) + i].name, timings[i].stage, bytes[i]});
+        if (timings[i].barrier >= 0) note({"barrier", timings[i].barrier, 0});
+    }
+    check_tokens();
+    return count;
+}
+
+// Of weights, and of keys and values at the positions of unfinished rows, that each stage of a step must
+// read.
+std::vector<int64_t> Engine::bytes_of_stages(bool draft) const {
+    const size_t rows = size_t(batch_.rows);
+    std::vector<int32_t> lengths(rows), encoded(rows);
+    runner_->read(lengths.data(), batch_.self.lengths, rows * sizeof(int32_t));
+    runner_->read(encoded.data(), batch_.cross.lengths, rows * sizeof(int32_t));
+    std::vector<int64_t> bytes;
+    for (size_t i = draft ? 0 : size_t(plan_.base); i < plan_.stages.size(); ++i) {
+        const Stage& stage = plan_.stages[i];
+        if (stage.matrix) {
+            bytes.push_back(stage.matrix->bytes());
+            continue;
+        }
+        int64_t positions = 0;
+        const int stride = stage.cross && stage.draft ? weights_.encoder_stride : 1;
+        for (size_t row = 0; stage.kind == Kind::attend && row < rows; ++row) {
+            if (finished_[row]) continue;
+            const int64_t queries = draft && lengths[row] + 1 < batch_.self.capacity ? 2 : 1;
+            positions += stage.causal  ? lengths[row] + queries
+                         : stage.cross ? (encoded[row] + stride - 1) / stride
+                                       : lengths[row];
+        }
+        const int64_t each = batch_.head_dim * int64_t(size_of(batch_.dtype)) + (batch_.self.scales ? 4 : 0);
+        bytes.push_back(2 * stage.layers * batch_.heads * positions * each);
+    }
+    return bytes;
+}
+
+void Engine::rollback(int row, int length) {
+    check_row(row);
+    int32_t present;
+    runner_->read(&present, batch_.self.lengths + row, sizeof present);
+    present = std::min(present, batch_.self.capacity);
+    require(length >= 0 && length <= present, "length must be 0 to ", present, ", got ", length);
+    const int32_t shortened = length;
+    const uint8_t unfinished = 0;
+    runner_->write(batch_.self.lengths + row, &shortened, sizeof shortened);
+    runner_->write(batch_.finished + row, &unfinished, sizeof unfinished);
+    runner_->forget(row, length + 1);
+}
+
+void Engine::reset() {
+    check_bound();
+    const size_t rows = size_t(batch_.rows);
+    const std::vector<int32_t> zeros(3 * rows);
+    const std::vector<uint8_t> ones(rows, 1);
+    runner_->write(batch_.self.lengths, zeros.data(), rows * sizeof(int32_t));
+    runner_->write(batch_.cross.lengths, zeros.data(), rows * sizeof(int32_t));
+    runner_->write(batch_.finished, ones.data(), rows);
+    runner_->write(batch_.stats, zeros.data(), 3 * rows * sizeof(int32_t));
+    runner_->wait();
+    for (int row = 0; row < batch_.rows; ++row) prefilled_[size_t(row)] = 0, runner_->forget(row, 0);
+}
+
+void Engine::read_statistics(int row, kvspn_statistics& statistics) const {
+    if (row == -1)
+        check_bound();
+    else
+        check_row(row);
+    const size_t rows = size_t(batch_.rows);
+    std::vector<int32_t> lengths(rows), stats(3 * rows);
+    runner_->read(lengths.data(), batch_.self.lengths, rows * sizeof(int32_t));
+    runner_->read(stats.data(), batch_.stats, stats.size() * sizeof(int32_t));
+    if (runner_->asynchronous())
+        for (int r = 0; r < batch_.rows; ++r) check_token(r);
+    statistics.tokens = statistics.steps = statistics.drafted = statistics.accepted = 0;
+    for (size_t r = size_t(row == -1 ? 0 : row); r < (row == -1 ? rows : size_t(row) + 1); ++r) {
+        statistics.tokens += std::max<int64_t>(int64_t(lengths[r]) - prefilled_[r], 0);
+        statistics.steps += stats[3 * r];
+        statistics.drafted += stats[3 * r + 1];
+        statistics.accepted += stats[3 * r + 2];
+    }
+}
+
+int Engine::progress(int row, int32_t* tokens, int capacity) const {
+    check_row(row);
+    if (runner_->asynchronous()) check_token(row);
+    const Shown shown = runner_->shown(row);
+    const int first = prefilled_[size_t(row)] + 1, count = std::max(shown.count - first, 0);
+    for (int i = 0; i < std::min(count, capacity); ++i) tokens[i] = shown.tokens[first + i];
+    return count;
+}
+
+}  // namespace kvspn

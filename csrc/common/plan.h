@@ -1,0 +1,59 @@
+// The order of a model's work, made once from its weights: lists of stages, which every device walks. There
+// is no second place that knows the order of a layer.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/weights.h"
+
+namespace kvspn {
+
+constexpr int kPrefillChunk = 16;  // query tokens of one pass
+
+enum class Kind : int32_t { embed, linear, attend, verify, accept };
+
+// Where a stage's rows of activations are.
+enum class Place : int32_t {
+    none,
+    states,    // of the encoder
+    residual,  // x: what layers add to
+    wide,      // queries, or queries, keys and values
+    attended,
+    inner,  // of a feed-forward network
+    cross,  // the cross-attention cache of the stage's layer
+};
+
+struct Stage {
+    const char* name = "";
+    Kind kind{};
+    bool draft = false;  // of the draft network
+    // linear, verify: to = [LayerNorm ->] from W^T + bias [-> GELU] [+ to].
+    Place from = Place::none, to = Place::none;
+    const Norm* norm = nullptr;
+    const Matrix* matrix = nullptr;
+    bool gelu = false, accumulate = false;
+    bool keys = false;  // the last outputs are keys and values of `layer`, the encoder's where to is cross
+    // attend: wide -> attended, to `layers` layers from `layer` on under one softmax. causal: to the row's
+    // own keys too, which it appends. cross: to the encoder's.
+    int layer = 0, layers = 1, query_heads = 0;
+    bool causal = false, cross = false;
+};
+
+struct Plan {
+    explicit Plan(const Weights& weights);
+
+    // What a step walks: the draft network from the start on, the base model from `base`, and from `judge`
+    // what chooses. A prefill is what lies between `base` and `judge`, a plain step all from `base` on.
+    std::vector<Stage> stages;
+    int base = 0, judge = 0;
+    std::vector<Stage> encode;  // the encoder's states -> keys and values of every layer
+};
+
+// What of its tokens a pass processes: of every unfinished row the newest and, with two queries, a draft; or,
+// where `row` is one, `queries` of its tokens from `position` on.
+struct Pass {
+    int32_t row = -1, position = 0, queries = 1;
+};
+
+}  // namespace kvspn

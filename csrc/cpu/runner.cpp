@@ -1,0 +1,444 @@
+#include "cpu/runner.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "common/cores.h"
+#include "common/counter.h"
+#include "common/error.h"
+#include "cpu/parts.h"
+
+namespace kvspn::cpu {
+namespace {
+
+constexpr float kEps = 1e-5f;  // of every LayerNorm
+constexpr int kStrip = 64;     // logits that exist at a time, on each thread
+
+int thread_count(int threads) {
+    require(threads >= 0 && threads <= 1024, "threads must be 0 to 1024, got ", threads);
+    return threads ? threads : usable_cores();
+}
+
+}  // namespace
+
+CpuRunner::CpuRunner(const kvspn_engine_params& params, const Weights& weights, const Plan& plan)
+    : weights_(weights),
+      plan_(plan),
+      team_(thread_count(params.threads)),
+      kernels_(select_kernels(params.variant)) {
+    int wide = 3 * weights_.width, hidden = 0, attended = weights_.width;
+    for (const Layer& layer : weights_.layers) hidden = std::max(hidden, layer.fc1.outputs);
+    for (const Block& block : weights_.blocks) {
+        hidden = std::max(hidden, block.fc1.outputs);
+        for (const Matrix* q : {&block.kv_q, &block.cross_q}) {
+            wide = std::max(wide, q->outputs);
+            attended = std::max(attended, q->outputs);
+        }
+    }
+    width_stride_ = pad(weights_.width);
+    wide_stride_ = pad(std::max({wide, hidden, attended}));
+}
+
+void CpuRunner::set_stream(void* stream) {
+    require(!stream, "stream must be a null pointer on the CPU, got one");
+}
+
+void CpuRunner::bind(const Batch& batch) {
+    const int rows = batch.rows, cross = batch.cross.capacity;
+    const int64_t queries = std::max<int64_t>(kPrefillChunk, 2 * int64_t(rows));
+    const int group = weights_.blocks.empty() ? 1 : int(weights_.layers.size()) / weights_.groups;
+    const int64_t positions =
+        std::max<int64_t>(int64_t(batch.self.capacity) * group, cross) + int64_t(kLanes) * group;
+    require(positions < (1 << 30), "kv must have less than 2^30 positions in a group of layers, got ",
+            positions);
+    const int scores = pad(int(positions));
+    const int threads = team_.size();
+    require(queries <= kMostElements / (int64_t(threads) * wide_stride_), "kv must have fewer rows beside ",
+            wide_stride_, " columns and ", threads, " threads, got ", rows);
+    Memory x(queries * width_stride_ * sizeof(float)), wide(queries * wide_stride_ * sizeof(float)),
+        attended(queries * wide_stride_ * sizeof(float)), hidden(queries * wide_stride_ * sizeof(float)),
+        normed(threads * queries * width_stride_ * sizeof(float)),
+        quantised(threads * queries * wide_stride_ * sizeof(int16_t)),
+        scales(threads * queries * sizeof(float)), score(size_t(threads) * kQueries * scores * sizeof(float)),
+        logits(threads * queries * kStrip * sizeof(float)), best(threads * queries * sizeof(Best)),
+        ids(queries * sizeof(int32_t)), drafts(rows * sizeof(int32_t));
+    slots_.resize(size_t(rows));
+    x_ = std::move(x), wide_ = std::move(wide), attended_ = std::move(attended), hidden_ = std::move(hidden);
+    normed_ = std::move(normed), quantised_ = std::move(quantised), scales_ = std::move(scales);
+    scores_ = std::move(score), logits_ = std::move(logits), best_ = std::move(best);
+    ids_ = std::move(ids), drafts_ = std::move(drafts);
+    scores_stride_ = scores;
+    for (const Cache* cache : {&batch.self, &batch.cross})
+        prefer_huge_pages(cache->values, batch.bytes_of(*cache));
+    batch_ = batch;
+}
+
+void CpuRunner::encode(int row, const kvspn_tensor& states) {
+    const int count = int(states.shape[0]);
+    const int d = weights_.width, heads = weights_.heads, head_dim = weights_.head_dim;
+    Memory x(size_t(count) * width_stride_ * sizeof(float)), y(size_t(count) * 2 * d * sizeof(float));
+    int at = 0;  // the draft network's positions come first
+    for (int first = 0, stride = weights_.encoder_stride; first < std::min(stride, count); ++first) {
+        const kvspn_tensor rows = every(stride, first, states);
+        read_rows(rows, int(rows.shape[0]), d, x.as<float>() + int64_t(at) * width_stride_, width_stride_);
+        at += int(rows.shape[0]);
+    }
+    for (int e = 0; e < count; ++e)
+        for (int c = 0; c < d; ++c)
+            require(std::isfinite(x.as<float>()[int64_t(e) * width_stride_ + c]),
+                    "states must be finite, got NaN or infinity");
+    Memory quantised(size_t(count) * width_stride_ * sizeof(int16_t)), scales(size_t(count) * sizeof(float));
+    for (int e = 0; e < count; ++e)
+        scales.as<float>()[e] =
+            kernels_.quantise(x.as<float>() + int64_t(e) * width_stride_, d, width_stride_,
+                              quantised.as<int16_t>() + int64_t(e) * width_stride_);
+    const Rows rows{x.as<float>(),           width_stride_, count,
+                    quantised.as<int16_t>(), width_stride_, scales.as<float>()};
+    for (const Stage& stage : plan_.encode) {
+        team_.run([&](int thread) {
+            auto [first, last] = share(2 * d, thread, team_.size());
+            kernels_.linear(*stage.matrix, rows, first, last, y.as<float>(), 2 * d, false);
+            team_.barrier();
+            for (int n = thread; n < 2 * heads; n += team_.size())  // [E, 2, H, D] -> [2, B, H, E, D]
+                for (int e = 0; e < count; ++e)
+                    write_position(batch_.cross, stage.layer, n / heads, row, n % heads, e,
+                                   y.as<float>() + int64_t(e) * 2 * d + n * head_dim);
+        });
+    }
+}
+
+void CpuRunner::prefill(int row, int count) {
+    const int cross = cross_length(row);
+    const int32_t* ids = batch_.tokens + int64_t(row) * batch_.token_capacity;
+    for (int i = 0; i < count; ++i)
+        require(ids[i] >= 0 && ids[i] < weights_.vocabulary, "tokens must be 0 to ", weights_.vocabulary - 1,
+                ", got ", ids[i]);
+    drafted_ = false;
+    for (int first = 0; first < count; first += kPrefillChunk) {
+        const int queries = std::min(kPrefillChunk, count - first);
+        slots_[0] = {row, first, queries, 0, cross};
+        slot_count_ = 1, rows_ = queries;
+        std::copy_n(ids + first, queries, ids_.as<int32_t>());
+        team_.run([this](int thread) { walk(thread, plan_.base, plan_.judge); });
+    }
+}
+
+// The caller owns the lengths: they may hold anything, and are read once a call.
+int CpuRunner::cross_length(int row) const {
+    const int cross = batch_.cross.lengths[row];
+    require(cross >= 0 && cross <= batch_.cross.capacity, "cross_lengths[", row, "] must be 0 to ",
+            batch_.cross.capacity, ", got ", cross);
+    return cross;
+}
+
+// A slot for every unfinished row, and its newest token; false where there is none.
+bool CpuRunner::find_slots(const kvspn_step_params& params) {
+    slot_count_ = 0;
+    for (int row = 0; row < batch_.rows; ++row) {
+        if (batch_.finished[row]) continue;
+        const int position = batch_.self.lengths[row];
+        require(position >= 0 && position < params.max_length, "lengths[", row, "] must be 0 to ",
+                params.max_length - 1, ", got ", position);
+        const int32_t newest = batch_.tokens[int64_t(row) * batch_.token_capacity + position];
+        require(newest >= 0 && newest < weights_.vocabulary, "tokens must be 0 to ", weights_.vocabulary - 1,
+                ", got ", newest);
+        slots_[slot_count_] = {row, position, 1, slot_count_, cross_length(row)};
+        ids_.as<int32_t>()[slot_count_++] = newest;
+    }
+    rows_ = slot_count_;
+    drafted_ = false;
+    return slot_count_;
+}
+
+void CpuRunner::run(const kvspn_step_params& params, int steps) {
+    params_ = &params;
+    const int first = params.draft ? 0 : plan_.base, last = int(plan_.stages.size());
+    for (; steps-- && find_slots(params);)
+        team_.run([this, first, last](int thread) { walk(thread, first, last); });
+}
+
+std::vector<Timing> CpuRunner::profile(const kvspn_step_params& params) {
+    std::vector<Timing> timings;
+    timings.reserve(plan_.stages.size());
+    timings_ = &timings;
+    try {
+        last_ = std::chrono::steady_clock::now();
+        run(params, 1);
+    } catch (...) {
+        timings_ = nullptr;
+        throw;
+    }
+    timings_ = nullptr;
+    return timings;
+}
+
+// Each stage on this thread's share of the work, with a barrier behind it.
+void CpuRunner::walk(int thread, int first, int last) {
+    for (int i = first; i < last; ++i) {
+        const Stage& stage = plan_.stages[size_t(i)];
+        switch (stage.kind) {
+            case Kind::embed:
+                if (thread == 0) {
+                    if (!stage.draft && first < plan_.base) take_drafts();
+                    embed();
+                }
+                break;
+            case Kind::linear:
+                linear(thread, stage);
+                break;
+            case Kind::attend:
+                attend(thread, stage);
+                break;
+            case Kind::verify:
+                verify(thread, stage);
+                break;
+            case Kind::accept:
+                if (thread == 0) accept();
+        }
+        team_.barrier();
+        if (!timings_ || thread) continue;
+        const auto now = std::chrono::steady_clock::now();
+        timings_->push_back({std::chrono::duration_cast<std::chrono::nanoseconds>(now - last_).count(), -1});
+        last_ = now;
+    }
+}
+
+// The draft network's choices become second queries of their rows, where the cache has a place for them.
+void CpuRunner::take_drafts() {
+    int first = 0;
+    for (int i = 0; i < slot_count_; ++i) {
+        Slot& slot = slots_[i];
+        drafts_.as<int32_t>()[i] = best_.as<Best>()[i].id;
+        slot.first = first;
+        slot.queries = slot.position + 1 < batch_.self.capacity ? 2 : 1;
+        int32_t* ids = ids_.as<int32_t>() + first;
+        ids[0] = batch_.tokens[int64_t(slot.row) * batch_.token_capacity + slot.position];
+        if (slot.queries == 2) ids[1] = std::max(drafts_.as<int32_t>()[i], 0);
+        first += slot.queries;
+    }
+    rows_ = first;
+    drafted_ = true;
+}
+
+Shown CpuRunner::shown(int row) const {
+    const int last = std::clamp(batch_.self.lengths[row], 0, batch_.token_capacity - 1);
+    return {last + 1, batch_.tokens + int64_t(row) * batch_.token_capacity};
+}
+
+void CpuRunner::write(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
+void CpuRunner::read(void* to, const void* from, size_t bytes) const { std::memcpy(to, from, bytes); }
+
+float* CpuRunner::place(Place place) const {
+    const Memory& memory = place == Place::residual   ? x_
+                           : place == Place::wide     ? wide_
+                           : place == Place::attended ? attended_
+                                                      : hidden_;
+    return memory.as<float>();
+}
+
+int64_t CpuRunner::stride(Place place) const {
+    return place == Place::residual ? width_stride_ : wide_stride_;
+}
+
+// The tokens of all rows -> x: their embeddings and those of their positions.
+void CpuRunner::embed() {
+    const int32_t* ids = ids_.as<int32_t>();
+    for (int i = 0; i < slot_count_; ++i) {
+        for (int q = 0; q < slots_[i].queries; ++q) {
+            float* x = x_.as<float>() + int64_t(slots_[i].first + q) * width_stride_;
+            std::memset(x, 0, width_stride_ * sizeof(float));
+            weights_.tokens.add(ids[slots_[i].first + q], x);
+            // A draft past the last position is never emitted.
+            weights_.positions.add(std::min(slots_[i].position + q, weights_.positions.count - 1), x);
+        }
+    }
+}
+
+// [LayerNorm ->] x [-> int16], in a thread's own memory: cheaper than to wait for another's.
+Rows CpuRunner::input(int thread, const Norm* norm, const float* x, const Matrix& matrix) {
+    const int64_t first = int64_t(thread) * std::max(kPrefillChunk, 2 * batch_.rows);
+    Rows rows{x, norm ? width_stride_ : wide_stride_, rows_};
+    if (norm) {
+        float* normed = normed_.as<float>() + first * width_stride_;
+        for (int r = 0; r < rows_; ++r)
+            kernels_.layer_norm(x + r * rows.stride, norm->weight, norm->bias, weights_.width, kEps,
+                                normed + r * rows.stride);
+        rows.x = normed;
+    }
+    if (is_integer(matrix.dtype)) {
+        int16_t* quantised = quantised_.as<int16_t>() + first * wide_stride_;
+        float* scales = scales_.as<float>() + first;
+        rows.quantised = quantised, rows.quantised_stride = wide_stride_, rows.scales = scales;
+        for (int r = 0; r < rows_; ++r)
+            scales[r] = kernels_.quantise(rows.x + r * rows.stride, matrix.inputs, matrix.columns,
+                                          quantised + int64_t(r) * wide_stride_);
+    }
+    return rows;
+}
+
+// to = [LayerNorm ->] from W^T + b [-> GELU], or to += it: this thread's share of the outputs.
+void CpuRunner::linear(int thread, const Stage& stage) {
+    const Matrix& matrix = *stage.matrix;
+    float* y = place(stage.to);
+    const int64_t y_stride = stride(stage.to);
+    auto [first, last] = share(matrix.outputs, thread, team_.size());
+    kernels_.linear(matrix, input(thread, stage.norm, place(stage.from), matrix), first, last, y, y_stride,
+                    stage.accumulate);
+    if (stage.gelu)
+        for (int r = 0; r < rows_; ++r) kernels_.gelu(y + r * y_stride + first, last - first);
+}
+
+// A head's keys and values of a slot's rows of x go to their positions in a layer's cache.
+void CpuRunner::append(const Slot& slot, int layer, int head) {
+    for (int q = 0; q < slot.queries; ++q) {
+        const float* qkv = wide_.as<float>() + int64_t(slot.first + q) * wide_stride_;
+        for (int part = 0; part < 2; ++part)
+            write_position(batch_.self, layer, part, slot.row, head, slot.position + q,
+                           qkv + (1 + part) * weights_.width + head * weights_.head_dim);
+    }
+}
+
+// One head's key (part 0) or value x [D] at one position.
+void CpuRunner::write_position(const Cache& cache, int layer, int part, int row, int head, int position,
+                               const float* x) {
+    const int64_t at = batch_.plane(layer, part, row, head) * cache.capacity + position;
+    const int width = weights_.head_dim;
+    char* to = cache.values + at * width * int64_t(size_of(batch_.dtype));
+    if (cache.scales)
+        cache.scales[at] = kernels_.quantise_int8(x, width, reinterpret_cast<int8_t*>(to));
+    else
+        kernels_.narrow(batch_.dtype, x, width, to);
+}
+
+// Queries in `wide_` -> `attended_`: this thread's (row, head) pairs. What is causal appends its own keys and
+// values first; the draft network attends to every n-th position of the encoder, which lie in front.
+void CpuRunner::attend(int thread, const Stage& stage) {
+    const Cache& cache = stage.cross ? batch_.cross : batch_.self;
+    const int query_heads = stage.query_heads,
+              stride = stage.cross && stage.draft ? weights_.encoder_stride : 1;
+    const int head_dim = weights_.head_dim, shared = query_heads / weights_.heads;
+    const int64_t values = batch_.plane(0, 1, 0, 0) * cache.capacity;  // positions from keys to values
+    const int64_t size = int64_t(head_dim) * int64_t(size_of(batch_.dtype));
+    float* scores = scores_.as<float>() + int64_t(thread) * kQueries * scores_stride_;
+    for (int task = thread; task < slot_count_ * query_heads; task += team_.size()) {
+        const Slot& slot = slots_[task / query_heads];
+        const int query_head = task % query_heads, length = stage.cross ? slot.cross : slot.position;
+        const int64_t keys = batch_.plane(stage.layer, 0, slot.row, query_head / shared) * cache.capacity;
+        if (stage.causal) append(slot, stage.layer, query_head);
+        for (int first = 0; first < slot.queries; first += kQueries) {
+            Attention a;
+            a.dtype = batch_.dtype;
+            a.keys = cache.values + keys * size;
+            a.values = cache.values + (keys + values) * size;
+            a.stride = head_dim;
+            a.layer_stride = 2 * values * head_dim;
+            if (cache.scales) {
+                a.key_scales = cache.scales + keys;
+                a.value_scales = a.key_scales + values;
+                a.scale_layer_stride = 2 * values;
+            }
+            a.layers = stage.layers;
+            a.width = head_dim;
+            a.scale = 1 / std::sqrt(float(head_dim));
+            a.queries = std::min(kQueries, slot.queries - first);
+            a.scores = scores;
+            for (int q = 0; q < a.queries; ++q) {
+                const int64_t row = int64_t(slot.first + first + q) * wide_stride_ + query_head * head_dim;
+                a.lengths[q] = stage.causal ? slot.position + first + q + 1 : (length + stride - 1) / stride;
+                a.q[q] = wide_.as<float>() + row;
+                a.out[q] = attended_.as<float>() + row;
+            }
+            kernels_.attend(a);
+        }
+    }
+}
+
+// Logits strip by strip -> best_[row]: the argmax and the rank of the draft that the row judges.
+void CpuRunner::verify(int thread, const Stage& stage) {
+    const Matrix& head = *stage.matrix;
+    const int32_t* ids = stage.draft ? weights_.draft_ids : nullptr;
+    const int threads = team_.size(), most = std::max(kPrefillChunk, 2 * batch_.rows);
+    float* logits = logits_.as<float>() + int64_t(thread) * most * kStrip;
+    Best* best = best_.as<Best>() + int64_t(thread) * most;
+    const float* mask = params_->mask;
+    const Rows rows = input(thread, stage.norm, x_.as<float>(), head);
+    // The drafts' own logits come first, so that one reading of the head tells argmax and rank.
+    for (int i = 0; i < slot_count_; ++i) {
+        for (int q = 0; q < slots_[i].queries; ++q) {
+            const int r = slots_[i].first + q;
+            best[r] = {};
+            if (!drafted_ || q + 1 == slots_[i].queries) continue;
+            const int draft = drafts_.as<int32_t>()[i];
+            if (draft < 0) continue;
+            Rows row = rows.from(r);
+            row.count = 1;
+            Best own;
+            kernels_.linear(head, row, draft, draft + 1, logits - draft, 1, false);
+            kernels_.judge(logits, mask ? mask + draft : nullptr, draft, 1, own);
+            best[r].draft = draft, best[r].draft_value = own.value;
+        }
+    }
+    auto [first, last] = share(head.outputs, thread, threads);
+    for (int from = first; from < last; from += kStrip) {
+        const int to = std::min(from + kStrip, last);
+        kernels_.linear(head, rows, from, to, logits - from, kStrip, false);
+        float listed[kStrip];  // of a short list, the tokens' own
+        if (mask && ids)
+            for (int n = from; n < to; ++n) listed[n - from] = mask[ids[n]];
+        const float* masked = !mask ? nullptr : ids ? listed : mask + from;
+        for (int r = 0; r < rows_; ++r)
+            kernels_.judge(logits + int64_t(r) * kStrip, masked, from, to - from, best[r]);
+    }
+    team_.barrier();
+    if (thread) return;
+    Best* result = best_.as<Best>();
+    for (int r = 0; r < rows_; ++r) {
+        for (int t = 1; t < threads; ++t) {
+            const Best& other = best_.as<Best>()[int64_t(t) * most + r];
+            result[r].above += other.above;
+            result[r].nan |= other.nan;
+            if (other.value > result[r].value) {
+                result[r].value = other.value;
+                result[r].id = other.id;
+            }
+        }
+        if (result[r].nan) result[r].id = -1;
+        if (ids && result[r].id >= 0) result[r].id = ids[result[r].id];
+    }
+}
+
+// Per row: the draft if it stands, the next token, stops and statistics; lengths alone roll back the rest.
+// A row without a token, which is -1, ends.
+void CpuRunner::accept() {
+    for (int i = 0; i < slot_count_; ++i) {
+        const Slot& slot = slots_[i];
+        const Best* best = best_.as<Best>() + slot.first;
+        const bool accepted = slot.queries == 2 && drafts_.as<int32_t>()[i] >= 0 && best[0].id >= 0 &&
+                              best[0].above < params_->k;
+        int32_t emitted[2] = {best[0].id, 0};
+        int count = 1, drafts = 0;
+        if (accepted) {
+            emitted[0] = drafts_.as<int32_t>()[i];
+            emitted[1] = best[1].id;
+            count = 2;
+            drafts = 1;
+        }
+        count = std::min(count, std::max(params_->max_length - slot.position - 1, 0));
+        bool ended = false;
+        for (int n = 0; n < count; ++n) {
+            if (emitted[n] >= 0 && emitted[n] != params_->eos) continue;
+            count = n + 1;
+            ended = true;
+        }
+        int32_t* tokens = batch_.tokens + int64_t(slot.row) * batch_.token_capacity + slot.position + 1;
+        for (int n = 0; n < count; ++n) tokens[n] = emitted[n];
+        batch_.self.lengths[slot.row] = slot.position + count;
+        batch_.finished[slot.row] = ended || slot.position + 1 + count >= params_->max_length;
+        int32_t* stats = batch_.stats + 3 * int64_t(slot.row);
+        kvspn::count(stats[0], 1);
+        kvspn::count(stats[1], params_->draft ? 1 : 0);
+        kvspn::count(stats[2], std::min(drafts, count));
+    }
+}
+
+}  // namespace kvspn::cpu

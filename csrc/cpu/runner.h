@@ -1,0 +1,72 @@
+// Plans on the CPU: one function that every thread of a team runs, stage after stage.
+#pragma once
+
+#include <chrono>
+
+#include "common/memory.h"
+#include "common/runner.h"
+#include "cpu/kernels.h"
+#include "cpu/team.h"
+#include "kvspn.h"
+
+namespace kvspn::cpu {
+
+class CpuRunner : public Runner {
+  public:
+    CpuRunner(const kvspn_engine_params& params, const Weights& weights, const Plan& plan);
+
+    bool asynchronous() const override { return false; }
+    void set_stream(void* stream) override;
+    void bind(const Batch& batch) override;
+    void encode(int row, const kvspn_tensor& states) override;
+    void prefill(int row, int count) override;
+    void run(const kvspn_step_params& params, int steps) override;
+    std::vector<Timing> profile(const kvspn_step_params& params) override;
+    Shown shown(int row) const override;
+    void forget(int, int) override {}
+    void write(void* to, const void* from, size_t bytes) override;
+    void read(void* to, const void* from, size_t bytes) const override;
+    void wait() const override {}
+
+  private:
+    // `queries` tokens of batch row `row` in one pass, the first at `position`; rows of x from `first`.
+    // `cross`: the row's encoder positions.
+    struct Slot {
+        int row, position, queries, first, cross;
+    };
+
+    int cross_length(int row) const;  // checked
+    bool find_slots(const kvspn_step_params& params);
+    void walk(int thread, int first, int last);
+    void take_drafts();
+    void embed();
+    Rows input(int thread, const Norm* norm, const float* x, const Matrix& matrix);
+    void linear(int thread, const Stage& stage);
+    void attend(int thread, const Stage& stage);
+    void append(const Slot& slot, int layer, int head);
+    void write_position(const Cache& cache, int layer, int part, int row, int head, int position,
+                        const float* x);
+    void verify(int thread, const Stage& stage);
+    void accept();
+    float* place(Place place) const;
+    int64_t stride(Place place) const;
+
+    const Weights& weights_;
+    const Plan& plan_;
+    Team team_;
+    const Kernels& kernels_;
+    Batch batch_{};
+    const kvspn_step_params* params_ = nullptr;
+
+    std::vector<Slot> slots_;
+    int slot_count_ = 0, rows_ = 0;                       // of the present pass
+    bool drafted_ = false;                                // whether the present pass verifies drafts
+    int width_stride_, wide_stride_, scores_stride_ = 0;  // elements
+    Memory x_, wide_, attended_, hidden_, normed_, quantised_, scales_, scores_, logits_, best_;
+    Memory ids_, drafts_;  // int32, of every row of x and of every slot
+
+    std::vector<Timing>* timings_ = nullptr;  // of the present profile()
+    std::chrono::steady_clock::time_point last_;
+};
+
+}  // namespace kvspn::cpu
