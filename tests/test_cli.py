@@ -23,6 +23,7 @@ from typer.testing import CliRunner, Result
 import kvspn
 from kvspn import assets
 from kvspn.cli import app
+from kvspn.engines import backends
 from kvspn.speech.translator import Translator
 from support.tiny import TEXTS, damaged, save_model, save_whisper, sound
 
@@ -90,6 +91,7 @@ def test_help_and_version() -> None:
         ["train", "mini"],
         ["convert"],
         ["doctor"],
+        ["plan"],
     ):
         result = kvspn_(*command, "--help")
         assert result.exit_code == 0
@@ -161,6 +163,78 @@ def test_bench(tmp_path: Path) -> None:
     cheap = ("bench", "--shape", "miniature", "--draft-vocabulary", 1501, "--encoder-stride", 2)
     assert_one_line(kvspn_(*cheap), "--draft-vocabulary must be from 1 to 1500; got 1501")
     assert_one_line(kvspn_("bench", "--json", tmp_path / "no" / "x.json"), "no such folder to write to")
+
+
+def test_plan() -> None:
+    pytest.importorskip("kvspn._native")
+    options = ("plan", "--shape", "miniature", "--length", 90, "--bandwidth", 2)
+    document = json.loads(kvspn_(*options, "--weights", "fp16", "--json").stdout)
+    stages = {stage.pop("name"): stage for stage in document.pop("stages")}
+    assert document == {
+        "shape": "miniature",
+        "weights": "fp16",
+        "kv": None,
+        "backend": "native",
+        "length": 90,
+        "encoder_positions": 300,
+        "draft": True,
+        "gb_per_s": 2.0,
+        "gb_per_s_measured": False,
+        "total": {
+            "times": sum(stage["times"] for stage in stages.values()),
+            "bytes": sum(stage["bytes"] for stage in stages.values()),
+            "share": 1.0,
+            "floor_us": pytest.approx(sum(stage["floor_us"] for stage in stages.values()), abs=0.01),
+        },
+    }
+    # Four layers of weights and fp32 biases; keys and values of 90 positions, and of the two tokens.
+    assert stages["fc1"]["times"] == 4 and stages["fc1"]["bytes"] == 4 * (192 * 768 * 2 + 768 * 4)
+    assert stages["self_attention"]["bytes"] == 4 * 2 * 192 * (90 + 2) * 2
+    assert stages["draft.kv_attention"]["bytes"] == 4 * 2 * 192 * 90 * 2
+    assert stages["fc1"]["floor_us"] == pytest.approx(stages["fc1"]["bytes"] / 2e3)
+    plain = json.loads(kvspn_(*options, "--no-draft", "--kv", "int8", "--json").stdout)
+    assert not plain["draft"] and not any("draft" in stage["name"] for stage in plain["stages"])
+    narrow = {stage["name"]: stage["bytes"] for stage in plain["stages"]}
+    assert narrow["self_attention"] == 4 * 2 * 3 * (90 + 1) * (64 + 4)
+    printed = kvspn_("plan", "--shape", "miniature", "--weights", "int4").stdout
+    assert "miniature, KVSPN step on native: int4 weights, T = 32, 300 encoder positions" in printed
+    assert "GB/s, the best of five bare reads." in printed
+    times = {line.split()[0]: line.split()[1] for line in printed.splitlines()}
+    assert times["fc1"] == "4" and times["total"] == str(document["total"]["times"])
+
+
+def test_plan_of_a_model(root: Path) -> None:
+    pytest.importorskip("kvspn._native")
+    document = json.loads(kvspn_("plan", "--model", root / "mini", "--json").stdout)
+    assert document["shape"] == "mini" and document["draft"] and document["gb_per_s_measured"]
+    if backends()["cuda"] is None:  # the same plan, emulated
+        there = json.loads(kvspn_("plan", "--model", root / "mini", "--backend", "cuda", "--json").stdout)
+        names = [[(stage["name"], stage["times"]) for stage in each["stages"]] for each in (document, there)]
+        assert names[0] == names[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--shape", "large"), "--shape must be of whisperM2M, miniature"),
+        (("--shape", "miniature,whisperM2M"), "--shape must be one shape; got 'miniature,whisperM2M'"),
+        (
+            ("--shape", "miniature", "--model", "."),
+            "--shape is the model's own beside --model; got miniature",
+        ),
+        (("--model", "nowhere"), "nowhere: no such model folder"),
+        (("--weights", "int3"), "--weights must be one of fp32, bf16"),
+        (("--shape", "miniature", "--kv", "int4"), "--kv must be int8, or None"),
+        (("--shape", "miniature", "--length", 447), "--length must be 1 to 446, got 447"),
+        (("--shape", "miniature", "--length", 0), "--length must be 1 to 446, got 0"),
+        (("--backend", "reference"), "--backend must be native or cuda, whose step is a plan; got reference"),
+        (("--bandwidth", 0), "--bandwidth must be above 0; got 0.0"),
+        (("--bandwidth", "inf"), "--bandwidth must be above 0; got inf"),
+    ],
+)
+def test_plan_refuses(arguments: tuple[object, ...], message: str) -> None:
+    pytest.importorskip("kvspn._native")
+    assert_one_line(kvspn_("plan", *arguments), message)
 
 
 def test_bench_keeps_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,6 +430,8 @@ def test_faults_threads(clip: Path, set_threads: Callable[[int], None]) -> None:
             0,
             "transformers kvspn.models matplotlib",
         ),
+        ("plan --help", 0, "numpy torch transformers"),
+        ("plan --shape miniature", 0, "transformers kvspn.models matplotlib"),
         ("profile --shape miniature --lengths 64 --rounds 1", 0, "transformers kvspn.models matplotlib"),
         ("export-kernels {folder}", 0, "transformers kvspn.models matplotlib"),
     ],

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from bench import cuda_model, smoke, stages
-from kvspn.measure.shapes import SHAPES, Shape
+from kvspn.measure.shapes import SHAPES, Shape, start
+from kvspn.weights.formats import quantise
 from support import emulated
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +26,17 @@ def test_the_documented_model_is_the_present_one():
     """python -m bench.cuda_model"""
     page = cuda_model.page(replace(SHAPES["whisperM2M"], length=448))
     assert page in (ROOT / "docs/cuda.md").read_text("utf-8")
+
+
+def test_the_model_of_time_reads_what_the_plan_reads():
+    pytest.importorskip("kvspn._native")
+    shape = replace(SHAPES["miniature"], length=90)
+    planned = start("native", quantise(shape.weights(), "fp16"), shape).plan(draft=True)
+    modelled = [*cuda_model.draft_stages(shape), *cuda_model.base_stages(shape)]
+    assert len(planned) == len(modelled)
+    for (name, size), stage in zip(planned, modelled, strict=True):
+        if not name.endswith("embed"):  # biases and the step's own positions are not in the model
+            assert stage.bytes == pytest.approx(size, rel=0.03), (name, stage.name)
 
 
 def test_a_stage_ends_when_its_bytes_and_its_chain_have():

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from kvspn.cli.common import KV, print_table, silence_transformers, span, whole_numbers, write_json
+from kvspn.cli.common import KV, check_backend, open_decoder, print_table, span, whole_numbers, write_json
 
 if TYPE_CHECKING:
     from kvspn.measure.comparison import Change
     from kvspn.measure.intervals import Ratio
     from kvspn.measure.shapes import Shape
     from kvspn.measure.timing import Row
-    from kvspn.weights import DecoderWeights
 
 _SHAPES = ("whisperM2M", "miniature")
 _FORMATS = "fp32,bf16,int8,int4"
@@ -180,7 +179,6 @@ def bench(
         from kvspn.measure import report  # before the work: it may miss matplotlib
     import torch
 
-    from kvspn.engines import backends as known
     from kvspn.engines import default_backend
     from kvspn.measure import steps
     from kvspn.measure.ops import run as time_ops
@@ -191,9 +189,7 @@ def bench(
     if backends is not None:
         names = [name.strip() for name in backends.split(",")]
         for name in names:
-            if (missing := known().get(name, "no such backend")) is not None:
-                ready = ", ".join(other for other, reason in known().items() if reason is None)
-                raise typer.BadParameter(f"--backend must be of {ready}; got {name}: {missing}")
+            check_backend(name)
     elif everything:
         names = _ready()
     else:
@@ -211,7 +207,7 @@ def bench(
         for option, value in own.items():
             if value is not None:
                 raise typer.BadParameter(f"{option} is the model's own beside --model; got {value}")
-        decoder, positions = _decoder(model)
+        decoder, positions = open_decoder(model)
         if not decoder.blocks:
             raise typer.BadParameter(
                 f"--model must have a draft network, which kvspn convert adds; got {model}"
@@ -295,19 +291,6 @@ def _with_draft(shape: Shape, short_list: int | None, stride: int | None) -> Sha
     if short_list is not None and short_list > shape.vocabulary:
         raise typer.BadParameter(f"--draft-vocabulary must be from 1 to {shape.vocabulary}; got {short_list}")
     return replace(shape, short_list=short_list or 0, encoder_stride=stride or 1)
-
-
-def _decoder(folder: Path) -> tuple[DecoderWeights, int]:
-    """A model's decoder and draft network in fp32, and how many positions its encoder has."""
-    import torch
-
-    from kvspn.models import WhisperM2MForConditionalGeneration, WhisperM2MProcessor
-    from kvspn.models.folder import open_folder
-    from kvspn.models.weights import decoder_weights
-
-    silence_transformers()
-    model, _ = open_folder(folder, WhisperM2MForConditionalGeneration, WhisperM2MProcessor, torch.float32)
-    return decoder_weights(model), model.config.max_source_positions
 
 
 def _ready() -> list[str]:

@@ -20,6 +20,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from kvspn.speech.translator import Translator
+    from kvspn.weights import DecoderWeights
 
 
 def parse_k(text: str) -> int | str:
@@ -124,7 +125,7 @@ KV = Annotated[
 ]
 
 
-def _model_folder(folder: Path | None) -> Path | None:
+def model_folder(folder: Path | None) -> Path | None:
     """Checked before torch is imported, which takes its time."""
     if folder is not None and not folder.is_dir():
         raise typer.BadParameter(f"{folder}: no such model folder")
@@ -136,7 +137,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         metavar="FOLDER",
-        callback=_model_folder,
+        callback=model_folder,
         help="A whisperM2M model folder. By default the miniature that ships with kvspn.",
         show_default=False,
     ),
@@ -222,3 +223,26 @@ def open_translator(
         if threads is not None:
             torch.set_num_threads(threads)
         return Translator.from_folder(model, backend, weights, kv)
+
+
+def check_backend(name: str) -> None:
+    """BadParameter unless a backend is here."""
+    from kvspn.engines import backends
+
+    found = backends()
+    if (missing := found.get(name, "no such backend")) is not None:
+        ready = ", ".join(other for other, reason in found.items() if reason is None)
+        raise typer.BadParameter(f"--backend must be of {ready}; got {name}: {missing}")
+
+
+def open_decoder(folder: Path) -> tuple[DecoderWeights, int]:
+    """A model's decoder and draft network in fp32, and how many positions its encoder has."""
+    import torch
+
+    from kvspn.models import WhisperM2MForConditionalGeneration, WhisperM2MProcessor
+    from kvspn.models.folder import open_folder
+    from kvspn.models.weights import decoder_weights
+
+    silence_transformers()
+    model, _ = open_folder(folder, WhisperM2MForConditionalGeneration, WhisperM2MProcessor, torch.float32)
+    return decoder_weights(model), model.config.max_source_positions

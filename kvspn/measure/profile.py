@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvspn.engines import CachedEngine, engine
+from kvspn.engines.native import NativeEngine
 from kvspn.measure import machine
 from kvspn.measure.intervals import of_median
+from kvspn.measure.plan import planned
 from kvspn.measure.shapes import find_shapes
 from kvspn.measure.steps import miniature
 from kvspn.measure.timing import read_gb_per_s, read_milliseconds, warnings
@@ -312,37 +314,32 @@ def _interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 def _stages(decoder: CachedEngine, length: int, rounds: int) -> list[Stage]:
     """Of a plain and of a KVSPN step; none where the engine cannot tell."""
-    if (
-        getattr(decoder, "device", None) != "cpu"
-    ):  # the native engine's: the reference has none, CUDA no stages
+    if not isinstance(decoder, NativeEngine) or decoder.device != "cpu":
         return []
     found = []
     for name, draft in (("plain", False), ("KVSPN", True)):
-        times: dict[str, list[float]] = {}
-        counts: Counter[str] = Counter()
-        size: Counter[str] = Counter()
+        decoder.lengths.fill_(length)
+        decoder.finished.fill_(False)
+        stages = planned(decoder, draft)
+        total = sum(stage.bytes for stage in stages.values())
+        times: dict[str, list[float]] = {stage: [] for stage in stages}
         reads = []
         for _ in range(rounds):
             for _ in range(2):  # the first wakes threads
                 decoder.lengths.fill_(length)
                 decoder.finished.fill_(False)
-                stages = decoder.profile(1, draft)  # type: ignore[attr-defined]
+                timed = decoder.profile(1, draft)
             taken: Counter[str] = Counter()
-            counts, size = Counter(), Counter()
-            for stage, nanoseconds, each in stages:
+            for stage, nanoseconds, _ in timed:
                 taken[stage] += nanoseconds
-                counts[stage] += 1
-                size[stage] += each
-            for stage, nanoseconds in taken.items():
-                times.setdefault(stage, []).append(nanoseconds / 1e6)
-            reads.append(read_milliseconds(size.total()))
-        for stage, each in times.items():
-            shares = [
-                100 * read * size[stage] / size.total() / ms for read, ms in zip(reads, each, strict=True)
-            ]
-            percent = round(median(shares), 1) if size[stage] else None
-            ms = round(median(each), 4)
-            found.append(Stage(name, stage, counts[stage], ms, _interval(each), size[stage], percent))
+            for stage, each in times.items():
+                each.append(taken[stage] / 1e6)
+            reads.append(read_milliseconds(total))
+        for stage, (count, size) in stages.items():
+            shares = [100 * read * size / total / ms for read, ms in zip(reads, times[stage], strict=True)]
+            percent = round(median(shares), 1) if size else None
+            ms = round(median(times[stage]), 4)
+            found.append(Stage(name, stage, count, ms, _interval(times[stage]), size, percent))
     return found
 
 

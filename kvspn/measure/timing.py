@@ -297,9 +297,9 @@ def read_milliseconds(size: int, device: str = "cpu", cold: bool = False) -> flo
     return clock(values.sum, lambda: None, device, cold)() * size / values.nbytes
 
 
-def read_gb_per_s() -> float:
+def read_gb_per_s(device: str = "cpu") -> float:
     """Reading bandwidth now, from memory."""
-    return _READ / read_milliseconds(_READ) / 1e6
+    return _READ / read_milliseconds(_READ, device) / 1e6
 
 
 @cache
