@@ -81,9 +81,7 @@ def test_logits_equal_whisper(ops):
     cache = reference.cache
     passes = []
     for start, end in ((0, 1), (1, 3), (3, 19), (19, 20)):  # 1, 2 and 16 queries of one pass
-        x = step_module.base_pass(
-            weights, ids[:, start:end], cache.kv, cache.lengths, cache.cross_kv, cache.cross_lengths
-        )
+        x = step_module.base_pass(weights, ids[:, start:end], cache.tensors)
         passes.append(ops.fused_linear(x, weights.head.weight, None, *weights.norm))
         cache.lengths += end - start
     hidden = decoder(input_ids=ids.long(), encoder_hidden_states=states).last_hidden_state
@@ -161,7 +159,7 @@ def test_draft_against_a_dense_formula(options):
     newest = torch.tensor([[4], [7], [0]], dtype=torch.int32)
     mask = torch.zeros(29)
     mask[::4] = -torch.inf
-    guesses = step_module.propose(w, newest, kv, lengths, cross_kv, cross_lengths, mask)
+    guesses = step_module.propose(w, newest, step_module.Caches(kv, lengths, cross_kv, cross_lengths), mask)
     for b, (length, cross_length) in enumerate(zip(lengths.tolist(), cross_lengths.tolist(), strict=True)):
         logits = dense_draft_logits(
             w, int(newest[b]), length, kv[:, :, b, :, :length], cross_kv[:, :, b, :, :cross_length]

@@ -19,10 +19,10 @@ def accept_and_rollback_kernel(
         length = tl.load(lengths + b)
         count = length + 1  # of the row's tokens
         i = tl.arange(0, BLOCK_Q)
-        drafted = i < queries - 1
-        rejected = tl.load(rank + b * rank_b + i, mask=drafted, other=0) >= k
-        accepted = tl.min(tl.where(drafted & rejected, i, queries - 1), axis=0)
-        guesses = tl.load(draft + b * draft_b + i, mask=drafted, other=0)
+        guesses = tl.load(draft + b * draft_b + i, mask=i < queries - 1, other=-1)
+        drafted = tl.min(tl.where(guesses < 0, i, BLOCK_Q), axis=0)
+        ranks = tl.load(rank + b * rank_b + i, mask=i < drafted, other=0)
+        accepted = tl.min(tl.where((i < drafted) & (ranks >= k), i, drafted), axis=0)
         chosen = tl.load(argmax + b * argmax_b + accepted)
         token = tl.where(i < accepted, guesses, chosen)
         emitted = tl.minimum(accepted + 1, tl.maximum(max_length - count, 0))
@@ -33,7 +33,7 @@ def accept_and_rollback_kernel(
         tl.store(finished + b, (ends < BLOCK_Q) | (count + emitted >= max_length))
         own = stats + b * stats_b
         tl.store(own, tl.load(own) + 1)
-        tl.store(own + 1, tl.load(own + 1) + queries - 1)
+        tl.store(own + 1, tl.load(own + 1) + drafted)
         tl.store(own + 2, tl.load(own + 2) + tl.minimum(accepted, emitted))
 
 

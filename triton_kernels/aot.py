@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvspn.measure.shapes import SHAPES
-from kvspn.ops.decoder_step import step
+from kvspn.ops.decoder_step import Caches, StepRule, StepState, step
 from kvspn.triton_kernels import configurations
 from kvspn.triton_kernels.compact_kv import launch_compact_kv
 from kvspn.triton_kernels.decoder_step import LAUNCHERS
@@ -86,10 +86,8 @@ def record(target: str, fmt: str) -> list[Launch]:
     token = configurations.target.set(name if name.startswith("gfx") else f"sm_{name}")
     try:
         with recording() as launches:
-            step(
-                LAUNCHERS, weights, kv, lengths, tokens, finished, stats, cross, lengths, mask,
-                2, 1, 448, use_draft=True,
-            )  # fmt: skip
+            state = StepState(Caches(kv, lengths, cross, lengths), tokens, finished, stats)
+            step(LAUNCHERS, weights, state, StepRule(mask, 2, 1, 448))
             launch_compact_kv(kv, lengths, tokens[:, :2], lengths)
     finally:
         configurations.target.reset(token)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
-from kvspn.ops.decoder_step import composed
+from kvspn.ops.decoder_step import composed, step
 from kvspn.triton_kernels.accept_and_rollback import launch_accept_and_rollback
 from kvspn.triton_kernels.append_kv import launch_append_kv
 from kvspn.triton_kernels.flat_kv_attention import launch_flat_kv_attention
@@ -20,4 +21,4 @@ LAUNCHERS = SimpleNamespace(
     accept_and_rollback=launch_accept_and_rollback,
 )
 
-decoder_step = register("decoder_step", composed(LAUNCHERS))
+decoder_step = register("decoder_step", composed(functools.partial(step, LAUNCHERS)))

@@ -236,11 +236,23 @@ class Engine {
         run(mask, k, eos, max_length, draft, 1);
     }
 
+    void verify(const py::object& draft_tokens, const py::object& mask, int k, int eos, int max_length) {
+        const Tensor drafts("draft_tokens", draft_tokens, device_);
+        const auto held = take_mask(mask);
+        kvspn_step_params params{sizeof params, values_of(held), k, eos, max_length, 0, &drafts.get()};
+        kvspn_status status;
+        {
+            py::gil_scoped_release release;
+            status = kvspn_engine_step(engine_.get(), &params);
+        }
+        check(status);
+    }
+
     void run(const py::object& mask, int k, int eos, int max_length, bool draft, int steps) {
         const auto held = take_mask(mask);
         kvspn_generate_params params{};
         params.struct_size = sizeof params;
-        params.step = {sizeof params.step, values_of(held), k, eos, max_length, draft};
+        params.step = {sizeof params.step, values_of(held), k, eos, max_length, draft, nullptr};
         params.max_steps = steps;
         kvspn_status status;
         {
@@ -255,11 +267,11 @@ class Engine {
     Stages profile(const py::object& mask, int k, int eos, int max_length, bool draft) {
         const auto held = take_mask(mask);
         return list_stages(&kvspn_engine_profile,
-                           {sizeof(kvspn_step_params), values_of(held), k, eos, max_length, draft});
+                           {sizeof(kvspn_step_params), values_of(held), k, eos, max_length, draft, nullptr});
     }
     Stages plan(int max_length, bool draft) {
         return list_stages(&kvspn_engine_plan,
-                           {sizeof(kvspn_step_params), nullptr, 1, -1, max_length, draft});
+                           {sizeof(kvspn_step_params), nullptr, 1, -1, max_length, draft, nullptr});
     }
 
     std::vector<int32_t> progress(int row) const {
@@ -333,6 +345,8 @@ PYBIND11_MODULE(_native, m) {
         .def("prefill", &Engine::prefill, py::arg("row"), py::arg("count"))
         .def("step", &Engine::step, py::arg("mask"), py::kw_only(), py::arg("k"), py::arg("eos"),
              py::arg("max_length"), py::arg("draft"))
+        .def("verify", &Engine::verify, py::arg("draft_tokens"), py::arg("mask"), py::kw_only(), py::arg("k"),
+             py::arg("eos"), py::arg("max_length"))
         .def("run", &Engine::run, py::arg("mask"), py::kw_only(), py::arg("k"), py::arg("eos"),
              py::arg("max_length"), py::arg("draft"), py::arg("steps"))
         .def("profile", &Engine::profile, py::arg("mask"), py::kw_only(), py::arg("k"), py::arg("eos"),

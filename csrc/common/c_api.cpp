@@ -84,6 +84,8 @@ constexpr size_t kFirstEdition = sizeof(Params);
 template <>
 constexpr size_t kFirstEdition<kvspn_engine_params> = offsetof(kvspn_engine_params, device);
 template <>
+constexpr size_t kFirstEdition<kvspn_step_params> = offsetof(kvspn_step_params, draft_tokens);
+template <>
 constexpr size_t kFirstEdition<kvspn_attention_params> = offsetof(kvspn_attention_params, device);
 template <>
 constexpr size_t kFirstEdition<kvspn_linear_params> = offsetof(kvspn_linear_params, device);

@@ -63,6 +63,14 @@ void Engine::check_step(const kvspn_step_params& params) const {
     require(params.max_length >= 1 && params.max_length <= length_limit(), "max_length must be 1 to ",
             length_limit(), ", got ", params.max_length);
     require(!params.draft || !weights_.blocks.empty(), "draft must be 0 without draft blocks, got 1");
+    const kvspn_tensor* drafts = params.draft_tokens;
+    if (!drafts) return;
+    require(!params.draft, "draft must be 0 with draft_tokens, got 1");
+    check_tensor("draft_tokens", *drafts, {Dtype::int32}, {batch_.rows, kAny});
+    require(drafts->shape[1] < kMostQueries, "draft_tokens must hold 0 to ", kMostQueries - 1,
+            " of a row, got ", drafts->shape[1]);
+    require(!runner_->asynchronous() || drafts->shape[1] < 2 || drafts->strides[1] == 1,
+            "draft_tokens must be contiguous in a row, got stride ", drafts->strides[1]);
 }
 
 void Engine::step(const kvspn_step_params& params) {
@@ -74,6 +82,8 @@ void Engine::step(const kvspn_step_params& params) {
 void Engine::generate(const kvspn_generate_params& params) {
     check_step(params.step);
     require(params.max_steps >= 0, "max_steps must be at least 0, got ", params.max_steps);
+    require(!params.step.draft_tokens || (params.max_steps == 1 && !params.first_mask),
+            "draft_tokens must be null but for one step without first_mask, got a tensor");
     kvspn_step_params first = params.step;
     if (params.first_mask) first.mask = params.first_mask, first.draft = 0;
     if (!params.on_step && runner_->asynchronous()) {  // The host does not wait between steps.
@@ -110,7 +120,7 @@ void Engine::check_token(int row) const {
 int Engine::plan(const kvspn_step_params& params, kvspn_stage* stages, int capacity) {
     check_step(params);
     find_unfinished();
-    const std::vector<int64_t> bytes = bytes_of_stages(params.draft);
+    const std::vector<int64_t> bytes = bytes_of_stages(params);
     const int first = params.draft ? 0 : plan_.base;
     for (int i = 0; i < std::min(int(bytes.size()), capacity); ++i)
         stages[i] = {plan_.stages[size_t(first + i)].name, 0, bytes[size_t(i)]};
@@ -120,7 +130,7 @@ int Engine::plan(const kvspn_step_params& params, kvspn_stage* stages, int capac
 int Engine::profile(const kvspn_step_params& params, kvspn_stage* stages, int capacity) {
     check_step(params);
     find_unfinished();
-    const std::vector<int64_t> bytes = bytes_of_stages(params.draft);
+    const std::vector<int64_t> bytes = bytes_of_stages(params);
     const int first = params.draft ? 0 : plan_.base;
     int count = 0;
     const auto note = [&](const kvspn_stage& stage) {
@@ -138,13 +148,13 @@ int Engine::profile(const kvspn_step_params& params, kvspn_stage* stages, int ca
 
 // Of weights, and of keys and values at the positions of unfinished rows, that each stage of a step must
 // read.
-std::vector<int64_t> Engine::bytes_of_stages(bool draft) const {
+std::vector<int64_t> Engine::bytes_of_stages(const kvspn_step_params& params) const {
     const size_t rows = size_t(batch_.rows);
     std::vector<int32_t> lengths(rows), encoded(rows);
     runner_->read(lengths.data(), batch_.self.lengths, rows * sizeof(int32_t));
     runner_->read(encoded.data(), batch_.cross.lengths, rows * sizeof(int32_t));
     std::vector<int64_t> bytes;
-    for (size_t i = draft ? 0 : size_t(plan_.base); i < plan_.stages.size(); ++i) {
+    for (size_t i = params.draft ? 0 : size_t(plan_.base); i < plan_.stages.size(); ++i) {
         const Stage& stage = plan_.stages[i];
         if (stage.matrix) {
             bytes.push_back(stage.matrix->bytes());
@@ -154,10 +164,12 @@ std::vector<int64_t> Engine::bytes_of_stages(bool draft) const {
         const int stride = stage.cross && stage.draft ? weights_.encoder_stride : 1;
         for (size_t row = 0; stage.kind == Kind::attend && row < rows; ++row) {
             if (finished_[row]) continue;
-            const int64_t queries = draft && lengths[row] + 1 < batch_.self.capacity ? 2 : 1;
-            positions += stage.causal  ? lengths[row] + queries
-                         : stage.cross ? (encoded[row] + stride - 1) / stride
-                                       : lengths[row];
+            const int64_t length = std::clamp(lengths[row], 0, batch_.self.capacity),
+                          states = std::clamp(encoded[row], 0, batch_.cross.capacity);
+            positions += stage.causal
+                             ? std::min<int64_t>(length + 1 + drafts_of(params), batch_.self.capacity)
+                         : stage.cross ? (states + stride - 1) / stride
+                                       : length;
         }
         const int64_t each = batch_.head_dim * int64_t(size_of(batch_.dtype)) + (batch_.self.scales ? 4 : 0);
         bytes.push_back(2 * stage.layers * batch_.heads * positions * each);

@@ -35,7 +35,7 @@ class Engine {
     bool find_unfinished();
     void check_tokens() const;
     int length_limit() const;
-    std::vector<int64_t> bytes_of_stages(bool draft) const;
+    std::vector<int64_t> bytes_of_stages(const kvspn_step_params& params) const;
 
     const Backend& backend_;
     Weights weights_;

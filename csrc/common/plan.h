@@ -9,7 +9,8 @@
 
 namespace kvspn {
 
-constexpr int kPrefillChunk = 16;  // query tokens of one pass
+constexpr int kMostQueries = 16;             // of a row in one pass
+constexpr int kPrefillChunk = kMostQueries;  // tokens of a prompt in one pass
 
 enum class Kind : int32_t { embed, linear, attend, verify, accept };
 
@@ -50,8 +51,8 @@ struct Plan {
     std::vector<Stage> encode;  // the encoder's states -> keys and values of every layer
 };
 
-// What of its tokens a pass processes: of every unfinished row the newest and, with two queries, a draft; or,
-// where `row` is one, `queries` of its tokens from `position` on.
+// What of its tokens a pass processes: of every unfinished row the newest and queries - 1 drafts; or, where
+// `row` is one, `queries` of its tokens from `position` on.
 struct Pass {
     int32_t row = -1, position = 0, queries = 1;
 };

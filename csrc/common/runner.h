@@ -20,6 +20,11 @@ struct Timing {
     int64_t stage, barrier;
 };
 
+// Drafts of a row in a step, at most.
+inline int drafts_of(const kvspn_step_params& params) {
+    return params.draft_tokens ? int(params.draft_tokens->shape[1]) : params.draft ? 1 : 0;
+}
+
 // The engine has checked what it is given, but for what is in the batch's memory.
 class Runner {
   public:

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/counter.h"
+#include "common/accept.h"
 #include "common/memory.h"
 #include "common/op_checks.h"
 #include "common/tensor.h"
@@ -63,31 +63,29 @@ void append_kv(const kvspn_append_params& p) {
     }
 }
 
+namespace {
+
+struct OpRow {
+    const kvspn_accept_params& p;
+    int64_t b;
+    int32_t draft(int64_t i) const { return integer(p.draft, b, i); }
+    int32_t rank(int64_t i) const { return integer(p.rank, b, i); }
+    int32_t choice(int64_t i) const { return integer(p.argmax, b, i); }
+    void emit(int64_t at, int32_t token) const {
+        if (at >= 0 && at < p.tokens.shape[1]) integer(p.tokens, b, at) = token;
+    }
+};
+
+}  // namespace
+
 void accept_and_rollback(const kvspn_accept_params& p) {
     check(p);
     check_stream(p.stream);
-    const int64_t rows = p.tokens.shape[0], capacity = p.tokens.shape[1], drafted = p.draft.shape[1];
-    for (int64_t b = 0; b < rows; ++b) {
+    const StopRule rule{p.k, p.eos, p.max_length};
+    for (int64_t b = 0; b < p.tokens.shape[0]; ++b) {
         if (flag(p.finished, b)) continue;
-        int64_t accepted = 0;
-        while (accepted < drafted && integer(p.rank, b, accepted) < p.k) ++accepted;
-        const int64_t count = int64_t(integer(p.lengths, b)) + 1;
-        const int64_t most = std::clamp<int64_t>(p.max_length - count, 0, accepted + 1);
-        int64_t emitted = 0;
-        bool ended = false;
-        while (emitted < most && !ended) {
-            const int32_t token =
-                emitted < accepted ? integer(p.draft, b, emitted) : integer(p.argmax, b, accepted);
-            if (count + emitted >= 0 && count + emitted < capacity)
-                integer(p.tokens, b, count + emitted) = token;
-            ended = token == p.eos || token < 0;
-            ++emitted;
-        }
-        integer(p.lengths, b) += int32_t(emitted);
-        flag(p.finished, b) = ended || count + emitted >= p.max_length;
-        kvspn::count(integer(p.stats, b, 0), 1);
-        kvspn::count(integer(p.stats, b, 1), int32_t(drafted));
-        kvspn::count(integer(p.stats, b, 2), int32_t(std::min(accepted, emitted)));
+        flag(p.finished, b) =
+            accept(OpRow{p, b}, int32_t(p.draft.shape[1]), rule, integer(p.lengths, b), &integer(p.stats, b));
     }
 }
 

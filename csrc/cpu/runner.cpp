@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/accept.h"
 #include "common/cores.h"
-#include "common/counter.h"
 #include "common/error.h"
 #include "cpu/parts.h"
 
@@ -44,33 +44,39 @@ void CpuRunner::set_stream(void* stream) {
 }
 
 void CpuRunner::bind(const Batch& batch) {
-    const int rows = batch.rows, cross = batch.cross.capacity;
-    const int64_t queries = std::max<int64_t>(kPrefillChunk, 2 * int64_t(rows));
     const int group = weights_.blocks.empty() ? 1 : int(weights_.layers.size()) / weights_.groups;
-    const int64_t positions =
-        std::max<int64_t>(int64_t(batch.self.capacity) * group, cross) + int64_t(kLanes) * group;
+    const int64_t positions = std::max<int64_t>(int64_t(batch.self.capacity) * group, batch.cross.capacity) +
+                              int64_t(kLanes) * group;
     require(positions < (1 << 30), "kv must have less than 2^30 positions in a group of layers, got ",
             positions);
     const int scores = pad(int(positions));
-    const int threads = team_.size();
-    require(queries <= kMostElements / (int64_t(threads) * wide_stride_), "kv must have fewer rows beside ",
-            wide_stride_, " columns and ", threads, " threads, got ", rows);
-    Memory x(queries * width_stride_ * sizeof(float)), wide(queries * wide_stride_ * sizeof(float)),
-        attended(queries * wide_stride_ * sizeof(float)), hidden(queries * wide_stride_ * sizeof(float)),
-        normed(threads * queries * width_stride_ * sizeof(float)),
-        quantised(threads * queries * wide_stride_ * sizeof(int16_t)),
-        scales(threads * queries * sizeof(float)), score(size_t(threads) * kQueries * scores * sizeof(float)),
-        logits(threads * queries * kStrip * sizeof(float)), best(threads * queries * sizeof(Best)),
-        ids(queries * sizeof(int32_t)), drafts(rows * sizeof(int32_t));
-    slots_.resize(size_t(rows));
-    x_ = std::move(x), wide_ = std::move(wide), attended_ = std::move(attended), hidden_ = std::move(hidden);
-    normed_ = std::move(normed), quantised_ = std::move(quantised), scales_ = std::move(scales);
-    scores_ = std::move(score), logits_ = std::move(logits), best_ = std::move(best);
-    ids_ = std::move(ids), drafts_ = std::move(drafts);
-    scores_stride_ = scores;
+    Memory score(size_t(team_.size()) * kQueries * size_t(scores) * sizeof(float));
+    std::vector<Slot> slots(size_t(batch.rows));
+    reserve(2 * int64_t(batch.rows));
+    scores_ = std::move(score), scores_stride_ = scores;
+    slots_ = std::move(slots);
     for (const Cache* cache : {&batch.self, &batch.cross})
         prefer_huge_pages(cache->values, batch.bytes_of(*cache));
     batch_ = batch;
+}
+
+// Memory for passes of so many rows of activations.
+void CpuRunner::reserve(int64_t rows) {
+    rows = std::max<int64_t>(rows, kPrefillChunk);
+    if (rows <= reserved_) return;
+    const int threads = team_.size();
+    require(rows <= kMostElements / (int64_t(threads) * wide_stride_), "kv must have fewer rows beside ",
+            wide_stride_, " columns and ", threads, " threads, got passes of ", rows);
+    const size_t each = size_t(rows), all = size_t(threads) * each;
+    Memory x(each * width_stride_ * sizeof(float)), wide(each * wide_stride_ * sizeof(float)),
+        attended(each * wide_stride_ * sizeof(float)), hidden(each * wide_stride_ * sizeof(float)),
+        normed(all * width_stride_ * sizeof(float)), quantised(all * wide_stride_ * sizeof(int16_t)),
+        scales(all * sizeof(float)), logits(all * kStrip * sizeof(float)), best(all * sizeof(Best)),
+        ids(each * sizeof(int32_t));
+    x_ = std::move(x), wide_ = std::move(wide), attended_ = std::move(attended), hidden_ = std::move(hidden);
+    normed_ = std::move(normed), quantised_ = std::move(quantised), scales_ = std::move(scales);
+    logits_ = std::move(logits), best_ = std::move(best), ids_ = std::move(ids);
+    reserved_ = int(rows);
 }
 
 void CpuRunner::encode(int row, const kvspn_tensor& states) {
@@ -113,10 +119,9 @@ void CpuRunner::prefill(int row, int count) {
     for (int i = 0; i < count; ++i)
         require(ids[i] >= 0 && ids[i] < weights_.vocabulary, "tokens must be 0 to ", weights_.vocabulary - 1,
                 ", got ", ids[i]);
-    drafted_ = false;
     for (int first = 0; first < count; first += kPrefillChunk) {
         const int queries = std::min(kPrefillChunk, count - first);
-        slots_[0] = {row, first, queries, 0, cross};
+        slots_[0] = {row, first, queries, 0, cross, 0};
         slot_count_ = 1, rows_ = queries;
         std::copy_n(ids + first, queries, ids_.as<int32_t>());
         team_.run([this](int thread) { walk(thread, plan_.base, plan_.judge); });
@@ -131,29 +136,39 @@ int CpuRunner::cross_length(int row) const {
     return cross;
 }
 
-// A slot for every unfinished row, and its newest token; false where there is none.
-bool CpuRunner::find_slots(const kvspn_step_params& params) {
-    slot_count_ = 0;
+// A slot for every unfinished row: its newest token and, where the caller gives them, its drafts. False where
+// there is no such row.
+bool CpuRunner::find_slots() {
+    const kvspn_tensor* given = params_->draft_tokens;
+    int32_t* ids = ids_.as<int32_t>();
+    slot_count_ = rows_ = 0;
     for (int row = 0; row < batch_.rows; ++row) {
         if (batch_.finished[row]) continue;
         const int position = batch_.self.lengths[row];
-        require(position >= 0 && position < params.max_length, "lengths[", row, "] must be 0 to ",
-                params.max_length - 1, ", got ", position);
+        require(position >= 0 && position < params_->max_length, "lengths[", row, "] must be 0 to ",
+                params_->max_length - 1, ", got ", position);
         const int32_t newest = batch_.tokens[int64_t(row) * batch_.token_capacity + position];
         require(newest >= 0 && newest < weights_.vocabulary, "tokens must be 0 to ", weights_.vocabulary - 1,
                 ", got ", newest);
-        slots_[slot_count_] = {row, position, 1, slot_count_, cross_length(row)};
-        ids_.as<int32_t>()[slot_count_++] = newest;
+        Slot slot{row, position, 1, rows_, cross_length(row), 0};
+        ids[rows_++] = newest;
+        for (; slot.drafts < drafts_of(*params_) && given; ++slot.drafts) {
+            const int32_t id = static_cast<const int32_t*>(
+                given->data)[row * given->strides[0] + slot.drafts * given->strides[1]];
+            if (id < 0 || id >= weights_.vocabulary) break;
+            if (position + slot.queries == batch_.self.capacity) continue;  // no place for it
+            ids[rows_++] = id, ++slot.queries;
+        }
+        slots_[size_t(slot_count_++)] = slot;
     }
-    rows_ = slot_count_;
-    drafted_ = false;
     return slot_count_;
 }
 
 void CpuRunner::run(const kvspn_step_params& params, int steps) {
     params_ = &params;
+    reserve(int64_t(batch_.rows) * (1 + drafts_of(params)));
     const int first = params.draft ? 0 : plan_.base, last = int(plan_.stages.size());
-    for (; steps-- && find_slots(params);)
+    for (; steps-- && find_slots();)
         team_.run([this, first, last](int thread) { walk(thread, first, last); });
 }
 
@@ -205,19 +220,16 @@ void CpuRunner::walk(int thread, int first, int last) {
 
 // The draft network's choices become second queries of their rows, where the cache has a place for them.
 void CpuRunner::take_drafts() {
-    int first = 0;
+    int32_t* ids = ids_.as<int32_t>();
+    rows_ = 0;
     for (int i = 0; i < slot_count_; ++i) {
-        Slot& slot = slots_[i];
-        drafts_.as<int32_t>()[i] = best_.as<Best>()[i].id;
-        slot.first = first;
-        slot.queries = slot.position + 1 < batch_.self.capacity ? 2 : 1;
-        int32_t* ids = ids_.as<int32_t>() + first;
-        ids[0] = batch_.tokens[int64_t(slot.row) * batch_.token_capacity + slot.position];
-        if (slot.queries == 2) ids[1] = std::max(drafts_.as<int32_t>()[i], 0);
-        first += slot.queries;
+        Slot& slot = slots_[size_t(i)];
+        const int32_t draft = best_.as<Best>()[i].id;
+        slot.first = rows_, slot.drafts = draft >= 0;
+        ids[rows_++] = batch_.tokens[int64_t(slot.row) * batch_.token_capacity + slot.position];
+        if (draft < 0 || slot.position + 1 == batch_.self.capacity) continue;
+        ids[rows_++] = draft, slot.queries = 2;
     }
-    rows_ = first;
-    drafted_ = true;
 }
 
 Shown CpuRunner::shown(int row) const {
@@ -256,7 +268,7 @@ void CpuRunner::embed() {
 
 // [LayerNorm ->] x [-> int16], in a thread's own memory: cheaper than to wait for another's.
 Rows CpuRunner::input(int thread, const Norm* norm, const float* x, const Matrix& matrix) {
-    const int64_t first = int64_t(thread) * std::max(kPrefillChunk, 2 * batch_.rows);
+    const int64_t first = int64_t(thread) * reserved_;
     Rows rows{x, norm ? width_stride_ : wide_stride_, rows_};
     if (norm) {
         float* normed = normed_.as<float>() + first * width_stride_;
@@ -357,7 +369,7 @@ void CpuRunner::attend(int thread, const Stage& stage) {
 void CpuRunner::verify(int thread, const Stage& stage) {
     const Matrix& head = *stage.matrix;
     const int32_t* ids = stage.draft ? weights_.draft_ids : nullptr;
-    const int threads = team_.size(), most = std::max(kPrefillChunk, 2 * batch_.rows);
+    const int threads = team_.size(), most = reserved_;
     float* logits = logits_.as<float>() + int64_t(thread) * most * kStrip;
     Best* best = best_.as<Best>() + int64_t(thread) * most;
     const float* mask = params_->mask;
@@ -367,9 +379,8 @@ void CpuRunner::verify(int thread, const Stage& stage) {
         for (int q = 0; q < slots_[i].queries; ++q) {
             const int r = slots_[i].first + q;
             best[r] = {};
-            if (!drafted_ || q + 1 == slots_[i].queries) continue;
-            const int draft = drafts_.as<int32_t>()[i];
-            if (draft < 0) continue;
+            if (q + 1 == slots_[i].queries) continue;
+            const int draft = ids_.as<int32_t>()[r + 1];
             Rows row = rows.from(r);
             row.count = 1;
             Best own;
@@ -407,37 +418,27 @@ void CpuRunner::verify(int thread, const Stage& stage) {
     }
 }
 
-// Per row: the draft if it stands, the next token, stops and statistics; lengths alone roll back the rest.
-// A row without a token, which is -1, ends.
+struct CpuRunner::SlotRow {
+    const Slot& slot;
+    const Best* best;    // of the row's queries
+    const int32_t* ids;  // and their tokens
+    int32_t* tokens;     // of the row
+    // What the cache has no place for was not verified, and does not stand.
+    bool verified(int i) const { return i + 1 < slot.queries; }
+    int32_t draft(int i) const { return verified(i) ? ids[i + 1] : 0; }
+    int32_t rank(int i) const { return verified(i) && best[i].id >= 0 ? best[i].above : KVSPN_K_INF; }
+    int32_t choice(int i) const { return best[i].id; }
+    void emit(int64_t at, int32_t token) const { tokens[at] = token; }
+};
+
 void CpuRunner::accept() {
+    const StopRule rule{params_->k, params_->eos, params_->max_length};
     for (int i = 0; i < slot_count_; ++i) {
-        const Slot& slot = slots_[i];
-        const Best* best = best_.as<Best>() + slot.first;
-        const bool accepted = slot.queries == 2 && drafts_.as<int32_t>()[i] >= 0 && best[0].id >= 0 &&
-                              best[0].above < params_->k;
-        int32_t emitted[2] = {best[0].id, 0};
-        int count = 1, drafts = 0;
-        if (accepted) {
-            emitted[0] = drafts_.as<int32_t>()[i];
-            emitted[1] = best[1].id;
-            count = 2;
-            drafts = 1;
-        }
-        count = std::min(count, std::max(params_->max_length - slot.position - 1, 0));
-        bool ended = false;
-        for (int n = 0; n < count; ++n) {
-            if (emitted[n] >= 0 && emitted[n] != params_->eos) continue;
-            count = n + 1;
-            ended = true;
-        }
-        int32_t* tokens = batch_.tokens + int64_t(slot.row) * batch_.token_capacity + slot.position + 1;
-        for (int n = 0; n < count; ++n) tokens[n] = emitted[n];
-        batch_.self.lengths[slot.row] = slot.position + count;
-        batch_.finished[slot.row] = ended || slot.position + 1 + count >= params_->max_length;
-        int32_t* stats = batch_.stats + 3 * int64_t(slot.row);
-        kvspn::count(stats[0], 1);
-        kvspn::count(stats[1], params_->draft ? 1 : 0);
-        kvspn::count(stats[2], std::min(drafts, count));
+        const Slot& slot = slots_[size_t(i)];
+        const SlotRow row{slot, best_.as<Best>() + slot.first, ids_.as<int32_t>() + slot.first,
+                          batch_.tokens + int64_t(slot.row) * batch_.token_capacity};
+        batch_.finished[slot.row] = kvspn::accept(row, slot.drafts, rule, batch_.self.lengths[slot.row],
+                                                  batch_.stats + 3 * int64_t(slot.row));
     }
 }
 

@@ -30,13 +30,16 @@ class CpuRunner : public Runner {
 
   private:
     // `queries` tokens of batch row `row` in one pass, the first at `position`; rows of x from `first`.
-    // `cross`: the row's encoder positions.
+    // `cross`: the row's encoder positions. drafts: those that a step is given, of which the cache may have
+    // no place for all.
     struct Slot {
-        int row, position, queries, first, cross;
+        int row, position, queries, first, cross, drafts;
     };
+    struct SlotRow;
 
     int cross_length(int row) const;  // checked
-    bool find_slots(const kvspn_step_params& params);
+    void reserve(int64_t rows);
+    bool find_slots();
     void walk(int thread, int first, int last);
     void take_drafts();
     void embed();
@@ -60,10 +63,10 @@ class CpuRunner : public Runner {
 
     std::vector<Slot> slots_;
     int slot_count_ = 0, rows_ = 0;                       // of the present pass
-    bool drafted_ = false;                                // whether the present pass verifies drafts
+    int reserved_ = 0;                                    // rows of a pass that there is memory for
     int width_stride_, wide_stride_, scores_stride_ = 0;  // elements
     Memory x_, wide_, attended_, hidden_, normed_, quantised_, scales_, scores_, logits_, best_;
-    Memory ids_, drafts_;  // int32, of every row of x and of every slot
+    Memory ids_;  // int32, the tokens of the rows of x: of a slot the newest, then its drafts
 
     std::vector<Timing>* timings_ = nullptr;  // of the present profile()
     std::chrono::steady_clock::time_point last_;

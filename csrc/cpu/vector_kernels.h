@@ -359,21 +359,29 @@ struct Segment {
 template <class T, int Queries, int Vectors>
 INLINE void blend(const Attention& a, int longest, int total, const float* inverse, int c) {
     Vec acc[Queries][Vectors] = {};
+    int shortest = longest;
+    for (int i = 0; i < Queries; ++i) shortest = a.lengths[i] < shortest ? a.lengths[i] : shortest;
     for (int s = 0; s <= a.layers; ++s) {
         const Segment<T> segment(a, s, longest);
         const float* scores = a.scores + segment.scores;
+        // A value that some queries do not see must not reach them: it may be NaN, which 0 does not stop.
+        const int seen_by_all = s < a.layers ? shortest : segment.longest;
         const T* value = segment.values + c;
-        for (int t = 0; t < segment.longest; ++t, value += segment.stride) {
+        const auto add = [&](int t, bool by_all) {
             Vec v[Vectors];
             if constexpr (Vectors == 1)
                 v[0] = load_some(value, a.width - c);
             else
                 for (int n = 0; n < Vectors; n += 2) widen_two(value + n * kLanes, v[n], v[n + 1]);
             for (int i = 0; i < Queries; ++i) {
+                if (!by_all && t >= a.lengths[i]) continue;
                 const Vec p = fill(scores[(int64_t)i * total + t]);
                 for (int n = 0; n < Vectors; ++n) acc[i][n] = fma(v[n], p, acc[i][n]);
             }
-        }
+            value += segment.stride;
+        };
+        for (int t = 0; t < seen_by_all; ++t) add(t, true);
+        for (int t = seen_by_all; t < segment.longest; ++t) add(t, false);
     }
     for (int i = 0; i < Queries; ++i) {
         float* out = a.out[i] + c;

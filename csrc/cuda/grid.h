@@ -4,6 +4,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "common/accept.h"
 #include "cuda/device.h"
 #include "cuda/plan.h"
 
@@ -15,11 +16,6 @@ __device__ __forceinline__ int warps() { return thread_count() >> 5; }
 // Neighbouring outputs are on different multiprocessors.
 __device__ __forceinline__ int grid_warp() { return warp() * block_count() + block_index(); }
 __device__ __forceinline__ int grid_warps() { return warps() * block_count(); }
-
-// To a count of the caller's, which may be anything: the sum wraps.
-__device__ __forceinline__ void count(int32_t& total, int32_t more) {
-    total = int32_t(uint32_t(total) + uint32_t(more));
-}
 
 // What other blocks may have written: past the L1 cache.
 #if defined(__CUDACC__)

@@ -245,32 +245,31 @@ __global__ void append_kernel(const __grid_constant__ AppendOp op) {
 }
 
 // One thread a row.
+struct OpRow {
+    const kvspn_accept_params& p;
+    int64_t b;
+    __device__ __forceinline__ int32_t draft(int i) const {
+        return int_at(p.draft, b * p.draft.strides[0] + i);
+    }
+    __device__ __forceinline__ int32_t rank(int i) const { return int_at(p.rank, b * p.rank.strides[0] + i); }
+    __device__ __forceinline__ int32_t choice(int i) const {
+        return int_at(p.argmax, b * p.argmax.strides[0] + i);
+    }
+    __device__ __forceinline__ void emit(int64_t at, int32_t token) const {
+        if (at >= 0) static_cast<int32_t*>(p.tokens.data)[b * p.tokens.strides[0] + at] = token;
+    }
+};
+
 __global__ void accept_kernel(const __grid_constant__ kvspn_accept_params p) {
     let_next_kernel_start();
     wait_for_previous_kernel();
-    const int64_t drafted = p.draft.shape[1], rows = p.tokens.shape[0];
+    const StopRule rule{p.k, p.eos, p.max_length};
     bool* finished = static_cast<bool*>(p.finished.data);
     int32_t* lengths = static_cast<int32_t*>(p.lengths.data);
-    for (int64_t b = grid_thread(); b < rows; b += grid_threads()) {
+    for (int64_t b = grid_thread(); b < p.tokens.shape[0]; b += grid_threads()) {
         if (finished[b]) continue;
-        int64_t accepted = 0;
-        while (accepted < drafted && int_at(p.rank, b * p.rank.strides[0] + accepted) < p.k) ++accepted;
-        int32_t* tokens = static_cast<int32_t*>(p.tokens.data) + b * p.tokens.strides[0];
-        const int64_t count = int64_t(lengths[b]) + 1;
-        int64_t emitted = 0;
-        bool ended = false;
-        for (; emitted <= accepted && count + emitted < p.max_length && !ended; ++emitted) {
-            const int32_t token = emitted < accepted ? int_at(p.draft, b * p.draft.strides[0] + emitted)
-                                                     : int_at(p.argmax, b * p.argmax.strides[0] + accepted);
-            if (count + emitted >= 0) tokens[count + emitted] = token;
-            ended = token == p.eos || token < 0;
-        }
-        lengths[b] = int32_t(count - 1 + emitted);
-        finished[b] = ended || count + emitted >= p.max_length;
         int32_t* stats = static_cast<int32_t*>(p.stats.data) + b * p.stats.strides[0];
-        cuda::count(stats[0], 1);
-        cuda::count(stats[1], int32_t(drafted));
-        cuda::count(stats[2], int32_t(min(accepted, emitted)));
+        finished[b] = accept(OpRow{p, b}, int32_t(p.draft.shape[1]), rule, lengths[b], stats);
     }
 }
 

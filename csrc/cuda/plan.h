@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/accept.h"
 #include "common/plan.h"
 
 namespace kvspn::cuda {
@@ -79,7 +80,9 @@ struct Table {
 // What may change from one step to the next without a new graph.
 struct Control {
     const float* mask;
-    int32_t k, eos, max_length;
+    StopRule rule;
+    const int32_t* drafts;  // [batch, drafts_b], the caller's; or null: the draft network's
+    int64_t drafts_b;
 };
 
 // When the first block had done its part of a stage, and when it went on behind the barrier, in cycles of its

@@ -193,25 +193,33 @@ void CudaRunner::bind(const Batch& b) {
     model_.finished = reinterpret_cast<bool*>(b.finished);
     model_.batch = b.rows, model_.capacity = b.self.capacity, model_.id_capacity = b.token_capacity;
 
-    const size_t rows = size_t(b.rows), queries = std::max<size_t>(kPrefillChunk, 2 * rows),
-                 states = size_t(b.cross.capacity);
+    const size_t rows = size_t(b.rows), states = size_t(b.cross.capacity);
+    const auto zeros = [&](size_t bytes) { return Buffer(bytes, stream_); };
+    draft_best_ = zeros(rows * sizeof(uint64_t)), arrived_ = zeros(rows * b.heads * sizeof(int32_t));
+    barrier_ = zeros(sizeof(uint32_t)), control_ = zeros(sizeof(Control));
+    states_ = zeros(states * model_.x_stride * sizeof(float));
+    projected_ = zeros(b.cross.scales ? states * 2 * weights_.width * sizeof(float) : 0);
+    model_.draft_best = draft_best_.as<uint64_t>(), model_.arrived = arrived_.as<int32_t>();
+    model_.barrier = barrier_.as<uint32_t>(), model_.control = control_.as<Control>();
+    progress_ = Pinned(rows * (1 + size_t(b.token_capacity)) * sizeof(int32_t));
+    model_.progress = progress_.as<int32_t>();
+    controlled_ = false;
+    reserve(2);
+}
+
+// Memory for passes of so many queries a row, and the stages in it.
+void CudaRunner::reserve(int queries_of_row) {
+    check(cudaStreamSynchronize(stream_), "the stream");  // What runs uses what is replaced now.
+    queries_ = queries_of_row;
+    const size_t queries = most_queries();
     const auto zeros = [&](size_t bytes) { return Buffer(bytes, stream_); };
     x_ = zeros(queries * model_.x_stride * sizeof(float));
     wide_ = zeros(queries * wide_stride_ * sizeof(float));
     attended_ = zeros(queries * wide_stride_ * sizeof(float));
     inner_ = zeros(queries * inner_stride_ * sizeof(float));
-    best_ = zeros(queries * sizeof(uint64_t)), draft_best_ = zeros(rows * sizeof(uint64_t));
-    above_ = zeros(queries * sizeof(int32_t)), arrived_ = zeros(rows * b.heads * sizeof(int32_t));
-    barrier_ = zeros(sizeof(uint32_t)), control_ = zeros(sizeof(Control));
-    states_ = zeros(states * model_.x_stride * sizeof(float));
-    projected_ = zeros(b.cross.scales ? states * 2 * weights_.width * sizeof(float) : 0);
+    best_ = zeros(queries * sizeof(uint64_t)), above_ = zeros(queries * sizeof(int32_t));
     model_.x = x_.as<float>();
-    model_.best = best_.as<uint64_t>(), model_.draft_best = draft_best_.as<uint64_t>();
-    model_.above = above_.as<int32_t>(), model_.arrived = arrived_.as<int32_t>();
-    model_.barrier = barrier_.as<uint32_t>(), model_.control = control_.as<Control>();
-    progress_ = Pinned(rows * (1 + size_t(b.token_capacity)) * sizeof(int32_t));
-    model_.progress = progress_.as<int32_t>();
-    controlled_ = false;
+    model_.best = best_.as<uint64_t>(), model_.above = above_.as<int32_t>();
     for (Graph& graph : graphs_) graph.reset();
     place_stages();
 }
@@ -227,8 +235,7 @@ void CudaRunner::place_stages() {
         if (stage.kind == Kind::attend) {
             const size_t split = size_t(32 / stage.lanes * loads_of(stage.dtype));
             const size_t splits = stage.layers * ((stage.capacity + split - 1) / split);
-            const size_t queries = std::max<size_t>(kPrefillChunk, 2 * size_t(batch_.rows));
-            partials = std::max(partials, splits * queries * stage.query_heads * model_.partial_pitch);
+            partials = std::max(partials, splits * most_queries() * stage.query_heads * model_.partial_pitch);
         } else {
             longest = std::max(longest, pad(stage.inputs, 1024));
         }
@@ -342,22 +349,29 @@ void CudaRunner::prefill(int row, int count) {
 void CudaRunner::run(const kvspn_step_params& params, int steps) {
     const OnDevice held = here();
     if (!steps) return;
-    const Control control{params.mask, params.k, params.eos, params.max_length};
-    if (!controlled_ || control.mask != present_.mask || control.k != present_.k ||
-        control.eos != present_.eos || control.max_length != present_.max_length) {
+    const kvspn_tensor* given = params.draft_tokens;
+    const Pass pass{-1, 0, 1 + drafts_of(params)};
+    if (pass.queries > queries_) reserve(pass.queries);
+    const Control control{params.mask,
+                          {params.k, params.eos, params.max_length},
+                          given ? static_cast<const int32_t*>(given->data) : nullptr,
+                          given ? given->strides[0] : 0};
+    const auto fields = [](const Control& c) {
+        return std::tie(c.mask, c.rule.k, c.rule.eos, c.rule.max_length, c.drafts, c.drafts_b);
+    };
+    if (!controlled_ || fields(control) != fields(present_)) {
         present_ = control;
         write(control_.as<void>(), &present_, sizeof present_);
         controlled_ = true;
     }
     const int first = params.draft ? 0 : plan_.base, last = int(stages_.size());
-    const Pass pass{-1, 0, params.draft ? 2 : 1};
     switch (mode_) {
         case Mode::persistent:
             return launch_steps(device_, model_, placed_.as<Stage>() + first, last - first, pass, steps,
                                 stream_);
         case Mode::graph:
             while (steps-- > 0)  // One after the last row has finished does nothing.
-                graphs_[params.draft ? 1 : 0].launch(
+                graphs_[params.draft ? 0 : pass.queries].launch(
                     [&](cudaStream_t stream) { launch_stages(first, last, pass, stream); }, stream_);
             return;
         case Mode::kernels:

@@ -121,6 +121,10 @@ class CudaRunner : public Runner {
     void upload_weights();
 
     OnDevice here() const;
+    size_t most_queries() const {
+        return std::max<size_t>(kPrefillChunk, size_t(queries_) * size_t(batch_.rows));
+    }
+    void reserve(int queries_of_row);
     void place_stages();
     Stage placed(const kvspn::Stage& stage) const;
     std::pair<float*, int64_t> place(Place place) const;
@@ -137,6 +141,7 @@ class CudaRunner : public Runner {
     Model model_{};
     Batch batch_{};
     int64_t inner_stride_, wide_stride_;
+    int queries_ = 0;  // of a row, at most, that there is memory for
 
     std::vector<Stage> stages_;  // of the plan, on the present batch
     Buffer placed_, control_, x_, wide_, attended_, inner_, best_, draft_best_, above_, partials_, arrived_,
@@ -144,7 +149,7 @@ class CudaRunner : public Runner {
     Pinned progress_;
     Control present_{};
     bool controlled_ = false;
-    Graph graphs_[2];  // plain, with a draft
+    Graph graphs_[1 + kMostQueries];  // with the draft network, and by the number of queries without it
 };
 
 }  // namespace kvspn::cuda

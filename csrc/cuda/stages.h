@@ -51,7 +51,12 @@ __device__ __forceinline__ void collect(const Model& m, const Pass& pass, Slots&
     sync_block();
 }
 
-__device__ __forceinline__ int draft_of(const Model& m, int batch_row) {
+// The i-th draft of a row; -1: no token.
+__device__ __forceinline__ int draft_of(const Model& m, int batch_row, int i) {
+    if (const int32_t* drafts = m.control->drafts) {
+        const int id = drafts[batch_row * m.control->drafts_b + i];
+        return id < m.tokens.count ? id : -1;
+    }
     const int id = id_of(fresh(m.draft_best + batch_row));
     return m.draft_ids && id >= 0 ? m.draft_ids[id] : id;
 }
@@ -63,7 +68,7 @@ __device__ __forceinline__ void embed(const Model& m, const Stage& s, const Pass
     for (int r = block_index(); r < rows; r += block_count()) {
         const int slot = r / pass.queries, q = r % pass.queries, b = slots.row[slot];
         const int at = slots.position[slot] + q;
-        int id = pass.row < 0 && q ? draft_of(m, b) : fresh(m.ids + int64_t(b) * m.id_capacity + at);
+        int id = pass.row < 0 && q ? draft_of(m, b, q - 1) : fresh(m.ids + int64_t(b) * m.id_capacity + at);
         id = min(max(id, 0), m.tokens.count - 1);
         // A draft past the last position is never emitted.
         const int64_t position = min(at, m.positions.count - 1);
@@ -142,8 +147,9 @@ struct StageJudge {
         return masks ? masks[s.draft && m.draft_ids ? m.draft_ids[n] : n] : 0.f;
     }
     __device__ __forceinline__ int draft(int r) const {
-        const bool judges = !s.draft && r % pass.queries + 1 < pass.queries;
-        return judges ? draft_of(m, slots.row[r / pass.queries]) : -1;
+        const int query = r % pass.queries;
+        const bool judges = !s.draft && query + 1 < pass.queries;
+        return judges ? draft_of(m, slots.row[r / pass.queries], query) : -1;
     }
     __device__ __forceinline__ uint64_t* best(int r) const {
         return s.draft ? m.draft_best + slots.row[r] : m.best + r;
@@ -239,36 +245,34 @@ __device__ __forceinline__ void attend(const Model& m, const Stage& s, const Pas
                      StagePlace{m, s, pass, shared.slots});
 }
 
-// Per row: the draft if it stands, the next token, stops and statistics; lengths alone roll back the rest.
+// A row of the present step: its queries' choices and the ranks of its drafts. What it emits is shown to the
+// host.
+struct StageRow {
+    const Model& m;
+    int row, first;  // first: of its rows of activations
+    __device__ __forceinline__ int draft(int i) const { return draft_of(m, row, i); }
+    __device__ __forceinline__ int choice(int i) const { return id_of(fresh(m.best + first + i)); }
+    __device__ __forceinline__ int rank(int i) const {
+        return choice(i) < 0 ? KVSPN_K_INF : fresh(m.above + first + i);
+    }
+    __device__ __forceinline__ void emit(int64_t at, int token) const {
+        m.ids[int64_t(row) * m.id_capacity + at] = token;
+        m.progress[int64_t(row) * (1 + m.id_capacity) + 1 + at] = token;
+    }
+};
+
 __device__ __forceinline__ void accept(const Model& m, const Pass& pass, const Shared& shared) {
     if (block_index()) return;
-    const Control control = *m.control;
+    const StopRule rule = m.control->rule;
     for (int i = thread_index(); i < shared.slots.count; i += thread_count()) {
-        const int row = shared.slots.row[i], position = shared.slots.position[i], r = i * pass.queries;
-        const bool drafted = pass.queries == 2;
-        const int chosen = id_of(fresh(m.best + r)), draft = drafted ? draft_of(m, row) : -1;
-        // Where the cache has no place for a draft, max_length has none for a token.
-        const bool accepted = draft >= 0 && chosen >= 0 && fresh(m.above + r) < control.k;
-        const int first = accepted ? draft : chosen;
-        const int second = accepted ? id_of(fresh(m.best + r + 1)) : 0;
-        if (drafted) m.draft_best[row] = 0;
-        int count = min(accepted ? 2 : 1, max(control.max_length - position - 1, 0));
-        const auto ends = [&](int id) { return id < 0 || id == control.eos; };  // -1: the row has no token
-        if (count && ends(first)) count = 1;
-        const bool ended = (count && ends(first)) || (count == 2 && ends(second));
-        int32_t* ids = m.ids + int64_t(row) * m.id_capacity + position + 1;
-        if (count) ids[0] = first;
-        if (count == 2) ids[1] = second;
-        cuda::count(m.stats[3 * row], 1);
-        cuda::count(m.stats[3 * row + 1], drafted);
-        cuda::count(m.stats[3 * row + 2], accepted ? min(1, count) : 0);
-        int32_t* progress = m.progress + int64_t(row) * (1 + m.id_capacity);
-        if (count) progress[position + 2] = first;
-        if (count == 2) progress[position + 3] = second;
-        fence_host();  // before their number, which the host watches
-        *static_cast<volatile int32_t*>(progress) = position + 1 + count;
-        m.lengths[row] = position + count;
-        m.finished[row] = ended || position + 1 + count >= control.max_length;
+        const int row = shared.slots.row[i];
+        int length = shared.slots.position[i];
+        m.finished[row] = kvspn::accept(StageRow{m, row, i * pass.queries}, pass.queries - 1, rule, length,
+                                        m.stats + 3 * row);
+        m.draft_best[row] = 0;
+        m.lengths[row] = length;
+        fence_host();  // The tokens come before their number, which the host watches.
+        *static_cast<volatile int32_t*>(m.progress + int64_t(row) * (1 + m.id_capacity)) = length + 1;
     }
 }
 

@@ -98,7 +98,11 @@ typedef struct kvspn_step_params {
     int32_t k;         /* a draft stands if among the k best; 1 is greedy, KVSPN_K_INF accepts all */
     int32_t eos;       /* -1: none */
     int32_t max_length;
-    int32_t draft; /* 0: a plain greedy step */
+    int32_t draft; /* 1: the draft network guesses a token; 0: it does not */
+    /* int32 [B, 0 to 15], with draft 0: guesses of what follows each row's newest token, up to its first that
+     * is no token, all verified in one pass; on a CUDA device with unit strides in a row. For one step alone.
+     * Or NULL. */
+    const kvspn_tensor* draft_tokens;
 } kvspn_step_params;
 
 typedef struct kvspn_generate_params {

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvspn.checks import integer
+from kvspn.decoding.drafts import GivenDrafts
 from kvspn.decoding.statistics import DecodeStats
 from kvspn.engines import Engine
 from kvspn.ops import K_INF
@@ -43,6 +44,7 @@ def decode(
     max_length: int | Sequence[int],
     k: int | float | str = 1,
     draft: bool = True,
+    draft_tokens: Sequence[Sequence[int]] | None = None,
     mask: Tensor | None = None,
     begin_mask: Tensor | None = None,
     streamer: Streamer | None = None,
@@ -59,6 +61,9 @@ def decode(
         max_length: tokens of a row at most, prompt included: one number for all rows or one a row.
         k: a drafted token stands if it is among the base model's k best; an int >= 1, math.inf or "inf".
         draft: False for plain greedy decoding.
+        draft_tokens: per row a guess of what follows its prompt, as the last hypothesis of a stream is; up to
+            15 of its tokens are verified in a step, for as long as the row says the same. A row without a
+            guess takes a plain step beside one that has.
         streamer: called as streamer(row, new_token_ids) after each step for each row that grew. For a
             TextStreamer of transformers and a batch of one, pass
             ``lambda row, ids: text_streamer.put(torch.tensor(ids))`` and call its ``end()`` afterwards.
@@ -70,6 +75,7 @@ def decode(
     ends = [eos] if isinstance(eos, int) else list(eos)
     limits = [max_length] * len(prompt) if isinstance(max_length, int) else list(max_length)
     _check_stops(prompt, ends, limits)
+    guesses = GivenDrafts(draft_tokens, len(prompt))
     with engine.lock:
         engine.start(
             encoder_states, prompt, eos=ends[0], max_length=max(limits), mask=mask, begin_mask=begin_mask
@@ -80,9 +86,11 @@ def decode(
         full = [row for row, ids in enumerate(prompt) if len(ids) >= limits[row]]
         engine.finished[full] = True
         finished = engine.finished.tolist()
+        first_is_plain = begin_mask is not None
         begin = time.perf_counter()
         while not all(finished):
-            engine.step(accept, draft)
+            engine.step(accept, draft, None if first_is_plain else guesses.next(finished, engine.tokens))
+            first_is_plain = False
             lengths = engine.lengths.tolist()
             now = time.perf_counter() - begin
             done = engine.finished.tolist()
@@ -94,6 +102,7 @@ def decode(
                 new = engine.tokens[row, len(tokens) : min(lengths[row] + 1, limits[row])].tolist()
                 new = new[: next((i + 1 for i, token in enumerate(new) if token in ends), len(new))]
                 tokens += new
+                guesses.advance(row, new)
                 seconds[row] = now
                 if not done[row] and (len(tokens) >= limits[row] or tokens[-1] in ends):
                     engine.finished[row] = done[row] = True

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvspn.checks import FLOATS, FP32, Shapes, finite, integer
 from kvspn.engines.cache import StepCache
 from kvspn.ops import K_INF
+from kvspn.ops.decoder_step import check_drafts
 from kvspn.weights import DecoderWeights
 
 PREFILL_CHUNK = 16  # query tokens of one pass
@@ -97,12 +98,14 @@ class Engine(abc.ABC):
         """
 
     @abc.abstractmethod
-    def step(self, k: int = 1, draft: bool = True) -> None:
+    def step(self, k: int = 1, draft: bool = True, draft_tokens: Tensor | None = None) -> None:
         """One decoder step of every unfinished row: tokens, lengths, finished and stats move on.
 
         Args:
             k: a drafted token stands if it is among the k best; K_INF accepts every one.
             draft: False for a plain greedy step.
+            draft_tokens: int32 [batch, 0 to 15], guesses of what follows each row's newest token, in place of
+                the draft network's: all are verified in one pass. A row's end at the first that is no token.
 
         Raises:
             TypeError, ValueError: naming the argument; or a row whose logits give no token, see
@@ -200,8 +203,22 @@ class CachedEngine(Engine):
             self._prefill(row, len(ids) - 1)
 
     @torch.no_grad()
-    def step(self, k: int = 1, draft: bool = True) -> None:
-        self.run(k, draft, steps=1)
+    def step(self, k: int = 1, draft: bool = True, draft_tokens: Tensor | None = None) -> None:
+        if draft_tokens is None:
+            self.run(k, draft, steps=1)
+        else:
+            self._verify(k, draft_tokens)
+
+    @_alone
+    def _verify(self, k: int, draft_tokens: Tensor) -> None:
+        """The step with the caller's drafts."""
+        integer("k", k, 1, K_INF)
+        check_drafts(draft_tokens, len(self.tokens), use_draft=False)
+        if draft_tokens.device != self.tokens.device:
+            raise ValueError(f"draft_tokens must be on {self.tokens.device}, got {draft_tokens.device}")
+        if self._first_mask is not None:
+            raise ValueError("draft_tokens must be None for the first token after a begin_mask, got a tensor")
+        self._step(self._mask, k, False, draft_tokens)
 
     @_alone
     @torch.no_grad()
@@ -233,7 +250,7 @@ class CachedEngine(Engine):
         """Process the first ``count`` tokens of one row into the cache."""
 
     @abc.abstractmethod
-    def _step(self, mask: Tensor | None, k: int, draft: bool) -> None:
+    def _step(self, mask: Tensor | None, k: int, draft: bool, draft_tokens: Tensor | None = None) -> None:
         """One checked step of every unfinished row."""
 
     def _run(self, mask: Tensor | None, k: int, draft: bool, steps: int) -> None:

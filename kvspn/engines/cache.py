@@ -8,6 +8,7 @@ from torch import Tensor
 from kvspn.checks import FLOATS, INT32, Shapes, integer, same_dtype
 from kvspn.ops import compact_kv
 from kvspn.ops.append_kv import quantise
+from kvspn.ops.decoder_step import Caches
 
 
 def draft_first(states: Tensor, stride: int) -> Tensor:
@@ -67,17 +68,16 @@ class StepCache:
         self._cross_written = [False] * batch
 
     @property
+    def tensors(self) -> Caches:
+        """What a step works on."""
+        return Caches(
+            self.kv, self.lengths, self.cross_kv, self.cross_lengths, self.kv_scale, self.cross_kv_scale
+        )
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        buffers = (
-            self.kv,
-            self.cross_kv,
-            self.kv_scale,
-            self.cross_kv_scale,
-            self.lengths,
-            self.cross_lengths,
-        )
-        return sum(buffer.nbytes for buffer in buffers if buffer is not None)
+        return sum(buffer.nbytes for buffer in self.tensors if buffer is not None)
 
     def group(self, g: int, groups: int) -> Tensor:
         """The g-th of ``groups`` groups of consecutive layers: a view [L/groups, 2, B, H, S, D]."""

@@ -70,9 +70,13 @@ class NativeEngine(CachedEngine):
     def _prefill(self, row: int, count: int) -> None:
         self._engine.prefill(row, count)
 
-    def _step(self, mask: Tensor | None, k: int, draft: bool) -> None:
+    def _step(self, mask: Tensor | None, k: int, draft: bool, draft_tokens: Tensor | None = None) -> None:
         mask = None if mask is None else mask.contiguous()
-        self._engine.step(mask, k=k, eos=self._eos, max_length=self._max_length, draft=draft)
+        if draft_tokens is None:
+            self._engine.step(mask, k=k, eos=self._eos, max_length=self._max_length, draft=draft)
+        else:
+            drafts = draft_tokens.contiguous()
+            self._engine.verify(drafts, mask, k=k, eos=self._eos, max_length=self._max_length)
 
     def _run(self, mask: Tensor | None, k: int, draft: bool, steps: int) -> None:
         mask = None if mask is None else mask.contiguous()

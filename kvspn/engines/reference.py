@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvspn.checks import part
 from kvspn.engines.base import CachedEngine
 from kvspn.engines.cache import draft_first
-from kvspn.ops.decoder_step import REFERENCE, base_pass, step, step_rows
+from kvspn.ops.decoder_step import REFERENCE, StepRule, StepState, base_pass, step, step_rows
 from kvspn.weights.linear import dequantise
 
 PREFILL_CHUNK = 16  # query tokens of one pass
@@ -41,48 +38,23 @@ class ReferenceEngine(CachedEngine):
         return kv.to(self._embed.dtype)
 
     def _prefill(self, row: int, count: int) -> None:
-        here, both = slice(row, row + 1), (slice(None), slice(None))
+        here = slice(row, row + 1)
         for first in range(0, count, PREFILL_CHUNK):
             ids = self.tokens[here, first : min(first + PREFILL_CHUNK, count)]
-            base_pass(
-                self._weights,
-                ids,
-                self.cache.kv[:, :, here],
-                self.lengths[here],
-                self.cache.cross_kv[:, :, here],
-                self.cache.cross_lengths[here],
-                None,
-                self.ops,
-                part(self.cache.kv_scale, *both, here),
-                part(self.cache.cross_kv_scale, *both, here),
-            )
+            base_pass(self._weights, ids, self.cache.tensors.row(row), ops=self.ops)
             self.lengths[here] += ids.shape[1]
 
-    def _step(self, mask: Tensor | None, k: int, draft: bool) -> None:
+    def _step(self, mask: Tensor | None, k: int, draft: bool, draft_tokens: Tensor | None = None) -> None:
         ended = self.finished.clone()
-        self._call(step_rows, mask, k, draft)
+        step_rows(self._weights, *self._state_and_rule(mask, k, draft, draft_tokens))
         self._check_rows(self.finished & ~ended)
 
-    def _together(self, mask: Tensor | None, k: int, draft: bool) -> None:
+    def _together(self, mask: Tensor | None, k: int, draft: bool, draft_tokens: Tensor | None) -> None:
         """The step of all rows at once, by this engine's ops."""
-        self._call(functools.partial(step, self.ops), mask, k, draft)
+        step(self.ops, self._weights, *self._state_and_rule(mask, k, draft, draft_tokens))
 
-    def _call(self, take: Callable[..., None], mask: Tensor | None, k: int, draft: bool) -> None:
-        """`take`: `step_rows`, or `step` on some ops."""
-        take(
-            self._weights,
-            self.cache.kv,
-            self.lengths,
-            self.tokens,
-            self.finished,
-            self.stats,
-            self.cache.cross_kv,
-            self.cache.cross_lengths,
-            mask,
-            k,
-            self._eos,
-            self._max_length,
-            draft,
-            self.cache.kv_scale,
-            self.cache.cross_kv_scale,
-        )
+    def _state_and_rule(
+        self, mask: Tensor | None, k: int, draft: bool, draft_tokens: Tensor | None
+    ) -> tuple[StepState, StepRule]:
+        state = StepState(self.cache.tensors, self.tokens, self.finished, self.stats)
+        return state, StepRule(mask, k, self._eos, self._max_length, draft, draft_tokens)

@@ -114,8 +114,8 @@ class _Logits(ReferenceEngine):
         self.logits.append(REFERENCE.fused_linear(x, weight, None, *norm, scale=scale)[0, 0])
         return REFERENCE.lm_head_verify(x, weight, draft, mask, scale, *norm)
 
-    def _step(self, mask: Tensor | None, k: int, draft: bool) -> None:
-        self._together(mask, k, draft)
+    def _step(self, mask: Tensor | None, k: int, draft: bool, draft_tokens: Tensor | None = None) -> None:
+        self._together(mask, k, draft, draft_tokens)
 
 
 def _logits(values: DecoderWeights, shape: Shape, kv: str | None) -> tuple[Tensor, Tensor]:

@@ -6,13 +6,15 @@ Native kernels serve all ops on CUDA devices, where csrc/cuda is built, and flat
 whose matrices want packing first, which an engine does.
 """
 
+import functools
+
 import torch
 
 from kvspn.ops._library import load_native, serve
 from kvspn.ops.accept_and_rollback import accept_and_rollback
 from kvspn.ops.append_kv import append_kv
 from kvspn.ops.compact_kv import compact_kv
-from kvspn.ops.decoder_step import composed, decoder_step
+from kvspn.ops.decoder_step import composed, decoder_step, step
 from kvspn.ops.flat_kv_attention import flat_kv_attention
 from kvspn.ops.fused_linear import fused_linear
 from kvspn.ops.lm_head_verify import K_INF, lm_head_verify
@@ -29,4 +31,4 @@ __all__ = [
 ]
 
 for _key in load_native():
-    serve("decoder_step", _key, composed(torch.ops.kvspn))
+    serve("decoder_step", _key, composed(functools.partial(step, torch.ops.kvspn)))

@@ -63,8 +63,8 @@ def reference(
             cache yet.
         lengths: int32 [B], positions in the cache; changed in place.
         finished: bool [B], changed in place.
-        stats: int32 [B, 3], changed in place: steps + 1, drafted + (Q-1), accepted + drafts emitted.
-        draft: int32 [B, Q-1]; with Q = 1 there is no draft and the step is plain greedy.
+        stats: int32 [B, 3], changed in place: steps + 1, drafted + the row's drafts, accepted + emitted ones.
+        draft: int32 [B, Q-1]; a row's end at its first below 0. Without any the step is plain greedy.
         argmax, rank: int32 [B, Q] and [B, Q-1], from :func:`lm_head_verify`.
         k: 1 is greedy, K_INF accepts every draft.
         eos: the token that ends a row; -1 for none.
@@ -73,10 +73,10 @@ def reference(
     Raises:
         TypeError, ValueError: naming the argument, before anything is written.
     """
-    drafted = draft.shape[1]
     for b, done in enumerate(finished.tolist()):
         if done:
             continue
+        drafted = next((i for i, token in enumerate(draft[b].tolist()) if token < 0), draft.shape[1])
         accepted = 0
         while accepted < drafted and rank[b, accepted] < k:
             accepted += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,61 @@ REFERENCE = SimpleNamespace(
 )
 """The ops that a step is composed of; a backend brings its own by these names."""
 
+MOST_DRAFTS = 15  # of a row in one step
+
 _ALL = (slice(None), slice(None))  # layers, and keys and values alike
+
+
+class Caches(NamedTuple):
+    """A batch's keys and values, of its tokens and of the encoder: as in :class:`kvspn.engines.StepCache`."""
+
+    kv: Tensor
+    lengths: Tensor
+    cross_kv: Tensor
+    cross_lengths: Tensor
+    kv_scale: Tensor | None = None
+    cross_kv_scale: Tensor | None = None
+
+    def row(self, b: int) -> Caches:
+        """One row as a batch, in the same memory."""
+        here = slice(b, b + 1)
+        return Caches(
+            self.kv[:, :, here],
+            self.lengths[here],
+            self.cross_kv[:, :, here],
+            self.cross_lengths[here],
+            part(self.kv_scale, *_ALL, here),
+            part(self.cross_kv_scale, *_ALL, here),
+        )
+
+
+class StepState(NamedTuple):
+    """What a step moves on: ``kvspn_batch`` of the C ABI. Tensors as in :func:`accept_and_rollback`."""
+
+    caches: Caches
+    tokens: Tensor
+    finished: Tensor
+    stats: Tensor
+
+    def row(self, b: int) -> StepState:
+        """One row as a batch, in the same memory."""
+        here = slice(b, b + 1)
+        return StepState(self.caches.row(b), self.tokens[here], self.finished[here], self.stats[here])
+
+
+class StepRule(NamedTuple):
+    """How a step drafts and chooses: ``kvspn_step_params`` of the C ABI. As in :func:`decoder_step`."""
+
+    mask: Tensor | None
+    k: int
+    eos: int
+    max_length: int
+    use_draft: bool = True
+    draft_tokens: Tensor | None = None
+
+    def row(self, b: int) -> StepRule:
+        """That of one row."""
+        return self._replace(draft_tokens=part(self.draft_tokens, slice(b, b + 1)))
 
 
 def check(
@@ -51,6 +105,7 @@ def check(
     encoder_stride: int = 1,
     kv_scale: Tensor | None = None,
     cross_kv_scale: Tensor | None = None,
+    draft_tokens: Tensor | None = None,
 ) -> None:
     shapes = Shapes()
     shapes.cache("kv", kv, kv_scale, "L 2 B H S D")
@@ -81,146 +136,24 @@ def check(
     boolean("use_draft", use_draft)
     if use_draft and not w.blocks:
         raise ValueError("use_draft must be False without draft blocks among the weights, got True")
+    check_drafts(draft_tokens, shapes["B"], use_draft)
 
 
-def reference(
-    kv: Tensor,
-    lengths: Tensor,
-    tokens: Tensor,
-    finished: Tensor,
-    stats: Tensor,
-    cross_kv: Tensor,
-    cross_lengths: Tensor,
-    weights: Sequence[Tensor],
-    mask: Tensor | None,
-    k: int,
-    eos: int,
-    max_length: int,
-    use_draft: bool = True,
-    groups: int = 0,
-    last_layer_only: bool = False,
-    encoder_stride: int = 1,
-    kv_scale: Tensor | None = None,
-    cross_kv_scale: Tensor | None = None,
-) -> None:
-    """One step of KVSPN decoding ("Parasitic dual-scale modelling", arXiv 2508.11189), all in place.
-
-    Per unfinished row: the draft network guesses y'_{t+1} from the newest token y_t and the base model's
-    own cache; the base model runs y_t and y'_{t+1} in one pass; the guess stands if its rank is under k;
-    the lengths roll back what was rejected. Without a draft: one plain greedy step.
-
-    Args:
-        kv: [L, 2, B, H, S, D], fp32, bf16, fp16 or int8; the positions of this step are written.
-        lengths, tokens, finished, stats: as in :func:`accept_and_rollback`.
-        cross_kv: [L, 2, B, H, E, D] in kv's dtype, with cross_lengths int32 [B].
-        weights: ``DecoderWeights.flatten()``, embeddings in kv's dtype unless that is int8.
-        mask: fp32 [V], added to the logits of base model and draft network alike.
-        k, eos, max_length: as in :func:`accept_and_rollback`; max_length is at most S and the number of
-            positions too.
-        use_draft: False for a plain greedy step.
-        groups, last_layer_only, encoder_stride: as in ``DecoderWeights``.
-        kv_scale, cross_kv_scale: fp32 [L, 2, B, H, S] and [L, 2, B, H, E], of int8 caches; kv_scale is
-            written with kv.
-
-    Raises:
-        TypeError, ValueError: naming the argument, before anything is written.
-    """
-    w = named(weights, kv, groups, last_layer_only, encoder_stride)
-    step_rows(
-        w, kv, lengths, tokens, finished, stats, cross_kv, cross_lengths, mask, k, eos, max_length, use_draft,
-        kv_scale, cross_kv_scale,
-    )  # fmt: skip
-
-
-def named(
-    weights: Sequence[Tensor], kv: Tensor, groups: int, last_layer_only: bool, encoder_stride: int
-) -> DecoderWeights:
-    """The op's flat weights, for a cache [L, 2, B, H, S, D]."""
-    return DecoderWeights.unflatten(
-        weights,
-        heads=kv.shape[3],
-        num_layers=kv.shape[0],
-        groups=groups,
-        last_layer_only=last_layer_only,
-        encoder_stride=encoder_stride,
-    )
-
-
-def step_rows(
-    w: DecoderWeights,
-    kv: Tensor,
-    lengths: Tensor,
-    tokens: Tensor,
-    finished: Tensor,
-    stats: Tensor,
-    cross_kv: Tensor,
-    cross_lengths: Tensor,
-    mask: Tensor | None,
-    k: int,
-    eos: int,
-    max_length: int,
-    use_draft: bool,
-    kv_scale: Tensor | None = None,
-    cross_kv_scale: Tensor | None = None,
-) -> None:
-    """The step on named weights, unchecked: each unfinished row alone, as a batch of one."""
-    for b, done in enumerate(finished.tolist()):
-        if done:
-            continue
-        row = slice(b, b + 1)
-        step(
-            REFERENCE,
-            w,
-            kv[:, :, row],
-            lengths[row],
-            tokens[row],
-            finished[row],
-            stats[row],
-            cross_kv[:, :, row],
-            cross_lengths[row],
-            mask,
-            k,
-            eos,
-            max_length,
-            use_draft,
-            part(kv_scale, *_ALL, row),
-            part(cross_kv_scale, *_ALL, row),
-        )
-
-
-def step(
-    ops: Any,
-    w: DecoderWeights,
-    kv: Tensor,
-    lengths: Tensor,
-    tokens: Tensor,
-    finished: Tensor,
-    stats: Tensor,
-    cross_kv: Tensor,
-    cross_lengths: Tensor,
-    mask: Tensor | None,
-    k: int,
-    eos: int,
-    max_length: int,
-    use_draft: bool,
-    kv_scale: Tensor | None = None,
-    cross_kv_scale: Tensor | None = None,
-) -> None:
-    """The step of all rows together, unchecked, composed from the ops of a backend; nothing is read back."""
-    newest = tokens.gather(1, lengths[:, None].long())
-    draft = newest[:, :0]
+def check_drafts(draft_tokens: Tensor | None, batch: int, use_draft: bool) -> None:
+    """Raise TypeError or ValueError unless they can be a step's drafts."""
+    if draft_tokens is None:
+        return
+    shapes = Shapes(B=batch)
+    shapes.tensor("draft_tokens", draft_tokens, "B G", INT32)
+    integer("the number of draft_tokens of a row", shapes["G"], 0, MOST_DRAFTS)
     if use_draft:
-        draft = propose(w, newest, kv, lengths, cross_kv, cross_lengths, mask, ops, kv_scale, cross_kv_scale)
-    ids = torch.cat([newest, draft], dim=1)
-    x = base_pass(w, ids, kv, lengths, cross_kv, cross_lengths, finished, ops, kv_scale, cross_kv_scale)
-    argmax, rank = ops.lm_head_verify(x, w.head.weight, draft, mask, w.head.scale, *w.norm)
-    ops.accept_and_rollback(tokens, lengths, finished, stats, draft, argmax, rank, k, eos, max_length)
+        raise ValueError("use_draft must be False with draft_tokens, got True")
 
 
-def composed(ops: Any) -> Callable[..., None]:
-    """The op's kernel from the ops of a backend, which take all rows together."""
+def composed(step: Callable[[DecoderWeights, StepState, StepRule], None]) -> Callable[..., None]:
+    """The op's kernel from a step of named weights."""
 
-    def kernel(
+    def decoder_step(
         kv: Tensor,
         lengths: Tensor,
         tokens: Tensor,
@@ -239,31 +172,80 @@ def composed(ops: Any) -> Callable[..., None]:
         encoder_stride: int = 1,
         kv_scale: Tensor | None = None,
         cross_kv_scale: Tensor | None = None,
+        draft_tokens: Tensor | None = None,
     ) -> None:
-        w = named(weights, kv, groups, last_layer_only, encoder_stride)
-        state = kv, lengths, tokens, finished, stats, cross_kv, cross_lengths
-        step(ops, w, *state, mask, k, eos, max_length, use_draft, kv_scale, cross_kv_scale)
+        """One step of KVSPN decoding ("Parasitic dual-scale modelling", arXiv 2508.11189), all in place.
 
-    return kernel
+        Per unfinished row: the draft network guesses y'_{t+1} from the newest token y_t and the base model's
+        own cache; the base model runs y_t and y'_{t+1} in one pass; the guess stands if its rank is under k;
+        the lengths roll back what was rejected. Without a draft: one plain greedy step. The caller may give
+        the guesses instead, up to 15 a row.
+
+        Args:
+            kv: [L, 2, B, H, S, D], fp32, bf16, fp16 or int8; the positions of this step are written.
+            lengths, tokens, finished, stats: as in :func:`accept_and_rollback`.
+            cross_kv: [L, 2, B, H, E, D] in kv's dtype, with cross_lengths int32 [B].
+            weights: ``DecoderWeights.flatten()``, embeddings in kv's dtype unless that is int8.
+            mask: fp32 [V], added to the logits of base model and draft network alike.
+            k, eos, max_length: as in :func:`accept_and_rollback`; max_length is at most S and the number of
+                positions too.
+            use_draft: whether the draft network guesses.
+            groups, last_layer_only, encoder_stride: as in ``DecoderWeights``.
+            kv_scale, cross_kv_scale: fp32 [L, 2, B, H, S] and [L, 2, B, H, E], of int8 caches; kv_scale is
+                written with kv.
+            draft_tokens: int32 [B, 0 to 15], without use_draft: guesses of what follows each row's newest
+                token, up to the first that is no token (below 0, or V and above).
+
+        Raises:
+            TypeError, ValueError: naming the argument, before anything is written.
+        """
+        w = DecoderWeights.unflatten(
+            weights,
+            heads=kv.shape[3],
+            num_layers=kv.shape[0],
+            groups=groups,
+            last_layer_only=last_layer_only,
+            encoder_stride=encoder_stride,
+        )
+        caches = Caches(kv, lengths, cross_kv, cross_lengths, kv_scale, cross_kv_scale)
+        rule = StepRule(mask, k, eos, max_length, use_draft, draft_tokens)
+        step(w, StepState(caches, tokens, finished, stats), rule)
+
+    return decoder_step
+
+
+def step_rows(w: DecoderWeights, state: StepState, rule: StepRule) -> None:
+    """The step on named weights, unchecked: each unfinished row alone, as a batch of one."""
+    for b, done in enumerate(state.finished.tolist()):
+        if not done:
+            step(REFERENCE, w, state.row(b), rule.row(b))
+
+
+def step(ops: Any, w: DecoderWeights, state: StepState, rule: StepRule) -> None:
+    """The step of all rows together, unchecked, composed from the ops of a backend; nothing is read back."""
+    caches, tokens, finished, stats = state
+    newest = tokens.gather(1, caches.lengths[:, None].long())
+    draft = newest[:, :0]
+    if rule.use_draft:
+        draft = propose(w, newest, caches, rule.mask, ops)
+    elif rule.draft_tokens is not None:
+        draft = torch.where(rule.draft_tokens < len(w.embed_tokens), rule.draft_tokens, -1)
+    x = base_pass(w, torch.cat([newest, draft], dim=1), caches, finished, ops)
+    argmax, rank = ops.lm_head_verify(x, w.head.weight, draft, rule.mask, w.head.scale, *w.norm)
+    ops.accept_and_rollback(
+        tokens, caches.lengths, finished, stats, draft, argmax, rank, rule.k, rule.eos, rule.max_length
+    )
 
 
 def base_pass(
-    w: DecoderWeights,
-    ids: Tensor,
-    kv: Tensor,
-    lengths: Tensor,
-    cross_kv: Tensor,
-    cross_lengths: Tensor,
-    finished: Tensor | None = None,
-    ops: Any = REFERENCE,
-    kv_scale: Tensor | None = None,
-    cross_kv_scale: Tensor | None = None,
+    w: DecoderWeights, ids: Tensor, caches: Caches, finished: Tensor | None = None, ops: Any = REFERENCE
 ) -> Tensor:
     """Run tokens int32 [B, Q] at positions lengths[b] ... through the base model's layers.
 
     Appends their keys and values to ``kv``, but for rows that are finished; returns [B, Q, d], before the
     final LayerNorm.
     """
+    kv, lengths, cross_kv, cross_lengths, kv_scale, cross_kv_scale = caches
     x = embed(w, ids, lengths)
     for i, layer in enumerate(w.layers):
         q, k, v = split_heads(linear(ops, x, layer.self_qkv, layer.self_norm), 3, w.heads)
@@ -278,18 +260,10 @@ def base_pass(
 
 
 def propose(
-    w: DecoderWeights,
-    newest: Tensor,
-    kv: Tensor,
-    lengths: Tensor,
-    cross_kv: Tensor,
-    cross_lengths: Tensor,
-    mask: Tensor | None,
-    ops: Any = REFERENCE,
-    kv_scale: Tensor | None = None,
-    cross_kv_scale: Tensor | None = None,
+    w: DecoderWeights, newest: Tensor, caches: Caches, mask: Tensor | None, ops: Any = REFERENCE
 ) -> Tensor:
     """The draft network's guess int32 [B, 1] of what follows the newest token int32 [B, 1]; -1: none."""
+    kv, lengths, cross_kv, cross_lengths, kv_scale, cross_kv_scale = caches
     x = embed(w, newest, lengths)
     if w.encoder_stride > 1:
         cross_lengths = (cross_lengths + (w.encoder_stride - 1)) // w.encoder_stride
@@ -358,11 +332,13 @@ def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
     return x.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
+reference = composed(step_rows)
 decoder_step = register(
     "decoder_step(Tensor(a!) kv, Tensor(b!) lengths, Tensor(c!) tokens, Tensor(d!) finished, "
     "Tensor(e!) stats, Tensor cross_kv, Tensor cross_lengths, Tensor[] weights, Tensor? mask, "
     "int k, int eos, int max_length, bool use_draft=True, int groups=0, bool last_layer_only=False, "
-    "int encoder_stride=1, Tensor(f!)? kv_scale=None, Tensor? cross_kv_scale=None) -> ()",
+    "int encoder_stride=1, Tensor(f!)? kv_scale=None, Tensor? cross_kv_scale=None, "
+    "Tensor? draft_tokens=None) -> ()",
     check=check,
     fake=lambda *args, **kwargs: None,
     reference=reference,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from kvspn.engines.cuda import CudaEngine
 from kvspn.ops._library import implement
-from kvspn.ops.decoder_step import composed
+from kvspn.ops.decoder_step import composed, step
 
 PATH = Path(__file__).parents[2] / "build" / "native" / "emulated" / "_native.so"
 OPS_PATH = PATH.with_name("_torch_ops_cuda.so")
@@ -47,7 +48,8 @@ def ops() -> SimpleNamespace:
 
     public = SimpleNamespace(**{name: implement(name, "kvspn_emulated", none) for name in OPS})
     torch.ops.load_library(str(OPS_PATH))
-    public.decoder_step = implement("decoder_step", "kvspn_emulated", composed(torch.ops.kvspn_emulated))
+    kernel = composed(functools.partial(step, torch.ops.kvspn_emulated))
+    public.decoder_step = implement("decoder_step", "kvspn_emulated", kernel)
     return public
 
 

@@ -84,7 +84,7 @@ class Problem:
     def _reference(self) -> Tensor:
         cache, w = self._engine.cache, self.weights
         ids = torch.tensor([self.newest], dtype=torch.int32, device=self.device)
-        x = base_pass(w, ids, cache.kv, cache.lengths, cache.cross_kv, cache.cross_lengths)
+        x = base_pass(w, ids, cache.tensors)
         return linear(REFERENCE, x, w.head, w.norm)[0]
 
     def embedded(self, rows: int) -> Tensor:
