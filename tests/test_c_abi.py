@@ -75,6 +75,7 @@ class StepParams(ctypes.Structure):
         ("eos", c_int32),
         ("max_length", c_int32),
         ("draft", c_int32),
+        ("draft_tokens", POINTER(Tensor)),
     )
 
 
@@ -570,6 +571,55 @@ def test_struct_size_of_the_first_edition(lib, weights):
     assert b"device must be a kvspn_device that the library is built for, got 7" in lib.kvspn_last_error()
     assert lib.kvspn_flat_kv_attention(edition(given, FIRST_ATTENTION)) == OK
     assert (out == 1).all()
+
+
+def test_struct_size_of_a_first_edition_step_in_a_generation(lib, started):
+    engine, values = started
+    known, missing = generate(max_steps=2, k=0), ctypes.sizeof(StepParams) - StepParams.draft_tokens.offset
+    known.step.struct_size = StepParams.draft_tokens.offset
+    first = bytes(known)
+    behind = GenerateParams.first_mask.offset
+    shorter = ctypes.create_string_buffer(first[: behind - missing] + first[behind:])
+    ctypes.memmove(shorter, byref(c_uint32(len(first) - missing)), 4)
+    assert lib.kvspn_engine_generate(engine, shorter) == INVALID
+    assert b"k must be at least 1, got 0" in lib.kvspn_last_error()
+    ctypes.memmove(byref(shorter, GenerateParams.step.offset + StepParams.k.offset), byref(c_int32(1)), 4)
+    assert lib.kvspn_engine_generate(engine, shorter) == OK
+    assert (values["stats"][0, 0], statistics(lib, engine, 0)["steps"]) == (2, 2)
+
+
+def test_given_drafts_of_one_step(lib, started):
+    """What greedy decoding says, found by it and then given: one step makes all of it."""
+    engine, values = started
+    assert lib.kvspn_engine_generate(engine, byref(generate(max_steps=4, draft=0))) == OK
+    tokens = values["tokens"].copy()
+    guess = np.ascontiguousarray(tokens[:, 3:7])
+    for wrong, message in (
+        (step(draft=1), b"draft must be 0 with draft_tokens, got 1"),
+        (generate(draft=0, max_steps=2), b"draft_tokens must be null but for one step without first_mask"),
+        (
+            generate(draft=0, max_steps=1, first_mask=np.zeros(29, np.float32)),
+            b"draft_tokens must be null but",
+        ),
+    ):
+        inner = getattr(wrong, "step", wrong)
+        inner.draft_tokens = ctypes.pointer(Tensor.of("draft_tokens", guess))
+        call = lib.kvspn_engine_generate if inner is not wrong else lib.kvspn_engine_step
+        assert call(engine, byref(wrong)) == INVALID
+        assert message in lib.kvspn_last_error()
+    many = step(draft=0)
+    many.draft_tokens = ctypes.pointer(Tensor.of("draft_tokens", np.zeros((1, 16), np.int32)))
+    assert lib.kvspn_engine_step(engine, byref(many)) == INVALID
+    assert b"draft_tokens must hold 0 to 15 of a row, got 16" in lib.kvspn_last_error()
+
+    assert lib.kvspn_engine_rollback(engine, 0, 2) == OK
+    values["stats"][:] = 0
+    given = step(draft=0)
+    given.draft_tokens = ctypes.pointer(Tensor.of("draft_tokens", guess))
+    assert lib.kvspn_engine_step(engine, byref(given)) == OK
+    assert np.array_equal(values["tokens"][:, :7], tokens[:, :7])
+    assert values["stats"].tolist() == [[1, 4, 4]]
+    assert values["lengths"][0] == 7
 
 
 def test_struct_size_of_a_later_edition(lib, weights, started):

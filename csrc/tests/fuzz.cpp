@@ -73,7 +73,8 @@ void set_size(Params& params) {
 void create(const Model& model) {
     std::vector<kvspn_tensor> weights = model.tensors();
     std::vector<float> scale(kVocabulary, 1.f);
-    kvspn_engine_params params{0, kLayers, kHeads, 1, 1, 0, int32_t(random_bits() % 3), 0};
+    kvspn_engine_params params{0, kLayers,          kHeads, 1, 1, 0, int32_t(random_bits() % 3),
+                               0, KVSPN_DEVICE_CPU, nullptr};
     set_size(params);
     switch (random_bits() % 4) {
         case 0:  // a head of int4, whose groups are absurd
@@ -84,8 +85,8 @@ void create(const Model& model) {
             weights.back().shape[1] = any_of(kAbsurd);
             break;
         case 1:
-            *any_of({&params.layers, &params.heads, &params.blocks, &params.groups, &params.encoder_stride}) =
-                number();
+            *any_of({&params.layers, &params.heads, &params.blocks, &params.groups, &params.encoder_stride,
+                     &params.device}) = number();
             break;
         case 2:
             params.threads = any_of({INT_MIN, -1, 1025, INT_MAX});
@@ -116,6 +117,11 @@ void use(kvspn_engine* engine, Batch& batch) {
     kvspn_step_params step = Batch::step_params(1);
     set_size(step);
     if (chance(50)) *any_of({&step.k, &step.eos, &step.max_length, &step.draft}) = number();
+    int32_t drafts[kRows * 18];
+    for (int32_t& token : drafts) token = chance(20) ? number() : int32_t(random_bits() % kVocabulary);
+    kvspn_tensor given = tensor("draft_tokens", drafts, KVSPN_INT32, {kRows, int64_t(random_bits() % 18)});
+    if (chance(20)) damage(given);
+    if (chance(40)) step.draft_tokens = &given, step.draft = chance(10);
     bool ok = true;
     switch (random_bits() % 9) {
         case 0: {

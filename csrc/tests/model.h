@@ -67,7 +67,8 @@ class Model {
     }
 
     kvspn_engine* engine(int threads) const {
-        kvspn_engine_params params{sizeof params, kLayers, kHeads, 1, 1, 0, threads, 0};
+        kvspn_engine_params params{sizeof params, kLayers, kHeads,           1,      1, 0,
+                                   threads,       0,       KVSPN_DEVICE_CPU, nullptr};
         kvspn_engine* made = nullptr;
         CHECK(kvspn_engine_create(&params, tensors_.data(), int32_t(tensors_.size()), &made) == KVSPN_OK);
         return made;
@@ -134,7 +135,7 @@ class Batch {
     }
 
     static kvspn_step_params step_params(int draft) {
-        return {sizeof(kvspn_step_params), nullptr, 1, -1, kCapacity, draft};
+        return {sizeof(kvspn_step_params), nullptr, 1, -1, kCapacity, draft, nullptr};
     }
 
     bool done() const {

@@ -75,7 +75,8 @@ void engine(const std::string& name, int32_t weights, const std::string& cache_n
             weights == KVSPN_INT4 ? std::vector<int64_t>{rows, groups} : std::vector<int64_t>{rows};
         tensors.push_back(tensor(names.back().c_str(), values.back().scales.data(), KVSPN_FP32, shape));
     }
-    const kvspn_engine_params params{sizeof params, kLayers, kHeads, 1, 1, 0, 1, 0};
+    const kvspn_engine_params params{sizeof params,    kLayers, kHeads, 1, 1, 0, 1, 0,
+                                     KVSPN_DEVICE_CPU, nullptr};
     kvspn_engine* made = nullptr;
     CHECK(kvspn_engine_create(&params, tensors.data(), int32_t(tensors.size()), &made) == KVSPN_OK);
 
