@@ -247,6 +247,20 @@ def test_generate_equals_teacher_forcing(fields):
     )
 
 
+def test_given_drafts_of_an_earlier_output():
+    """The same output in fewer steps; the guess may be wrong from its middle on."""
+    model, x = make_m2m(), features(2)
+    options = {"language": "en", "max_new_tokens": 12, "return_dict_in_generate": True}
+    plain = model.generate(x, draft=False, **options)
+    wrong = plain.sequences.clone()
+    wrong[1, 4:] = 9
+    guided = model.generate(x, draft_tokens=wrong, **options)
+    assert torch.equal(guided.sequences, plain.sequences)
+    assert guided.total.steps < plain.total.steps
+    with pytest.raises(ValueError, match=r"^draft_tokens must hold 2 rows, got 1"):
+        model.generate(x, draft_tokens=wrong[:1], **options)
+
+
 def test_prompt_ids_come_before_whispers_prompt():
     model, x, context = make_m2m(), features(1), [87, 5, 6, 7]
     expected = greedy(model, x, [*context, START, 81, 84, 86], 6)

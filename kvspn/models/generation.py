@@ -95,6 +95,7 @@ class GenerationMixin:
         prompt_ids: Tensor | Sequence[int] | None = None,
         k: int | float | str = 1,
         draft: bool | None = None,
+        draft_tokens: Tensor | Sequence[Sequence[int]] | None = None,
         max_new_tokens: int | None = None,
         streamer: BaseStreamer | None = None,
         generation_config: GenerationConfig | None = None,
@@ -122,6 +123,9 @@ class GenerationMixin:
                 output, "inf" accepts all.
             draft: False for plain greedy decoding; by default True where the model has a draft network that
                 has been trained (a warning says that one has not). True uses an untrained one, too.
+            draft_tokens: per row a guess of its output, such as the `sequences` [B, T] of an earlier call: up
+                to 15 of its tokens are verified in a step, for as long as the row says the same (see
+                `kvspn.decoding.drafts`). With k = 1 the output stays the same.
             max_new_tokens: at most, each row after its own prompt; by default what the decoder's positions
                 allow.
             streamer: a transformers streamer, such as TextStreamer, for a batch of one; it gets the prompt
@@ -201,6 +205,7 @@ class GenerationMixin:
                 max_length=limits,
                 k=k,
                 draft=self.drafts if draft is None else draft,
+                draft_tokens=draft_tokens.tolist() if isinstance(draft_tokens, Tensor) else draft_tokens,
                 mask=mask,
                 begin_mask=first_mask,
                 streamer=None if streamer is None else lambda row, new: streamer.put(torch.tensor(new)),
