@@ -9,7 +9,7 @@ import kvspn.ops
 from kvspn.measure.ops import CALLS, WEIGHTED, Sizes
 from kvspn.weights.formats import FORMATS
 
-_FLOATS = {dtype: name for name, dtype in FORMATS.items()}
+_FLOATS = {fmt.dtype: name for name, fmt in FORMATS.items()}
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ _FLOATS = {dtype: name for name, dtype in FORMATS.items()}
     [
         (call, weights)
         for call in CALLS
-        for weights in (None, "int8", "int4")
+        for weights in (None, "fp8", "int8", "int4")
         if weights is None or call.startswith(WEIGHTED)
     ],
 )

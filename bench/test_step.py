@@ -20,7 +20,7 @@ from kvspn.ops import K_INF
 from kvspn.weights import DecoderWeights
 from kvspn.weights.formats import FORMATS, quantise
 
-_FORMATS = {dtype: name for name, dtype in FORMATS.items()}
+_FORMATS = {fmt.dtype: name for name, fmt in FORMATS.items()}
 _DEVICES = {"native": "cpu", "cuda": "cuda", "triton": "cuda"}
 _CUDA_STEPS = ("persistent", "graph", "kernels")
 BACKENDS = [

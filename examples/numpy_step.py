@@ -18,8 +18,17 @@ import numpy as np
 
 from kvspn import _native
 
-# bf16 has no name in NumPy: its bits are uint16 here, which the engine takes for them.
-DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "U8": "u1", "I32": "<i4", "BOOL": "?"}
+# bf16 and fp8 have no names in NumPy: their bits are uint16 and uint8 here, which the engine takes for them.
+DTYPES = {
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "F8_E4M3": "u1",
+    "I8": "i1",
+    "U8": "u1",
+    "I32": "<i4",
+    "BOOL": "?",
+}
 
 
 def open_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -22,9 +22,10 @@ from typer.testing import CliRunner, Result
 
 import kvspn
 from kvspn import assets
-from kvspn.cli import app
+from kvspn.cli import app, common
 from kvspn.engines import backends
 from kvspn.speech.translator import Translator
+from kvspn.weights.formats import FORMATS
 from support.tiny import TEXTS, damaged, save_model, save_whisper, sound
 
 STATS = {"tokens", "steps", "drafted", "accepted", "acceptance", "tokens_per_step", "alpt_ms", "seconds"}
@@ -99,6 +100,10 @@ def test_help_and_version() -> None:
     assert kvspn_("--version").stdout == f"kvspn {kvspn.__version__}\n"
 
 
+def test_help_names_every_format() -> None:
+    assert ", ".join(FORMATS) == common.FORMATS
+
+
 def test_help_loads_no_torch() -> None:
     code = "import sys, kvspn.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -122,7 +127,7 @@ def test_translate_on_another_backend_or_format(clip: Path, arguments: tuple[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--weights", "int3"), "weights must be one of fp32, bf16, fp16, int8, int4, or two"),
+        (("--weights", "int3"), "weights must be one of fp32, bf16, fp16, fp8, int8, int4, or two"),
         (("--backend", "cublas"), "got 'cublas'"),
         (("--kv", "int4"), "kv must be int8, or None for the embeddings' dtype, got 'int4'"),
     ],
@@ -572,7 +577,7 @@ def test_evaluate(tmp_path: Path) -> None:
         assert row["acceptance"] == 1 or row["k"] != "inf"
 
 
-@pytest.mark.parametrize("formats", [("fp32",), ("int8/int4",), ("fp32", "--kv", "int8")])
+@pytest.mark.parametrize("formats", [("fp32",), ("fp8",), ("int8/int4",), ("fp32", "--kv", "int8")])
 def test_evaluate_with_other_formats(tmp_path: Path, formats: tuple[str, ...]) -> None:
     options = ["--k", "1", "--set", "unseen", "--workers", "1", "--weights", *formats]
     assert kvspn_("evaluate", *options, "--json", tmp_path / "out.json").exit_code == 0

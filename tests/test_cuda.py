@@ -30,6 +30,7 @@ SHAPES = {
     "two blocks a group": {"layers": 4, "blocks": 4, "groups": 2},
     "wide": {"heads": 1, "head_dim": 64, "ffn": 200, "vocabulary": 101},
     "short list": {"heads": 3, "vocabulary": 90, "short_list": 40},
+    "fp8": {"quantised": "fp8", "heads": 1, "head_dim": 64, "ffn": 37},
     "int8": {"quantised": "int8", "heads": 1, "head_dim": 64, "ffn": 600},
     "int4": {"quantised": "int4", "vocabulary": 67, "ffn": 576},
 }
@@ -127,6 +128,7 @@ def test_int8_caches_are_those_of_fp32_quantised(configure):
         ("wide", torch.bfloat16, None),
         ("wide", torch.float16, None),
         ("wide", torch.bfloat16, "int8"),
+        ("fp8", torch.bfloat16, None),
         ("int4", torch.bfloat16, None),
     ],
 )

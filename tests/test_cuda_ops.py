@@ -37,6 +37,8 @@ def weights(kind, n, k):
     """weight and scale, whose rows are aligned to 16 bytes."""
     if kind == "int8":
         return torch.randint(-128, 128, (n, k)).to(torch.int8), torch.rand(n)
+    if kind == "float8_e4m3fn":
+        return torch.randn(n, k).to(torch.float8_e4m3fn), torch.rand(n)
     if kind == "int4":
         return pack_int4(torch.randint(-8, 8, (n, k))), torch.rand(n, k // 32)
     return torch.randn(n, k).to(getattr(torch, kind)), None
@@ -52,7 +54,7 @@ def shifted(tensor):
 SETTINGS = ({"seed": 1}, {"multiprocessors": 1}, {"multiprocessors": 5, "shared_bytes": 20 << 10})
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "int4"])
 def test_one_result_for_every_device_and_address(configure, kind, dtype):
     """Bit for bit: the order of threads, the device's size, the alignment and the rows of a launch."""
     x, (weight, scale) = torch.randn(21, 192).to(dtype), weights(kind, 23, 192)

@@ -55,7 +55,7 @@ def tasks(draw):
         last_layer_only=draw(st.booleans()),
         encoder_stride=draw(st.sampled_from([1, 2, 100])),
         short_list=draw(st.sampled_from([0, 12])),
-        quantised=draw(st.sampled_from([None, "int8", "int4"])),
+        quantised=draw(st.sampled_from([None, "fp8", "int8", "int4"])),
         gain=draw(st.sampled_from([0.5, 1.5, 3.0])),
         dtype=draw(st.sampled_from(DTYPES)),
         seed=draw(st.integers(0, 2**16)),

@@ -78,7 +78,7 @@ def test_threads_memory_and_allocations(build):
 
 
 @pytest.mark.skipif(backends()["native"] is not None, reason="the extension is not built")
-@pytest.mark.parametrize("weights", ["fp32", "int8/int4"])
+@pytest.mark.parametrize("weights", ["fp32", "fp8", "int8/int4"])
 def test_a_c_program_translates(build, tmp_path, weights):
     """The same text as Python's, on bundled clips."""
     run(

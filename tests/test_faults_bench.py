@@ -26,7 +26,7 @@ from support.tiny import save_model
 
 TINY = Shape(6, 3, heads=2, ffn=128, vocabulary=500, encoder_positions=20, length=6, head_dim=32)
 BACKEND = default_backend(torch.device("cpu"))
-FORMATS = ("fp32", "bf16", "fp16", "int8", "int4", "int8/int4")
+FORMATS = ("fp32", "bf16", "fp16", "fp8", "int8", "int4", "int8/int4")
 
 
 @pytest.fixture(autouse=True)

@@ -30,9 +30,9 @@ def example():
     return module
 
 
-@pytest.mark.parametrize("weights", ["fp16", "int8/int4"])
+@pytest.mark.parametrize("weights", ["fp16", "fp8", "int8/int4"])
 def test_numpy_decodes_like_torch_where_torch_is_refused(example, tmp_path, monkeypatch, weights) -> None:
-    """int8 and int4 have bf16 embeddings beside them, whose bits NumPy holds as uint16."""
+    """NumPy holds fp8 as the bits in uint8, and the bf16 embeddings beside quantised weights in uint16."""
     file, states = tmp_path / "model.safetensors", tmp_path / "states.npy"
     folder = save_model(tmp_path / "model")
     made = CliRunner().invoke(app, ["quantize", str(file), "--model", str(folder), "--weights", weights])

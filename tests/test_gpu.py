@@ -88,7 +88,7 @@ def test_flat_kv_attention(on_both, dtype, causal):
     on_both(flat_kv_attention, q, kv, lengths, causal, tail=tail, tail_lengths=ints(3, 0, 1))
 
 
-@pytest.mark.parametrize("quantised", [None, "int8", "int4"])
+@pytest.mark.parametrize("quantised", [None, "fp8", "int8", "int4"])
 def test_fused_linear(on_both, dtype, quantised):
     w = random_decoder(quantised=quantised, dtype=dtype).layers[0]
     x = torch.randn(ROWS, QUERIES, w.fc1.weight.shape[1], dtype=dtype)

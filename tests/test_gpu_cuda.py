@@ -50,7 +50,9 @@ def mode(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize(("quantised", "kv"), [(None, None), ("int8", None), ("int4", None), (None, "int8")])
+@pytest.mark.parametrize(
+    ("quantised", "kv"), [(None, None), ("fp8", None), ("int8", None), ("int4", None), (None, "int8")]
+)
 def test_tokens(monkeypatch, mode, quantised, kv, dtype):
     """k = 1 is greedy, to the bit, in every mode and batch; in fp32 the tokens are the reference's."""
     weights = random_decoder(dtype=dtype, quantised=quantised, **WIDE).to("cuda")

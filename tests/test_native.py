@@ -29,6 +29,8 @@ SHAPES = {
     "wide": {"heads": 3, "head_dim": 64, "ffn": 200, "vocabulary": 301, "layers": 3, "blocks": 3},
     "odd": {"heads": 3, "head_dim": 5, "ffn": 37, "vocabulary": 131, "draft_heads": 6},
     "short list": {"vocabulary": 150, "short_list": 70},
+    "fp8": {"quantised": "fp8", "vocabulary": 67, "ffn": 37},
+    "fp8 wide": {"quantised": "fp8", "heads": 3, "head_dim": 64, "ffn": 520, "layers": 3, "blocks": 3},
     "int8": {"quantised": "int8", "vocabulary": 67},
     "int8 wide": {"quantised": "int8", "heads": 3, "head_dim": 64, "ffn": 600, "layers": 3, "blocks": 3},
     "int4": {"quantised": "int4", "vocabulary": 67},
@@ -104,7 +106,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize(
     ("shape", "dtype", "kv"),
     [
-        *itertools.product(["wide", "odd", "int8 wide", "int4 wide"], DTYPES, [None]),
+        *itertools.product(["wide", "odd", "fp8 wide", "int8 wide", "int4 wide"], DTYPES, [None]),
         ("wide", torch.bfloat16, "int8"),
         ("odd", torch.float32, "int8"),
     ],
@@ -124,7 +126,8 @@ def test_row_invariance_bit_for_bit(instruction_set, shape, dtype, kv):
 
 
 @pytest.mark.parametrize(
-    ("shape", "kv"), [("wide", None), ("int8 wide", None), ("int4 wide", None), ("wide", "int8")]
+    ("shape", "kv"),
+    [("wide", None), ("fp8 wide", None), ("int8 wide", None), ("int4 wide", None), ("wide", "int8")],
 )
 def test_wide_instruction_sets_agree_to_the_bit(monkeypatch, shape, kv):
     """Sums have one order in vectors of 16 on all of them; portable code alone lacks fused multiply-add."""
@@ -141,13 +144,15 @@ def test_wide_instruction_sets_agree_to_the_bit(monkeypatch, shape, kv):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "groups"), [("fp32", 1), ("bf16", 1), ("int8", 1), ("int4", 4), ("int4", 22)]
+    ("dtype", "groups"), [("fp32", 1), ("bf16", 1), ("fp8", 1), ("int8", 1), ("int4", 4), ("int4", 22)]
 )
 def test_matrices_as_they_lie_on_every_instruction_set(monkeypatch, set_threads, dtype, groups):
     """Those of the reference, for any number of rows and threads; wide instruction sets agree to the bit."""
     x, weight, scale = torch.randn(6, 66), torch.randn(2003, 66), None
     if dtype == "bf16":
         weight = weight.bfloat16()
+    elif dtype == "fp8":
+        weight, scale = (weight * 40).to(torch.float8_e4m3fn), torch.rand(2003) / 40
     elif dtype == "int8":
         weight, scale = (weight * 40).clamp(-127, 127).to(torch.int8), torch.rand(2003)
     elif dtype == "int4":
@@ -170,6 +175,29 @@ def test_matrices_as_they_lie_on_every_instruction_set(monkeypatch, set_threads,
         set_threads(1)
         wide += [found] * (name != "portable")
     assert all(torch.equal(wide[0], other) for other in wide[1:])
+
+
+def test_fp8_from_its_bits(monkeypatch):
+    """As uint8 beside a scale [N], since NumPy has no fp8."""
+    weights = random_decoder(quantised="fp8", positions=40)
+    tokens, caches, _ = decode("native", weights, [0, 1])
+    bits = {
+        name: tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+        for name, tensor in named_tensors(weights)
+    }
+    assert [tensor.dtype for tensor in bits.values()].count(torch.uint8) == 20
+    monkeypatch.setattr("kvspn.engines.native.named_tensors", lambda weights: bits.items())
+    again, found, _ = decode("native", weights, [0, 1])
+    assert again == tokens and all(map(torch.equal, found, caches))
+
+
+def test_nan_among_fp8_weights_gives_no_token():
+    weights = random_decoder(quantised="fp8")
+    weights.layers[1].fc2.weight.view(torch.uint8)[3, 5] = 0xFF
+    e = engine("native", weights, batch=1, capacity=8, cross_capacity=8)
+    e.start(random_states(weights, (7,)), [[1, 2]], eos=-1, max_length=8)
+    with pytest.raises(ValueError, match=r"^the logits of row 0 at position 1 must be numbers"):
+        e.step(1, False)
 
 
 def test_int4_in_groups_that_no_block_divides():

@@ -79,6 +79,7 @@ OPS = [
     "decoder_step",
 ]
 int8, uint8 = torch.zeros(5, 8, dtype=torch.int8), torch.zeros(5, 4, dtype=torch.uint8)
+fp8 = torch.zeros(5, 8, dtype=torch.float8_e4m3fn)
 f64, expanded = torch.zeros(3, dtype=torch.float64), torch.zeros(3, 2, 2, 8)[..., ::2]
 
 int8_kv = torch.zeros(2, 2, 3, 2, 6, 4, dtype=torch.int8)
@@ -132,6 +133,11 @@ BAD = [
     ("fused_linear", "weight", {"weight": torch.zeros(5, 9)}),
     ("fused_linear", "weight", {"weight": torch.zeros(5, 8, dtype=torch.int16)}),
     ("fused_linear", "weight", {"weight": torch.zeros(5, 8, dtype=torch.uint8), "scale": torch.zeros(5, 1)}),
+    ("fused_linear", "weight", {"weight": torch.zeros(5, 8, dtype=torch.float8_e5m2)}),
+    ("fused_linear", "weight", {"weight": fp8[:, :7], "scale": torch.zeros(5)}),
+    ("fused_linear", "x", {"x": torch.zeros(3, 2, 8, dtype=torch.float8_e4m3fn)}),
+    ("fused_linear", "scale", {"weight": fp8}),
+    ("fused_linear", "scale", {"weight": fp8, "scale": torch.zeros(5, 1)}),
     ("fused_linear", "scale", {"weight": int8}),
     ("fused_linear", "scale", {"weight": int8, "scale": torch.zeros(5, 1)}),
     ("fused_linear", "scale", {"weight": int8, "scale": f64}),

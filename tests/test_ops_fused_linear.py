@@ -69,6 +69,26 @@ def test_int8(ops, dtype, assert_as_exact_as):
     assert_as_exact_as(actual, F.linear(x.double(), weight.double()), F.linear(x, weight.to(dtype)))
 
 
+def test_fp8(ops, dtype, assert_as_exact_as):
+    x = torch.randn(3, 10).to(dtype)
+    values, scale = torch.randn(6, 10).to(torch.float8_e4m3fn), torch.rand(6)
+    weight = values.float() * scale[:, None]
+    actual = ops.fused_linear(x, values, scale=scale)
+    assert_as_exact_as(actual, F.linear(x.double(), weight.double()), F.linear(x, weight.to(dtype)))
+
+
+@pytest.mark.parametrize("columns", [16, 19])
+def test_every_value_of_fp8(ops, columns):
+    """To the bit: subnormal ones, both zeros and NaN among them, in vectors and behind them."""
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    weight, x = torch.zeros(256, columns).to(torch.float8_e4m3fn), torch.zeros(1, columns)
+    for column in (0, columns - 1):
+        weight[:, column], x[0, column] = every, 1
+        actual = ops.fused_linear(x, weight, scale=torch.ones(256))
+        torch.testing.assert_close(actual[0], every.float(), rtol=0, atol=0, equal_nan=True)
+        weight[:, column], x[0, column] = torch.zeros(256).to(torch.float8_e4m3fn), 0
+
+
 @pytest.mark.parametrize("groups", [1, 2, 3])
 def test_int4(ops, dtype, groups, assert_as_exact_as):
     x = torch.randn(3, 12).to(dtype)

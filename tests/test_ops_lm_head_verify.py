@@ -36,17 +36,16 @@ def test_against_a_sort(ops, dtype, batch, queries, width, vocabulary, norm):
     assert torch.equal((rank < 1), (draft == argmax[:, :-1]))
 
 
-def test_norm_and_weight_formats(ops):
+@pytest.mark.parametrize("weight_dtype", [torch.int8, torch.float8_e4m3fn])
+def test_norm_and_weight_formats(ops, weight_dtype):
     """Well-separated logits: LayerNorm and a quantised weight give the formula's order."""
     x = torch.randn(2, 2, 16)
     values, scale = torch.randint(-127, 128, (40, 16)), torch.rand(40)
     norm_weight, norm_bias = torch.rand(16), torch.rand(16)
-    draft = torch.tensor([[3], [39]], dtype=torch.int32)
-    actual = ops.lm_head_verify(
-        x, values.to(torch.int8), draft, scale=scale, norm_weight=norm_weight, norm_bias=norm_bias
-    )
+    draft, weight = torch.tensor([[3], [39]], dtype=torch.int32), values.to(weight_dtype)
+    actual = ops.lm_head_verify(x, weight, draft, scale=scale, norm_weight=norm_weight, norm_bias=norm_bias)
     rows = F.layer_norm(x.double(), (16,), norm_weight.double(), norm_bias.double())
-    expected = by_sorting(rows @ (values * scale[:, None]).double().T, draft)
+    expected = by_sorting(rows @ (weight.float() * scale[:, None]).double().T, draft)
     assert all(map(torch.equal, actual, expected))
 
 

@@ -17,9 +17,9 @@ WEIGHTS = {"layers": 4, "blocks": 2, "short_list": 12}
 def test_every_tensor_is_converted(to):
     weights = random_decoder(**WEIGHTS)
     converted = quantise(weights, to)
-    dtype = torch.bfloat16 if to.startswith("int") else FORMATS[to]
+    dtype = torch.bfloat16 if to in ("fp8", "int8", "int4") else FORMATS[to].dtype
     assert converted.embed_tokens.dtype == converted.norm.weight.dtype == dtype
-    assert converted.head.weight.dtype == (torch.int8 if to == "int4" else FORMATS[to])
+    assert converted.head.weight.dtype == (torch.int8 if to == "int4" else FORMATS[to].dtype)
     assert torch.equal(converted.draft_ids, weights.draft_ids)
     for one, other in zip(
         (*weights.layers, *weights.blocks), (*converted.layers, *converted.blocks), strict=True
@@ -27,7 +27,7 @@ def test_every_tensor_is_converted(to):
         assert type(one) is type(other)
         for before, after in zip(one, other, strict=True):
             assert type(before) is type(after)
-            assert after.weight.dtype == (FORMATS[to] if hasattr(after, "scale") else dtype)
+            assert after.weight.dtype == (FORMATS[to].dtype if hasattr(after, "scale") else dtype)
     step(converted)
 
 
@@ -37,7 +37,7 @@ def step(weights):
     e.step()
 
 
-@pytest.mark.parametrize("to", ["fp32", "int8"])
+@pytest.mark.parametrize("to", ["fp32", "fp8", "int8"])
 @pytest.mark.parametrize("short_list", [0, 12])
 def test_the_draft_network_in_a_format_of_its_own(to, short_list):
     weights = random_decoder(layers=4, blocks=2, short_list=short_list)
@@ -59,6 +59,18 @@ def test_int8_is_within_half_a_step():
     error = (dequantise(quantised.weight, quantised.scale) - linear.weight).abs()
     assert (error <= 0.5001 * quantised.scale[:, None]).all()
     assert quantised.weight.abs().amax(dim=1).eq(127).all()
+    assert torch.equal(quantised.bias, linear.bias)
+
+
+def test_fp8_is_within_half_a_step():
+    """Of three bits of mantissa, or of the subnormal values; a row of zeros stays one."""
+    linear = random_decoder(ffn=64).layers[0].fc1
+    linear.weight[3] = 0
+    quantised = quantise_linear(linear, "fp8")
+    assert quantised.weight.float().abs().amax(dim=1).unique().tolist() == [0, 448]
+    error = (dequantise(quantised.weight, quantised.scale) - linear.weight).abs()
+    subnormal = 2**-10 * quantised.scale[:, None]
+    assert (error <= 1.0001 * torch.maximum(linear.weight.abs() / 16, subnormal)).all()
     assert torch.equal(quantised.bias, linear.bias)
 
 

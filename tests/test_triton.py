@@ -35,6 +35,7 @@ SHAPES = {
     "strided": {"layers": 4, "blocks": 2, "encoder_stride": 3},
     "odd": {"heads": 3, "head_dim": 5, "ffn": 37, "vocabulary": 301, "draft_heads": 6},
     "short list": {"vocabulary": 150, "short_list": 70},
+    "fp8": {"quantised": "fp8", "vocabulary": 67},
     "int8": {"quantised": "int8", "vocabulary": 67},
     "int4": {"quantised": "int4", "vocabulary": 67},
 }

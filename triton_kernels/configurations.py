@@ -57,7 +57,7 @@ def matrix(device: torch.device, weight: torch.dtype) -> dict[str, Any]:
     found = dict(_TABLE[target.get() or _architecture(device)])
     precision = found.pop("precision")
     exact = weight == torch.float32 and precision == "tf32x3"
-    return found | {"PRECISION": "ieee" if exact else precision}
+    return found | {"PRECISION": "ieee" if exact else precision, "FP8": weight == torch.float8_e4m3fn}
 
 
 def precision(device: torch.device, dtype: torch.dtype) -> str:

@@ -16,13 +16,13 @@ def fused_linear_kernel(
     x, weight, out, bias, norm_weight, norm_bias, residual, scale,
     rows, n, eps, x_stride, weight_stride, residual_stride, scale_stride, group,
     K: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     y = project(
         x, x_stride, row, rows, norm_weight, norm_bias, eps,
-        weight, weight_stride, scale, scale_stride, group, column, n, K, BLOCK_K, PRECISION,
+        weight, weight_stride, scale, scale_stride, group, column, n, K, BLOCK_K, PRECISION, FP8,
     )  # fmt: skip
     if bias is not None:
         y += tl.load(bias + column, mask=column < n, other=0).to(tl.float32)[None, :]

@@ -28,10 +28,15 @@ class Launch(NamedTuple):
 _recorded: ContextVar[list[Launch] | None] = ContextVar("_recorded", default=None)
 
 
+def _is_fp8(argument: object) -> bool:
+    return isinstance(argument, Tensor) and argument.dtype == torch.float8_e4m3fn
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch on the device of the first argument; nothing for an empty grid."""
+    """Launch on the device of the first argument; nothing for an empty grid. fp8 goes as its bytes."""
     if not all(grid):
         return
+    args = tuple(arg.view(torch.uint8) if _is_fp8(arg) else arg for arg in args)
     recorded = _recorded.get()
     if recorded is not None:
         recorded.append(Launch(kernel, grid, args, options))

@@ -38,7 +38,7 @@ def draft_logits_kernel(
     x, weight, own, draft, mask, scale, norm_weight, norm_bias,
     rows, queries, v, eps, x_stride, weight_stride, scale_stride, group, draft_b,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """own[row] = the logit of its draft: column i of the tile is the draft of row i."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -47,7 +47,7 @@ def draft_logits_kernel(
     column = _draft_of(draft, draft_b, tl.where(index < ROWS, judged, rows), rows, queries)
     logits = project(
         x, x_stride, row, rows, norm_weight, norm_bias, eps,
-        weight, weight_stride, scale, scale_stride, group, column, v, K, BLOCK_K, PRECISION,
+        weight, weight_stride, scale, scale_stride, group, column, v, K, BLOCK_K, PRECISION, FP8,
     )  # fmt: skip
     logits = _masked(logits, mask, column, v)
     diagonal = (row - tl.program_id(0) * ROWS)[:, None] == index[None, :]
@@ -59,7 +59,7 @@ def vocabulary_kernel(
     x, weight, best, choice, ahead, own, draft, mask, scale, norm_weight, norm_bias,
     rows, queries, v, eps, x_stride, weight_stride, scale_stride, group, draft_b,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """A tile's largest logit, its smallest id, and how many of its tokens go ahead of the draft.
 
@@ -69,7 +69,7 @@ def vocabulary_kernel(
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     logits = project(
         x, x_stride, row, rows, norm_weight, norm_bias, eps,
-        weight, weight_stride, scale, scale_stride, group, column, v, K, BLOCK_K, PRECISION,
+        weight, weight_stride, scale, scale_stride, group, column, v, K, BLOCK_K, PRECISION, FP8,
     )  # fmt: skip
     logits = _masked(logits, mask, column, v)
     broken = tl.max((logits != logits).to(tl.int32), axis=1) > 0

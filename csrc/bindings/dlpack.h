@@ -9,7 +9,7 @@ struct DLDevice {
 };
 
 struct DLDataType {
-    uint8_t code;  // 0 int, 1 uint, 2 float, 4 bfloat, 6 bool
+    uint8_t code;  // 0 int, 1 uint, 2 float, 4 bfloat, 6 bool, 10 float8_e4m3fn
     uint8_t bits;
     uint16_t lanes;
 };

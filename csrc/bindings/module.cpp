@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -43,11 +44,12 @@ int32_t dtype_of(const std::string& name, DLDataType dtype) {
         if (dtype.code == 1 && dtype.bits == 16) return KVSPN_BF16;
         if (dtype.code == 0 && dtype.bits == 32) return KVSPN_INT32;
         if (dtype.code == 6 && dtype.bits == 8) return KVSPN_BOOL;
+        if (dtype.code == 10 && dtype.bits == 8) return KVSPN_FP8;
     }
-    throw py::type_error(
-        name +
-        " must be fp32, bf16 (or its bits in uint16), fp16, int8, int4 (in uint8), int32 or bool, "
-        "got another dtype");
+    throw py::type_error(name +
+                         " must be fp32, bf16 (or its bits in uint16), fp16, int8, fp8 (e4m3), int4 (in "
+                         "uint8), int32 or bool, "
+                         "got another dtype");
 }
 
 // What a buffer's format (struct's) and item size are in DLPack's terms.
@@ -147,6 +149,19 @@ struct Free {
     void operator()(kvspn_engine* engine) const { kvspn_engine_destroy(engine); }
 };
 
+// NumPy has no fp8: uint8 holds int4 beside a scale [N, groups], and the bits of fp8 beside a scale [N].
+void find_fp8(std::vector<kvspn_tensor>& tensors) {
+    std::map<std::string, int32_t> dims;
+    for (const kvspn_tensor& tensor : tensors) dims[tensor.name] = tensor.ndim;
+    for (kvspn_tensor& tensor : tensors) {
+        std::string name = tensor.name;
+        const size_t end = name.rfind(".weight");
+        if (tensor.dtype != KVSPN_INT4 || end == std::string::npos) continue;
+        const auto scale = dims.find(name.replace(end, std::string::npos, ".scale"));
+        if (scale != dims.end() && scale->second == 1) tensor.dtype = KVSPN_FP8;
+    }
+}
+
 class Engine {
   public:
     Engine(const py::dict& weights, int layers, int heads, int blocks, int groups, bool last_layer_only,
@@ -162,6 +177,7 @@ class Engine {
                 std::make_unique<Tensor>(py::cast<std::string>(name), py::cast<py::object>(value), kCpu));
             tensors.push_back(held.back()->get());
         }
+        find_fp8(tensors);
         kvspn_engine_params params{};
         params.struct_size = sizeof params;
         params.layers = layers, params.heads = heads, params.blocks = blocks, params.groups = groups;

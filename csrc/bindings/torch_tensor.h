@@ -32,6 +32,9 @@ inline kvspn_tensor view(const char* name, const torch::stable::Tensor& tensor) 
         case ScalarType::Byte:
             out.dtype = KVSPN_INT4;
             break;
+        case ScalarType::Float8_e4m3fn:
+            out.dtype = KVSPN_FP8;
+            break;
         case ScalarType::Bool:
             out.dtype = KVSPN_BOOL;
             break;

@@ -8,7 +8,6 @@
 namespace kvspn {
 namespace {
 
-constexpr std::initializer_list<Dtype> kFloats = {Dtype::fp32, Dtype::bf16, Dtype::fp16};
 constexpr std::initializer_list<Dtype> kCaches = {Dtype::fp32, Dtype::bf16, Dtype::fp16, Dtype::int8};
 
 void check_rows(const char* name, const kvspn_tensor& tensor) {
@@ -32,11 +31,10 @@ void check_optional(const char* name, const kvspn_tensor& tensor, std::initializ
 void check_weight(const kvspn_tensor& weight, const kvspn_tensor& scale, int64_t inputs) {
     const bool int4 = weight.dtype == KVSPN_INT4;
     require(!int4 || inputs % 2 == 0, "x must have an even number of columns for int4, got ", inputs);
-    check_given("weight", weight, {Dtype::fp32, Dtype::bf16, Dtype::fp16, Dtype::int8, Dtype::int4},
-                {-1, int4 ? inputs / 2 : inputs});
+    check_given("weight", weight, kWeights, {-1, int4 ? inputs / 2 : inputs});
     const int64_t outputs = weight.shape[0];
-    if (!is_integer(Dtype(weight.dtype)))
-        return require(!given(scale), "scale must be given with an int8 or int4 weight alone, got one");
+    if (format_of(Dtype(weight.dtype)).scales == Scales::none)
+        return require(!given(scale), "scale must be given with ", kScaledWeights, " alone, got one");
     if (!int4) return check_given("scale", scale, {Dtype::fp32}, {outputs});
     check_given("scale", scale, {Dtype::fp32}, {outputs, -1});
     const int64_t groups = scale.shape[1];

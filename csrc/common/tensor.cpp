@@ -1,14 +1,13 @@
 #include "common/tensor.h"
 
 #include <cstring>
+#include <iterator>
 
 #include "common/error.h"
 #include "common/fp16.h"
 
 namespace kvspn {
 namespace {
-
-const char* kNames[] = {"fp32", "bf16", "fp16", "int8", "int32", "bool", "int4"};
 
 std::string describe(const int64_t* sizes, size_t count) {
     std::string text = "[";
@@ -19,29 +18,17 @@ std::string describe(const int64_t* sizes, size_t count) {
 
 }  // namespace
 
-size_t size_of(Dtype dtype) {
-    switch (dtype) {
-        case Dtype::fp32:
-        case Dtype::int32:
-            return 4;
-        case Dtype::bf16:
-        case Dtype::fp16:
-            return 2;
-        default:
-            return 1;
-    }
-}
-
 void check_tensor(const std::string& name, const kvspn_tensor& tensor, std::initializer_list<Dtype> dtypes,
                   std::initializer_list<int64_t> shape) {
     bool known = false;
     std::string wanted;
     for (Dtype dtype : dtypes) {
         known |= tensor.dtype == int(dtype);
-        wanted += (wanted.empty() ? "" : " or ") + std::string(kNames[int(dtype)]);
+        wanted += (wanted.empty() ? "" : " or ") + std::string(format_of(dtype).name);
     }
-    bool named = tensor.dtype >= 0 && tensor.dtype < 7;
-    require(known, name, " must be ", wanted, ", got ", named ? kNames[tensor.dtype] : "an unknown dtype");
+    bool named = tensor.dtype >= 0 && tensor.dtype < int(std::size(kFormats));
+    require(known, name, " must be ", wanted, ", got ",
+            named ? kFormats[tensor.dtype].name : "an unknown dtype");
     bool fits = tensor.ndim == int(shape.size());
     for (size_t i = 0; fits && i < shape.size(); ++i)
         fits = tensor.shape[i] >= 0 && (shape.begin()[i] == kAny || tensor.shape[i] == shape.begin()[i]);

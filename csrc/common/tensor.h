@@ -9,7 +9,8 @@
 
 namespace kvspn {
 
-size_t size_of(Dtype dtype);
+// Bytes of an element in a tensor, whose int4 comes in pairs.
+constexpr size_t size_of(Dtype dtype) { return size_t(format_of(dtype).bits + 7) / 8; }
 
 constexpr int64_t kAny = -1;  // size of a dimension
 constexpr int64_t kMostSize = int64_t(1) << 30, kMostElements = int64_t(1) << 40;

@@ -143,7 +143,7 @@ int Weights::rows_of(const std::string& name) const {
 const kvspn_tensor& Weights::get(const std::string& name, std::initializer_list<int64_t> shape) const {
     const kvspn_tensor* tensor = find(name);
     require(tensor, name, " must be among the weights, got nothing");
-    check_tensor(name, *tensor, {Dtype::fp32, Dtype::bf16, Dtype::fp16}, shape);
+    check_tensor(name, *tensor, kFloats, shape);
     return *tensor;
 }
 
@@ -164,29 +164,29 @@ Matrix Weights::read_matrix(const std::string& name, int outputs, int columns) {
     const bool int4 = tensor->dtype == int(Dtype::int4);
     require(!int4 || columns % 2 == 0, name, ".weight must have an even number of columns in int4, got ",
             columns);
-    check_tensor(name + ".weight", *tensor, {Dtype::fp32, Dtype::bf16, Dtype::fp16, Dtype::int8, Dtype::int4},
-                 {outputs, int4 ? columns / 2 : columns});
+    check_tensor(name + ".weight", *tensor, kWeights, {outputs, int4 ? columns / 2 : columns});
     Matrix matrix;
     matrix.dtype = Dtype(tensor->dtype);
     matrix.outputs = outputs;
     matrix.inputs = columns;
     matrix.columns = is_integer(matrix.dtype) ? pad(columns, kDepth) : columns;
     if (find(name + ".bias")) matrix.bias = vector(name + ".bias", outputs);
-    require(bool(find(name + ".scale")) == is_integer(matrix.dtype), name,
-            ".scale must be given with an int8 or int4 weight alone, got ",
-            find(name + ".scale") ? "one" : "none");
+    const bool scaled = format_of(matrix.dtype).scales != Scales::none;
+    require(bool(find(name + ".scale")) == scaled, name, ".scale must be given with ", kScaledWeights,
+            " alone, got ", scaled ? "none" : "one");
     if (layout_ == Layout::rows) {
         copy_rows(name, *tensor, columns, matrix);
         return matrix;
     }
-    if (is_integer(matrix.dtype)) read_scale(name, columns, matrix);
+    if (scaled) read_scale(name, columns, matrix);
     pack(*tensor, columns, matrix);
     return matrix;
 }
 
 void Weights::copy_rows(const std::string& name, const kvspn_tensor& tensor, int columns, Matrix& matrix) {
     const bool int4 = matrix.dtype == Dtype::int4;
-    if (matrix.dtype == Dtype::int8) matrix.scale = vector(name + ".scale", matrix.outputs);
+    if (format_of(matrix.dtype).scales == Scales::outputs)
+        matrix.scale = vector(name + ".scale", matrix.outputs);
     if (int4) {
         const kvspn_tensor& scale = get(name + ".scale", {matrix.outputs, -1});
         const int groups = int(scale.shape[1]);
@@ -210,12 +210,11 @@ void Weights::copy_rows(const std::string& name, const kvspn_tensor& tensor, int
     matrix.weight = own;
 }
 
-// int8: a scale for each output; int4: for each group of an output's columns.
 void Weights::read_scale(const std::string& name, int columns, Matrix& matrix) {
     const bool int4 = matrix.dtype == Dtype::int4;
     const kvspn_tensor& scale =
         int4 ? get(name + ".scale", {matrix.outputs, -1}) : get(name + ".scale", {matrix.outputs});
-    matrix.span = kSpan;
+    matrix.span = is_integer(matrix.dtype) ? kSpan : matrix.columns;
     if (int4) {
         const int64_t groups = scale.shape[1];
         require(groups && columns % (groups * kDepth) == 0 && columns / groups <= kInt4Span, name,
@@ -251,7 +250,7 @@ void Weights::pack(const kvspn_tensor& tensor, int columns, Matrix& matrix) {
             }
             continue;
         }
-        const bool pairs = matrix.dtype == Dtype::int8 || matrix.dtype == Dtype::bf16;
+        const bool pairs = format_of(matrix.dtype).paired;
         for (int64_t c = 0; c < columns; ++c) {
             const bool paired = pairs && (c | 1) < matrix.columns;
             const int64_t place = paired ? (c - c % 2) * kLanes + 2 * lane + c % 2 : c * kLanes + lane;

@@ -13,7 +13,7 @@ namespace kvspn {
 constexpr int kQueries = 4;  // that share one reading of keys and values
 
 // W as the caller holds it: rows of K elements; of int4, of K / 2 bytes, the first column in the lowest bits.
-// Its values are widened to floats, and the sums of an integer row's groups of columns take their scales.
+// Its values are widened to floats, and the sums of a row's groups of columns take their scales.
 struct RowMatrix {
     Dtype dtype = Dtype::fp32;
     const void* weight = nullptr;

@@ -65,6 +65,15 @@ struct Byte {  // a float of an int8 cache
     int8_t value;
 };
 
+struct Fp8 {  // e4m3; widened it is kUnit<Fp8> times too small, which its scale makes up for
+    int8_t bits;
+};
+
+template <class T>
+constexpr float kUnit = 1.0f;
+template <>
+constexpr float kUnit<Fp8> = 256.0f;  // between the exponents of fp8 and of fp16
+
 template <class V>
 constexpr bool kIsPair = false;
 template <class V>
@@ -194,6 +203,13 @@ INLINE V shuffle(V a, V b) {
 #endif
 }
 
+// fp8, its sign extended to int16 -> fp16 with the same fields, NaN as NaN.
+template <class V>
+INLINE V fp8_to_fp16(V bits) {
+    const V half = bits << 7 & (int16_t)0xbfff;
+    return half | (V)((half & 0x3fff) == 0x3f80);
+}
+
 // Of one register: fma is a * b + c, rounded once where the instruction set can, and written out, since a
 // compiler that fuses as it likes does not do so alike for every number of rows; dot adds the products of
 // neighbours; sum and sums (of as many registers as one has floats, one sum for each) add halves to halves,
@@ -239,6 +255,10 @@ INLINE void narrow_register(Floats v, Fp16* p) { store(p, _mm512_cvtps_ph((__m51
 INLINE Floats widen_register(const Byte* p) {
     return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(p)));
 }
+INLINE Floats widen_register(const Fp8* p) {
+    typedef int16_t Half __attribute__((vector_size(kBytes / 2)));
+    return (Floats)_mm512_cvtph_ps((__m256i)fp8_to_fp16((Half)_mm256_cvtepi8_epi16(load<__m128i>(p))));
+}
 INLINE Shorts widen_register(const int8_t* p) { return (Shorts)_mm512_cvtepi8_epi16(load<__m256i>(p)); }
 #elif defined(__AVX2__)
 INLINE Floats fma(Floats a, Floats b, Floats c) {
@@ -268,11 +288,27 @@ INLINE void narrow_register(Floats v, Fp16* p) { store(p, _mm256_cvtps_ph((__m25
 INLINE Floats widen_register(const Byte* p) {
     return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
+INLINE Floats widen_register(const Fp8* p) {
+    typedef int16_t Half __attribute__((vector_size(kBytes / 2)));
+    const __m128i bytes = _mm_loadl_epi64((const __m128i*)p);
+    return (Floats)_mm256_cvtph_ps((__m128i)fp8_to_fp16((Half)_mm_cvtepi8_epi16(bytes)));
+}
 INLINE Shorts widen_register(const int8_t* p) { return (Shorts)_mm256_cvtepi8_epi16(load<__m128i>(p)); }
 #else
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "widen_register moves bytes");
 typedef int64_t Longs __attribute__((vector_size(kBytes)));
 typedef int8_t Bytes __attribute__((vector_size(kBytes)));
+
+// As fp16_to_float does it, four at a time and without a branch: magnitudes in the place of a float's, signs
+// in the first bit; what is as large as `special` becomes infinite or NaN.
+INLINE Floats fp16_to_floats(Integers magnitude, Integers signs, int32_t special) {
+    constexpr int32_t kBias = (127 - 15) << 23, kOne = 1 << 23, kInfinity = 0xff << 23;
+    const int32_t rest = kInfinity - kBias - (special & kInfinity);
+    const Integers normal = magnitude + kBias + ((magnitude >= special) & rest);
+    const Integers smallest = Integers{} + (kBias + kOne);
+    const Integers subnormal = (Integers)((Floats)(magnitude + smallest) - (Floats)smallest);
+    return (Floats)((magnitude < kOne ? subnormal : normal) | (signs & (Integers{} + INT32_MIN)));
+}
 
 #if defined(__aarch64__)
 INLINE Floats fma(Floats a, Floats b, Floats c) {
@@ -298,16 +334,10 @@ INLINE Integers dot(Shorts a, Shorts b, Integers acc) {
     return acc + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
 #endif
 }
-// As fp16_to_float does it, four at a time and without a branch.
 INLINE Floats widen_register(const Fp16* p) {
     const Shorts four = (Shorts)Longs{load<int64_t>(p)};
     const Integers bits = (Integers)shuffle<0, 8, 1, 9, 2, 10, 3, 11>(four, Shorts{});
-    const Integers magnitude = (bits & 0x7fff) << 13, sign = (bits << 16) & (Integers{} + INT32_MIN);
-    constexpr int32_t kBias = (127 - 15) << 23, kInfinity = 0x1f << 23, kOne = 1 << 23;
-    const Integers normal = magnitude + kBias + ((magnitude >= kInfinity) & kBias);
-    const Integers smallest = Integers{} + (kBias + kOne);
-    const Integers subnormal = (Integers)((Floats)(magnitude + smallest) - (Floats)smallest);
-    return (Floats)((magnitude < kOne ? subnormal : normal) | sign);
+    return fp16_to_floats((bits & 0x7fff) << 13, bits << 16, 0x1f << 23);
 }
 INLINE void narrow_register(Floats v, Fp16* p) {
     for (int i = 0; i < 4; ++i) p[i].bits = float_to_fp16(v[i]);
@@ -325,11 +355,15 @@ INLINE Floats widen_register(const Bf16* p) {
     const Shorts four = (Shorts)Longs{load<int64_t>(p)};
     return (Floats)shuffle<0, 8, 1, 9, 2, 10, 3, 11>(Shorts{}, four);
 }
-INLINE Floats widen_register(const Byte* p) {
+INLINE Integers four_bytes(const void* p) {
     const Bytes four = (Bytes)Integers{load<int32_t>(p)};
     const Bytes twice = shuffle<0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7>(four, four);
-    const Shorts each = shuffle<0, 0, 1, 1, 2, 2, 3, 3>((Shorts)twice, (Shorts)twice);
-    return convert<Floats>((Integers)each >> 24);
+    return (Integers)shuffle<0, 0, 1, 1, 2, 2, 3, 3>((Shorts)twice, (Shorts)twice) >> 24;
+}
+INLINE Floats widen_register(const Byte* p) { return convert<Floats>(four_bytes(p)); }
+INLINE Floats widen_register(const Fp8* p) {
+    const Integers bits = four_bytes(p);
+    return fp16_to_floats((bits & 0x7f) << 20, bits, 0x7f << 20);
 }
 INLINE Shorts widen_register(const int8_t* p) {
     const Bytes eight = (Bytes)Longs{load<int64_t>(p)};

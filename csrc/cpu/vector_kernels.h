@@ -59,6 +59,7 @@ struct Tile {
         for (int r = 0; r < Count; ++r) {
             if (c < m.columns) acc[r][0] = fma(widen(w), fill(rows.x[r * rows.stride + c]), acc[r][0]);
             y[r] = acc[r][0] + acc[r][1];
+            if (m.scale) y[r] *= load<Vec>(m.scale + output) * kUnit<W>;
         }
     }
 };
@@ -154,6 +155,8 @@ void linear(const Matrix& m, const Rows& rows, int first, int last, float* y, in
             return linear_of<Int8>(m, rows, first, last, y, y_stride, accumulate);
         case Dtype::int4:
             return linear_of<Int4>(m, rows, first, last, y, y_stride, accumulate);
+        case Dtype::fp8:
+            return linear_of<Fp8>(m, rows, first, last, y, y_stride, accumulate);
         default:
             return linear_of<float>(m, rows, first, last, y, y_stride, accumulate);
     }
@@ -233,7 +236,7 @@ INLINE void dots(const RowMatrix& m, const float* x, int64_t x_stride, int outpu
         }
         UNROLL
         for (int o = 0; o < Outputs; ++o) {
-            const float scale = m.scale ? m.scale[(output + o) * m.scale_stride + g] : 1.0f;
+            const float scale = m.scale ? m.scale[(output + o) * m.scale_stride + g] * kUnit<W> : 1.0f;
             UNROLL
             for (int r = 0; r < Count; ++r) total[o][r] = fma(acc[o][r], fill(scale), total[o][r]);
         }
@@ -276,6 +279,8 @@ void linear_by_rows(const RowMatrix& m, const float* x, int64_t x_stride, int co
             if (m.inputs / m.groups % 2)
                 return linear_by_rows_of<OddNibbles>(m, x, x_stride, count, first, last, y, y_stride);
             return linear_by_rows_of<Nibbles>(m, x, x_stride, count, first, last, y, y_stride);
+        case Dtype::fp8:
+            return linear_by_rows_of<Fp8>(m, x, x_stride, count, first, last, y, y_stride);
         default:
             return linear_by_rows_of<float>(m, x, x_stride, count, first, last, y, y_stride);
     }

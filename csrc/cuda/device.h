@@ -24,6 +24,9 @@ struct Half {
 struct Bfloat {
     uint16_t bits;
 };
+struct Fp8 {  // e4m3
+    uint8_t bits;
+};
 struct Nibbles {  // of int4: two to a byte, the first in its low half, each the value plus 8
     uint8_t bits;
 };
@@ -251,6 +254,25 @@ __device__ __forceinline__ void unpack(const uint4& v, float (&out)[16], int8_t)
         // The byte plus 128 as the last bits of 2^23: exact, and cheaper than a conversion.
         const uint32_t biased = words[i / 4] ^ 0x80808080;
         out[i] = as_float(select_bytes(biased, 0x4b000000, 0x7440 + i % 4)) - 8388736.f;
+    }
+}
+
+__device__ __forceinline__ void unpack(const uint4& v, float (&out)[16], Fp8) {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        // Sign, exponent and mantissa where a float has them, whose exponent is then 120 too small.
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int32_t first = int32_t(words[i] << 8 * (3 - j));
+            out[4 * i + j] = as_float(uint32_t(first >> 4) & 0x87f00000) * 0x1p120f;
+        }
+        const uint32_t nan = ((words[i] & 0x7f7f7f7f) + 0x01010101) & 0x80808080;  // bytes that are NaN
+        if (nan) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                if (nan >> 8 * j & 0x80) out[4 * i + j] = as_float(0x7fffffff);
+        }
     }
 }
 

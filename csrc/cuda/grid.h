@@ -48,7 +48,14 @@ __device__ __forceinline__ void with_kv(Dtype dtype, Body body) {
 }
 template <class Body>
 __device__ __forceinline__ void with_weight(Dtype dtype, Body body) {
-    dtype == Dtype::int4 ? body(Nibbles{}) : with_kv(dtype, body);
+    switch (dtype) {
+        case Dtype::int4:
+            return body(Nibbles{});
+        case Dtype::fp8:
+            return body(Fp8{});
+        default:
+            return with_kv(dtype, body);
+    }
 }
 
 __device__ __forceinline__ float sum_of_warp(float value, int lanes = 1) {

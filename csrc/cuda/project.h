@@ -109,6 +109,10 @@ struct Added {
     float bias, residual;
 };
 
+// Whether an output has a scale.
+template <class W>
+constexpr bool kScaled = std::is_same_v<W, int8_t> || std::is_same_v<W, Fp8>;
+
 constexpr int kTurn = 4;  // loads of a lane, of one output, that are under way together
 
 template <class W>
@@ -190,7 +194,7 @@ __device__ __forceinline__ float reduce(float (&sum)[R]) {
 // One output's product with one row of the block, on all lanes.
 template <class W, bool kAligned>
 __device__ __forceinline__ float dot(const Stage& s, int output, const float* x, int columns) {
-    const float scale = std::is_same_v<W, int8_t> ? s.scale[output] : 1.f;
+    const float scale = kScaled<W> ? s.scale[output] : 1.f;
     float sum[1] = {};
     for (int at = 0; at < bytes_of<W>(s); at += 512 * kTurn) {
         uint4 weights[kTurn];
@@ -229,7 +233,7 @@ __device__ __forceinline__ void project(const Stage& s, const Source& source, in
             if (at < bytes) return;
             if (output < s.outputs && own < count) {
                 turn.begun = begin(output, first + own);
-                if (std::is_same_v<W, int8_t>) turn.scale = s.scale[output];
+                if (kScaled<W>) turn.scale = s.scale[output];
             }
             output += grid_warps(), at = 0;
         };
@@ -245,7 +249,7 @@ __device__ __forceinline__ void project(const Stage& s, const Source& source, in
                 multiply<W, R, kAligned>(s, turn.weights, turn.output, turn.at, x, columns, count, sum);
                 if (turn.at + 512 * kTurn >= bytes) {
                     float value = reduce<R>(sum);
-                    if (std::is_same_v<W, int8_t>) value *= turn.scale;
+                    if (kScaled<W>) value *= turn.scale;
                     if (own < count) end(turn.output, first + own, value, turn.begun);
 #pragma unroll
                     for (int r = 0; r < R; ++r) sum[r] = 0;

@@ -42,7 +42,8 @@ typedef enum kvspn_dtype {
     KVSPN_INT8 = 3,
     KVSPN_INT32 = 4,
     KVSPN_BOOL = 5,
-    KVSPN_INT4 = 6 /* two to a byte, the first in its low half, each the value plus 8; shape counts bytes */
+    KVSPN_INT4 = 6, /* two to a byte, the first in its low half, each the value plus 8; shape counts bytes */
+    KVSPN_FP8 = 7   /* e4m3: a sign, 4 bits of exponent, 3 of mantissa; no infinity, NaN is 0x7f and 0xff */
 } kvspn_dtype;
 
 /* Where an engine or an op works. A library may be built without CUDA: see kvspn_has_device. */
@@ -153,7 +154,8 @@ KVSPN_API const char* kvspn_instruction_set(void);
 
 /* Packs the weights, which may be freed afterwards. Names and shapes are those of kvspn/weights/decoder.py:
  * "embed_tokens", "layers.0.self_qkv.weight", "blocks.2.fc1.scale", ... A matrix is FP32, BF16, FP16,
- * INT8 with a "scale" [N], or INT4, [N, K / 2], with a "scale" [N, groups]. Other names are ignored. */
+ * INT8 or FP8 with a "scale" [N], or INT4, [N, K / 2], with a "scale" [N, groups]. Other names are
+ * ignored. */
 KVSPN_API kvspn_status kvspn_engine_create(const kvspn_engine_params* params, const kvspn_tensor* weights,
                                            int32_t count, kvspn_engine** engine);
 /* Not while another call is using it. */
@@ -251,14 +253,14 @@ typedef struct kvspn_attention_params {
 KVSPN_API kvspn_status kvspn_flat_kv_attention(const kvspn_attention_params* params);
 
 /* [LayerNorm ->] x W^T + bias [-> GELU] [-> + residual]. x, bias and the norm: FP32, BF16 or FP16. The weight
- * also INT8 with a scale [N], or INT4, [N, K / 2], with a scale [N, groups]. An optional tensor that is all
- * zeros is not there. */
+ * also INT8 or FP8 with a scale [N], or INT4, [N, K / 2], with a scale [N, groups]. An optional tensor that
+ * is all zeros is not there. */
 typedef struct kvspn_linear_params {
     uint32_t struct_size;
     kvspn_tensor x;                      /* [R, K] */
     kvspn_tensor weight;                 /* [N, K] */
     kvspn_tensor out;                    /* [R, N] in x's dtype */
-    kvspn_tensor scale;                  /* FP32; INT8 and INT4 alone */
+    kvspn_tensor scale;                  /* FP32; INT8, FP8 and INT4 alone */
     kvspn_tensor bias;                   /* [N]; optional */
     kvspn_tensor norm_weight, norm_bias; /* [K]; optional, the bias with the weight alone */
     kvspn_tensor residual;               /* [R, N] in x's dtype; optional */
@@ -279,7 +281,7 @@ typedef struct kvspn_verify_params {
     kvspn_tensor argmax;                 /* int32 [B, Q] */
     kvspn_tensor rank;                   /* int32 [B, Q - 1] */
     kvspn_tensor mask;                   /* FP32 [V]; optional */
-    kvspn_tensor scale;                  /* FP32; INT8 and INT4 alone */
+    kvspn_tensor scale;                  /* FP32; INT8, FP8 and INT4 alone */
     kvspn_tensor norm_weight, norm_bias; /* [K]; optional, the bias with the weight alone */
     float eps;
     const kvspn_stream* stream;

@@ -7,11 +7,11 @@
 
 namespace {
 
-const std::map<std::string, int32_t> kFormats = {{"fp32", KVSPN_FP32},
-                                                 {"bf16", KVSPN_BF16},
-                                                 {"fp16", KVSPN_FP16},
-                                                 {"int8", KVSPN_INT8},
-                                                 {"int4", KVSPN_INT4}};
+const std::map<std::string, int32_t> kFormats = {{"fp32", KVSPN_FP32}, {"bf16", KVSPN_BF16},
+                                                 {"fp16", KVSPN_FP16}, {"int8", KVSPN_INT8},
+                                                 {"int4", KVSPN_INT4}, {"fp8", KVSPN_FP8}};
+bool has_scales(int32_t dtype) { return dtype == KVSPN_INT8 || dtype == KVSPN_INT4 || dtype == KVSPN_FP8; }
+bool is_cache(int32_t dtype) { return dtype != KVSPN_INT4 && dtype != KVSPN_FP8; }
 
 // FNV-1a.
 uint64_t hash(const void* data, size_t bytes, uint64_t so_far = 0xcbf29ce484222325) {
@@ -47,6 +47,9 @@ struct Values {
             if (dtype == KVSPN_FP16) std::memcpy(bytes + 2 * i, &fp16, 2);
             if (dtype == KVSPN_INT8) bytes[i] = uint8_t(int8_t(value * 254));
             if (dtype == KVSPN_INT4) bytes[i] = uint8_t(bits >> 8);
+            // Exponents up to 2^7, and what would be NaN as a subnormal value.
+            if (dtype == KVSPN_FP8)
+                bytes[i] = uint8_t(bits >> 8) & ((bits >> 8 & 0x70) == 0x70 ? 0x87 : 0xff);
         }
         for (float& scale : scales) scale = (1.5f + noise.next()) / (dtype == KVSPN_INT4 ? 16 : 256);
     }
@@ -69,7 +72,7 @@ void engine(const std::string& name, int32_t weights, const std::string& cache_n
         const int64_t columns = weights == KVSPN_INT4 ? t.shape[1] / 2 : t.shape[1];
         values.emplace_back(weights, rows * columns, rows * groups);
         tensors.push_back(tensor(t.name, values.back().data.data(), weights, {rows, columns}));
-        if (weights != KVSPN_INT8 && weights != KVSPN_INT4) continue;
+        if (!has_scales(weights)) continue;
         names.push_back(tensor_name.substr(0, dot) + ".scale");
         const std::vector<int64_t> shape =
             weights == KVSPN_INT4 ? std::vector<int64_t>{rows, groups} : std::vector<int64_t>{rows};
@@ -103,7 +106,6 @@ void engine(const std::string& name, int32_t weights, const std::string& cache_n
 // Rows of activations through a matrix of a format, with all that fused_linear can do.
 void linear(const std::string& name, int32_t dtype) {
     constexpr int64_t kIn = 96, kOut = 37, kBatch = 5;
-    const bool integer = dtype == KVSPN_INT8 || dtype == KVSPN_INT4;
     Values x(KVSPN_FP32, kBatch * kIn, 0), norm(KVSPN_FP32, kIn, 0), bias(KVSPN_FP32, kOut, 0);
     const int64_t columns = dtype == KVSPN_INT4 ? kIn / 2 : kIn, groups = dtype == KVSPN_INT4 ? 3 : 1;
     Values weight(dtype, kOut * columns, kOut * groups);
@@ -113,7 +115,7 @@ void linear(const std::string& name, int32_t dtype) {
     params.x = tensor("x", x.data.data(), KVSPN_FP32, {kBatch, kIn});
     params.weight = tensor("weight", weight.data.data(), dtype, {kOut, columns});
     params.out = tensor("out", out.data(), KVSPN_FP32, {kBatch, kOut});
-    if (integer)
+    if (has_scales(dtype))
         params.scale =
             tensor("scale", weight.scales.data(), KVSPN_FP32,
                    dtype == KVSPN_INT4 ? std::vector<int64_t>{kOut, groups} : std::vector<int64_t>{kOut});
@@ -156,8 +158,8 @@ void attention(const std::string& name, int32_t dtype) {
 int main() {
     for (const auto& [name, weights] : kFormats)
         for (const auto& [cache_name, cache] : kFormats)
-            if (cache != KVSPN_INT4) engine(name, weights, cache_name, cache);
+            if (is_cache(cache)) engine(name, weights, cache_name, cache);
     for (const auto& [name, dtype] : kFormats) linear(name, dtype);
     for (const auto& [name, dtype] : kFormats)
-        if (dtype != KVSPN_INT4) attention(name, dtype);
+        if (is_cache(dtype)) attention(name, dtype);
 }

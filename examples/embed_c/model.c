@@ -54,8 +54,9 @@ typedef struct format {
 } format;
 
 static const format* format_of(const char* name) {
-    static const format known[] = {{"F32", KVSPN_FP32, 4}, {"BF16", KVSPN_BF16, 2}, {"F16", KVSPN_FP16, 2},
-                                   {"I8", KVSPN_INT8, 1},  {"U8", KVSPN_INT4, 1},   {"I32", KVSPN_INT32, 4}};
+    static const format known[] = {{"F32", KVSPN_FP32, 4}, {"BF16", KVSPN_BF16, 2},   {"F16", KVSPN_FP16, 2},
+                                   {"I8", KVSPN_INT8, 1},  {"F8_E4M3", KVSPN_FP8, 1}, {"U8", KVSPN_INT4, 1},
+                                   {"I32", KVSPN_INT32, 4}};
     for (size_t i = 0; i < sizeof known / sizeof *known; ++i)
         if (!strcmp(name, known[i].name)) return &known[i];
     fail("the model's tensors must not be %s", name);

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from kvspn.cli.common import KV, check_backend, open_decoder, print_table, span, whole_numbers, write_json
+from kvspn.cli.common import (
+    FORMATS,
+    KV,
+    check_backend,
+    open_decoder,
+    print_table,
+    span,
+    whole_numbers,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from kvspn.measure.comparison import Change
@@ -67,7 +76,7 @@ def bench(
         typer.Option(
             "--weights",
             metavar="FORMAT,...",
-            help="fp32, bf16, fp16, int8, int4; or two as base/draft, as in int8/int4.",
+            help=f"{FORMATS}; or two as base/draft, as in int8/int4.",
             show_default=_FORMATS,
         ),
     ] = None,

@@ -93,12 +93,16 @@ Backend = Annotated[
     ),
 ]
 
+FORMATS = (
+    "fp32, bf16, fp16, fp8, int8, int4"  # kvspn.weights.formats, which help does without: it needs torch
+)
+
 Weights = Annotated[
     str | None,
     typer.Option(
         "--weights",
         metavar="FORMAT",
-        help="The decoder's weights: fp32, bf16, fp16, int8, int4; int8/int4: the draft network's in int4.",
+        help=f"The decoder's weights: {FORMATS}; int8/int4: the draft network's in int4.",
         show_default="fp32",
     ),
 ]

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from kvspn.cli.common import FORMATS
+
 
 def export_kernels(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write.", show_default=False)],
@@ -16,7 +18,7 @@ def export_kernels(
             metavar="TARGET", help="cuda:80, cuda:90, cuda:100, cuda:120 or hip:gfx942; no GPU is needed."
         ),
     ] = "cuda:90",
-    weights: Annotated[str, typer.Option(metavar="FORMAT", help="fp32, bf16, fp16, int8 or int4.")] = "fp16",
+    weights: Annotated[str, typer.Option(metavar="FORMAT", help=f"{FORMATS}.")] = "fp16",
 ) -> None:
     """Compile the Triton kernels at the whisperM2M shape: cubin or hsaco files, and a C header.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvspn.cli.common import Model, silence_transformers
+from kvspn.cli.common import FORMATS, Model, silence_transformers
 
 
 def quantize(
@@ -21,7 +21,7 @@ def quantize(
         typer.Option(
             "--weights",
             metavar="FORMAT",
-            help="The decoder's: fp32, bf16, fp16, int8 or int4, or two as base/draft.",
+            help=f"The decoder's: {FORMATS}, or two as base/draft.",
         ),
     ] = "int8",
 ) -> None:

@@ -22,12 +22,9 @@ from kvspn.ops import K_INF
 from kvspn.ops.decoder_step import REFERENCE
 from kvspn.weights import DecoderWeights
 from kvspn.weights.decoder import named_tensors
-from kvspn.weights.formats import base_and_draft, dequantised
+from kvspn.weights.formats import FORMATS, base_and_draft, dequantised
 
 CHOICES, FEW = 48, 64  # times that an engine chooses, and tokens to choose from
-
-# The relative error (Frobenius) of a stored matrix that its format explains; of zeros it is 1.
-STORED = {"fp32": 0.0, "bf16": 2**-8, "fp16": 2**-11, "int8": 0.03, "int4": 0.2}
 
 # By how much choices fall short on average, in standard deviations of the logits. In bf16, the caches beside
 # integers too, keys and values are rounded: that takes 0.001, a layer of 12 left out 0.04 and more.
@@ -89,7 +86,7 @@ def stored_well(made: DecoderWeights, values: DecoderWeights, fmt: str) -> bool:
             continue
         width = draft if name.startswith(("blocks.", "draft_head")) else base
         error = (value - exact[name]).norm() / exact[name].norm()
-        if not error <= STORED[width]:
+        if not error <= FORMATS[width].error:  # of zeros it is 1
             return False
     return True
 

@@ -60,8 +60,7 @@ class Sizes:
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype = FORMATS[self.weights]
-        return dtype if dtype.is_floating_point else torch.bfloat16
+        return FORMATS[FORMATS[self.weights].floats].dtype
 
     def randn(self, *sizes: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*sizes, device=self.device) * scale).to(self.dtype)
@@ -74,7 +73,7 @@ class Sizes:
 
     def matrix(self, n: int, k: int) -> Linear:
         dense = Linear(self.randn(n, k, scale=k**-0.5))
-        return dense if FORMATS[self.weights] == self.dtype else quantise_linear(dense, self.weights)
+        return dense if FORMATS[self.weights].quantise is None else quantise_linear(dense, self.weights)
 
     def kv(self, layers: int, capacity: int) -> Tensor:
         return self.randn(layers, 2, self.batch, self.shape.heads, capacity, self.shape.head_dim)
@@ -337,7 +336,7 @@ def run(
                 for call in CALLS
                 if (op := call.partition("/")[0]) in ops
                 and (not i or call in _LONG)
-                and (FORMATS[fmt].is_floating_point or op in WEIGHTED)
+                and (FORMATS[fmt].quantise is None or op in WEIGHTED)
             ]
             cases = list(_cases(name, sizes, calls, spaces, cold))
             frame.time(cases)

@@ -27,9 +27,7 @@ from kvspn.measure.peers import PEERS, Problem, Skipped, load
 from kvspn.measure.shapes import UNPRUNED, Shape, device_of, start
 from kvspn.measure.timing import Case, Rounds, Row, clock, counts, warnings
 from kvspn.weights import DecoderWeights, Linear
-from kvspn.weights.formats import base_and_draft, quantise
-
-WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
+from kvspn.weights.formats import FORMATS, base_and_draft, quantise
 
 
 def run(
@@ -422,7 +420,7 @@ def _peer_cases(
 ) -> Iterator[Case]:
     step = module.prepare(problem, fmt)
     fp32 = step_bytes(problem.weights, replace(shape, length=0, encoder_positions=0), 1, False)
-    size = round(fp32 / 4 * WEIGHT_BYTES[fmt]) + _cached(shape, None) * module.FORMATS[fmt]
+    size = round(fp32 / 32 * FORMATS[fmt].bits) + _cached(shape, None) * module.FORMATS[fmt]
     for rows in module.ROWS:
         _, logits = step(rows)
 

@@ -315,8 +315,7 @@ def _buffer(device: str) -> torch.Tensor:
 
 def _multiplied(fmt: str) -> str:
     """The format whose matrix product a weight format is judged by: activations are floats."""
-    base = fmt.partition("/")[0]
-    return base if FORMATS[base].is_floating_point else "bf16"
+    return FORMATS[fmt.partition("/")[0]].floats
 
 
 def product_gflop_per_s(fmt: str, device: str = "cpu") -> float:
@@ -328,4 +327,4 @@ def product_gflop_per_s(fmt: str, device: str = "cpu") -> float:
 @cache
 def _matrix(fmt: str, device: str) -> torch.Tensor:
     size = 4096 if device == "cuda" else 256  # larger ones are slower in some builds of torch
-    return torch.ones(size, size, dtype=FORMATS[fmt], device=device)
+    return torch.ones(size, size, dtype=FORMATS[fmt].dtype, device=device)

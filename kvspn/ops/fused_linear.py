@@ -63,14 +63,15 @@ def reference(
 
     Args:
         x: [..., K], fp32, bf16 or fp16. Made for 1 to 16 rows; any number is right.
-        weight: [N, K] in fp32, bf16 or fp16; or int8 with one scale per output channel; or int4 packed in
-            uint8 [N, K/2], low nibble first, each nibble the value plus 8, with one scale per group.
+        weight: [N, K] in fp32, bf16 or fp16; or int8 or fp8 (float8_e4m3fn) with one scale per output
+            channel; or int4 packed in uint8 [N, K/2], low nibble first, each nibble the value plus 8, with
+            one scale per group.
         bias: [N] or None.
         norm_weight, norm_bias: [K], LayerNorm over x first; norm_bias may be left out.
         eps: of the LayerNorm.
         gelu: the exact GELU, with erf.
         residual: [..., N] in x's dtype, added last.
-        scale: fp32; None, [N] for int8, [N, groups] for int4, each group K/groups long.
+        scale: fp32; None, [N] for int8 and fp8, [N, groups] for int4, each group K/groups long.
 
     Returns:
         [..., N] in x's dtype. Everything is fp32 inside, LayerNorm's output too; one rounding at the end.

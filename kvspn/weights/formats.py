@@ -8,16 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from kvspn.weights import DecoderWeights, Linear
-from kvspn.weights.linear import dequantise, quantise_linear
+from kvspn.weights.linear import FORMATS, dequantise, quantise_linear
 
-FORMATS = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "int8": torch.int8,
-    "int4": torch.uint8,
-}
-_INTEGERS = ("int8", "int4")
+__all__ = ["FORMATS", "base_and_draft", "dequantised", "quantise", "round_to_int8"]
 
 
 def base_and_draft(name: str) -> tuple[str, str]:
@@ -38,9 +31,9 @@ def base_and_draft(name: str) -> tuple[str, str]:
 def quantise(weights: DecoderWeights, to: str) -> DecoderWeights:
     """The same decoder with its weights in another format; embeddings, and with them the cache, follow.
 
-    int8 stands for the matrices, symmetric, each output channel with its own scale. int4 is symmetric with a
-    scale for each 64 inputs of an output; the output embedding that both networks share is int8 then.
-    Embeddings, biases and norms are bf16 beside both.
+    int8 and fp8 (e4m3) stand for the matrices, symmetric, each output channel with its own scale. int4 is
+    symmetric with a scale for each 64 inputs of an output; the output embedding that both networks share is
+    int8 then. Embeddings and norms are bf16 beside these three, biases fp32.
 
     Args:
         weights: in fp32, bf16 or fp16.
@@ -49,10 +42,10 @@ def quantise(weights: DecoderWeights, to: str) -> DecoderWeights:
             the output at k = 1.
 
     Raises:
-        ValueError: another format; weights that are int8 or int4 already.
+        ValueError: another format; weights that have scales already.
     """
     base, draft = base_and_draft(to)
-    float_dtype = torch.bfloat16 if base in _INTEGERS else FORMATS[base]
+    float_dtype = FORMATS[FORMATS[base].floats].dtype
 
     def convert(part: Any, to: str) -> Any:
         """A tensor, a Norm, a Linear, or a tuple of such."""
@@ -65,18 +58,18 @@ def quantise(weights: DecoderWeights, to: str) -> DecoderWeights:
                 raise ValueError(
                     f"weights must be fp32, bf16 or fp16 to be converted, got {part.weight.dtype}"
                 )
-            if to in _INTEGERS:
+            if FORMATS[to].quantise is not None:
                 return quantise_linear(part, to)
-            dtype = FORMATS[to]
+            dtype = FORMATS[to].dtype
             return Linear(part.weight.to(dtype), None if part.bias is None else part.bias.to(dtype))
         converted = (convert(each, to) for each in part)
         return type(part)(*converted) if hasattr(part, "_fields") else tuple(converted)
 
     fields = {name: convert(value, base) for name, value in vars(weights).items()}
     head = weights.head
-    if base in _INTEGERS:
-        fields["head"] = convert(head, "int8")
-    elif head.weight.data_ptr() == weights.embed_tokens.data_ptr():
+    if (other := FORMATS[base].head) is not None:
+        fields["head"] = convert(head, other)
+    elif FORMATS[base].quantise is None and head.weight.data_ptr() == weights.embed_tokens.data_ptr():
         fields["head"] = Linear(fields["embed_tokens"])  # still tied
     if draft != base and weights.blocks:
         fields["blocks"] = convert(weights.blocks, draft)

@@ -31,7 +31,7 @@ def random_decoder(
 ) -> DecoderWeights:
     """A decoder of any shape. A larger ``gain`` makes the logits depend more on the context.
 
-    quantised: "int8" or "int4" layers and blocks; ``dtype`` stays that of embeddings, head and norms.
+    quantised: "int8", "fp8" or "int4" layers and blocks; ``dtype`` stays that of embeddings, head and norms.
     """
     generator = torch.Generator().manual_seed(seed)
     d = heads * head_dim
