@@ -1,6 +1,8 @@
 """The CUDA kernels on the host: every way to run a step, with the threads in any order."""
 
+import os
 import random
+import threading
 from ctypes import byref
 
 import numpy as np
@@ -319,6 +321,35 @@ def test_a_row_whose_length_is_past_its_tokens_is_left_alone():
             assert np.array_equal(values[name][0], value), name
     assert values["stats"][1, 0] == 2
     lib.kvspn_engine_destroy(made)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_has_no_device(configure):
+    """A device is its parent's: the engine says so, for every call, and goes without a hang."""
+    e = engine("cuda", random_decoder(heads=1, head_dim=16), batch=1, capacity=9, cross_capacity=4)
+    e.start(torch.ones(1, 4, 16), [[1, 2]], eos=-1, max_length=9)
+    child = os.fork()
+    if not child:
+        refused = 0
+        try:
+            for call in (
+                e.step,
+                e.profile,
+                lambda: e.start(torch.ones(1, 4, 16), [[1]], eos=-1, max_length=9),
+            ):
+                try:
+                    call()
+                except RuntimeError as error:
+                    refused += "the process that made it" in str(error)
+            del e
+        finally:
+            os._exit(refused)
+    deadline = threading.Timer(60, os.kill, (child, 9))
+    deadline.start()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    deadline.cancel()
+    e.run(steps=20)
+    assert e.finished.all()
 
 
 def test_absurd_encoder_lengths_see_no_more_than_there_is(configure):

@@ -34,6 +34,17 @@ void check(kvspn_status status) {
     throw std::runtime_error(kvspn_last_error());
 }
 
+// Other Python threads run meanwhile.
+template <class Call>
+void without_gil(Call call) {
+    kvspn_status status;
+    {
+        py::gil_scoped_release release;
+        status = call();
+    }
+    check(status);
+}
+
 int32_t dtype_of(const std::string& name, DLDataType dtype) {
     if (dtype.lanes == 1) {
         if (dtype.code == 2 && dtype.bits == 32) return KVSPN_FP32;
@@ -186,12 +197,8 @@ class Engine {
         params.device = device == "cuda" ? KVSPN_DEVICE_CUDA : KVSPN_DEVICE_CPU;
         params.variant = variant ? variant->c_str() : nullptr;
         kvspn_engine* engine = nullptr;
-        kvspn_status status;
-        {
-            py::gil_scoped_release release;
-            status = kvspn_engine_create(&params, tensors.data(), int32_t(tensors.size()), &engine);
-        }
-        check(status);
+        without_gil(
+            [&] { return kvspn_engine_create(&params, tensors.data(), int32_t(tensors.size()), &engine); });
         engine_.reset(engine);
         for (const kvspn_tensor& tensor : tensors)
             if (std::string(tensor.name) == "embed_tokens") vocabulary_ = tensor.shape[0];
@@ -230,21 +237,11 @@ class Engine {
 
     void encode(int row, const py::object& states) {
         Tensor tensor("states", states, device_);
-        kvspn_status status;
-        {
-            py::gil_scoped_release release;
-            status = kvspn_engine_encode(engine_.get(), row, &tensor.get());
-        }
-        check(status);
+        without_gil([&] { return kvspn_engine_encode(engine_.get(), row, &tensor.get()); });
     }
 
     void prefill(int row, int count) {
-        kvspn_status status;
-        {
-            py::gil_scoped_release release;
-            status = kvspn_engine_prefill(engine_.get(), row, count);
-        }
-        check(status);
+        without_gil([&] { return kvspn_engine_prefill(engine_.get(), row, count); });
     }
 
     // One argument fewer than run: pybind11 keeps six without allocating.
@@ -256,12 +253,7 @@ class Engine {
         const Tensor drafts("draft_tokens", draft_tokens, device_);
         const auto held = take_mask(mask);
         kvspn_step_params params{sizeof params, values_of(held), k, eos, max_length, 0, &drafts.get()};
-        kvspn_status status;
-        {
-            py::gil_scoped_release release;
-            status = kvspn_engine_step(engine_.get(), &params);
-        }
-        check(status);
+        without_gil([&] { return kvspn_engine_step(engine_.get(), &params); });
     }
 
     void run(const py::object& mask, int k, int eos, int max_length, bool draft, int steps) {
@@ -270,12 +262,7 @@ class Engine {
         params.struct_size = sizeof params;
         params.step = {sizeof params.step, values_of(held), k, eos, max_length, draft, nullptr};
         params.max_steps = steps;
-        kvspn_status status;
-        {
-            py::gil_scoped_release release;
-            status = kvspn_engine_generate(engine_.get(), &params);
-        }
-        check(status);
+        without_gil([&] { return kvspn_engine_generate(engine_.get(), &params); });
     }
 
     // (name, nanoseconds, bytes) of each stage of a step; it runs, or is planned and takes no time.
@@ -302,12 +289,8 @@ class Engine {
     Stages list_stages(decltype(&kvspn_engine_profile) list, const kvspn_step_params& params) {
         std::vector<kvspn_stage> stages(4096);
         int32_t count = 0;
-        kvspn_status status;
-        {
-            py::gil_scoped_release release;
-            status = list(engine_.get(), &params, stages.data(), int32_t(stages.size()), &count);
-        }
-        check(status);
+        without_gil(
+            [&] { return list(engine_.get(), &params, stages.data(), int32_t(stages.size()), &count); });
         Stages listed;
         for (int i = 0; i < std::min(count, int32_t(stages.size())); ++i)
             listed.emplace_back(stages[i].name, stages[i].nanoseconds, stages[i].bytes);

@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "common/ops.h"
 #include "common/runner.h"
 
 namespace kvspn {
@@ -13,12 +14,9 @@ struct Backend {
     std::unique_ptr<Runner> (*make_runner)(const kvspn_engine_params& params, Weights& weights,
                                            const Plan& plan);
     const char* (*instruction_set)();
-    void (*flat_kv_attention)(const kvspn_attention_params& params);
-    void (*fused_linear)(const kvspn_linear_params& params);
-    void (*lm_head_verify)(const kvspn_verify_params& params);
-    void (*append_kv)(const kvspn_append_params& params);
-    void (*accept_and_rollback)(const kvspn_accept_params& params);
-    void (*compact_kv)(const kvspn_compact_params& params);
+#define KVSPN_POINTER(name, Params) void (*name)(const Params& params);
+    KVSPN_EACH_OP(KVSPN_POINTER)
+#undef KVSPN_POINTER
 };
 
 extern const Backend cpu_backend, cuda_backend;

@@ -85,18 +85,10 @@ template <>
 constexpr size_t kFirstEdition<kvspn_engine_params> = offsetof(kvspn_engine_params, device);
 template <>
 constexpr size_t kFirstEdition<kvspn_step_params> = offsetof(kvspn_step_params, draft_tokens);
-template <>
-constexpr size_t kFirstEdition<kvspn_attention_params> = offsetof(kvspn_attention_params, device);
-template <>
-constexpr size_t kFirstEdition<kvspn_linear_params> = offsetof(kvspn_linear_params, device);
-template <>
-constexpr size_t kFirstEdition<kvspn_verify_params> = offsetof(kvspn_verify_params, device);
-template <>
-constexpr size_t kFirstEdition<kvspn_append_params> = offsetof(kvspn_append_params, device);
-template <>
-constexpr size_t kFirstEdition<kvspn_accept_params> = offsetof(kvspn_accept_params, device);
-template <>
-constexpr size_t kFirstEdition<kvspn_compact_params> = offsetof(kvspn_compact_params, device);
+#define KVSPN_FIRST_EDITION(name, Params) \
+    template <>                           \
+    constexpr size_t kFirstEdition<Params> = offsetof(Params, device);
+KVSPN_EACH_OP(KVSPN_FIRST_EDITION)
 
 constexpr size_t kMostBytes = 4096;  // of a struct of any edition
 
@@ -279,26 +271,6 @@ kvspn_status kvspn_engine_progress(kvspn_engine* engine, int32_t row, int32_t* t
     });
 }
 
-kvspn_status kvspn_flat_kv_attention(const kvspn_attention_params* params) {
-    return run_op(&kvspn::Backend::flat_kv_attention, params);
-}
-
-kvspn_status kvspn_fused_linear(const kvspn_linear_params* params) {
-    return run_op(&kvspn::Backend::fused_linear, params);
-}
-
-kvspn_status kvspn_lm_head_verify(const kvspn_verify_params* params) {
-    return run_op(&kvspn::Backend::lm_head_verify, params);
-}
-
-kvspn_status kvspn_append_kv(const kvspn_append_params* params) {
-    return run_op(&kvspn::Backend::append_kv, params);
-}
-
-kvspn_status kvspn_accept_and_rollback(const kvspn_accept_params* params) {
-    return run_op(&kvspn::Backend::accept_and_rollback, params);
-}
-
-kvspn_status kvspn_compact_kv(const kvspn_compact_params* params) {
-    return run_op(&kvspn::Backend::compact_kv, params);
-}
+#define KVSPN_OP(name, Params) \
+    kvspn_status kvspn_##name(const Params* params) { return run_op(&kvspn::Backend::name, params); }
+KVSPN_EACH_OP(KVSPN_OP)

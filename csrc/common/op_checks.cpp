@@ -1,8 +1,8 @@
-#include "common/op_checks.h"
 
 #include <cmath>
 
 #include "common/error.h"
+#include "common/ops.h"
 #include "common/tensor.h"
 
 namespace kvspn {

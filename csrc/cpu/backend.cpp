@@ -1,6 +1,5 @@
 #include "common/backend.h"
 
-#include "cpu/ops.h"
 #include "cpu/runner.h"
 
 namespace kvspn {
@@ -14,9 +13,7 @@ const char* instruction_set() { return select_kernels(nullptr).name; }
 
 }  // namespace
 
-const Backend cpu_backend = {
-    Layout::packed,     &make_runner,         &instruction_set, &cpu::flat_kv_attention,
-    &cpu::fused_linear, &cpu::lm_head_verify, &cpu::append_kv,  &cpu::accept_and_rollback,
-    &cpu::compact_kv};
+#define KVSPN_ADDRESS(name, Params) &cpu::name,
+const Backend cpu_backend = {Layout::packed, &make_runner, &instruction_set, KVSPN_EACH_OP(KVSPN_ADDRESS)};
 
 }  // namespace kvspn

@@ -3,9 +3,8 @@
 
 #include "common/error.h"
 #include "common/memory.h"
-#include "common/op_checks.h"
+#include "common/ops.h"
 #include "common/tensor.h"
-#include "cpu/ops.h"
 #include "cpu/parts.h"
 
 namespace kvspn::cpu {

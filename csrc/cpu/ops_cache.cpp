@@ -4,9 +4,8 @@
 
 #include "common/accept.h"
 #include "common/memory.h"
-#include "common/op_checks.h"
+#include "common/ops.h"
 #include "common/tensor.h"
-#include "cpu/ops.h"
 #include "cpu/parts.h"
 
 namespace kvspn::cpu {

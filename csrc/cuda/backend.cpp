@@ -1,6 +1,5 @@
 #include "common/backend.h"
 
-#include "cuda/ops.h"
 #include "cuda/runner.h"
 
 namespace kvspn {
@@ -20,9 +19,7 @@ const char* instruction_set() {
 
 }  // namespace
 
-const Backend cuda_backend = {
-    Layout::rows,        &make_runner,          &instruction_set, &cuda::flat_kv_attention,
-    &cuda::fused_linear, &cuda::lm_head_verify, &cuda::append_kv, &cuda::accept_and_rollback,
-    &cuda::compact_kv};
+#define KVSPN_ADDRESS(name, Params) &cuda::name,
+const Backend cuda_backend = {Layout::rows, &make_runner, &instruction_set, KVSPN_EACH_OP(KVSPN_ADDRESS)};
 
 }  // namespace kvspn

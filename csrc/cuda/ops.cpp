@@ -1,11 +1,11 @@
 // The ops of the C ABI on a CUDA device: checks, scratch memory, launches.
-#include "cuda/ops.h"
+
+#include "common/ops.h"
 
 #include <algorithm>
 #include <new>
 
 #include "common/error.h"
-#include "common/op_checks.h"
 #include "common/tensor.h"
 #include "cuda/op_kernels.h"
 

@@ -110,6 +110,7 @@ struct Model {
     int64_t x_stride;
     uint64_t *best, *draft_best;  // [rows], [batch]: the largest logit and the smallest id that has it
     int32_t* above;               // [rows]: tokens in front of the draft
+    int32_t* drafts;              // [batch, kMostQueries - 1]: of the present step; -1: no token
     int32_t partial_pitch;
     float* partials;   // of attention: [batch, heads, splits, queries, partial_pitch]
     int32_t* arrived;  // [batch, heads]

@@ -10,7 +10,7 @@
 #include <utility>
 
 #include "common/error.h"
-#include "cuda/ops.h"
+#include "common/ops.h"
 
 namespace kvspn::cuda {
 
@@ -195,6 +195,8 @@ void CudaRunner::bind(const Batch& b) {
 
     const size_t rows = size_t(b.rows), states = size_t(b.cross.capacity);
     const auto zeros = [&](size_t bytes) { return Buffer(bytes, stream_); };
+    drafts_ = zeros(rows * (kMostQueries - 1) * sizeof(int32_t));
+    model_.drafts = drafts_.as<int32_t>();
     draft_best_ = zeros(rows * sizeof(uint64_t)), arrived_ = zeros(rows * b.heads * sizeof(int32_t));
     barrier_ = zeros(sizeof(uint32_t)), control_ = zeros(sizeof(Control));
     states_ = zeros(states * model_.x_stride * sizeof(float));

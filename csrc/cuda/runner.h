@@ -144,8 +144,8 @@ class CudaRunner : public Runner {
     int queries_ = 0;  // of a row, at most, that there is memory for
 
     std::vector<Stage> stages_;  // of the plan, on the present batch
-    Buffer placed_, control_, x_, wide_, attended_, inner_, best_, draft_best_, above_, partials_, arrived_,
-        barrier_, states_, projected_;
+    Buffer placed_, control_, x_, wide_, attended_, inner_, best_, draft_best_, drafts_, above_, partials_,
+        arrived_, barrier_, states_, projected_;
     Pinned progress_;
     Control present_{};
     bool controlled_ = false;

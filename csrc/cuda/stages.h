@@ -51,24 +51,32 @@ __device__ __forceinline__ void collect(const Model& m, const Pass& pass, Slots&
     sync_block();
 }
 
-// The i-th draft of a row; -1: no token.
-__device__ __forceinline__ int draft_of(const Model& m, int batch_row, int i) {
-    if (const int32_t* drafts = m.control->drafts) {
-        const int id = drafts[batch_row * m.control->drafts_b + i];
+// What a row's i-th draft is to be, of the caller's or the draft network's; -1: no token.
+__device__ __forceinline__ int take_draft(const Model& m, int batch_row, int i) {
+    if (const int32_t* given = m.control->drafts) {
+        const int id = given[batch_row * m.control->drafts_b + i];
         return id < m.tokens.count ? id : -1;
     }
     const int id = id_of(fresh(m.draft_best + batch_row));
     return m.draft_ids && id >= 0 ? m.draft_ids[id] : id;
 }
 
-// x = the embedding of each token + that of its position; what the step's choices go into is cleared.
+// Where it is from the base model's embedding on.
+__device__ __forceinline__ int32_t* draft_of(const Model& m, int batch_row, int i) {
+    return m.drafts + batch_row * (kMostQueries - 1) + i;
+}
+
+// x = the embedding of each token + that of its position; drafts are noted, and what the step's choices go
+// into is cleared.
 __device__ __forceinline__ void embed(const Model& m, const Stage& s, const Pass& pass, Shared& shared) {
     const Slots& slots = shared.slots;
     const int rows = slots.count * pass.queries;
     for (int r = block_index(); r < rows; r += block_count()) {
         const int slot = r / pass.queries, q = r % pass.queries, b = slots.row[slot];
         const int at = slots.position[slot] + q;
-        int id = pass.row < 0 && q ? draft_of(m, b, q - 1) : fresh(m.ids + int64_t(b) * m.id_capacity + at);
+        const bool draft = pass.row < 0 && q;
+        int id = draft ? take_draft(m, b, q - 1) : fresh(m.ids + int64_t(b) * m.id_capacity + at);
+        if (draft && thread_index() == 0) *draft_of(m, b, q - 1) = id;
         id = min(max(id, 0), m.tokens.count - 1);
         // A draft past the last position is never emitted.
         const int64_t position = min(at, m.positions.count - 1);
@@ -149,7 +157,7 @@ struct StageJudge {
     __device__ __forceinline__ int draft(int r) const {
         const int query = r % pass.queries;
         const bool judges = !s.draft && query + 1 < pass.queries;
-        return judges ? draft_of(m, slots.row[r / pass.queries], query) : -1;
+        return judges ? fresh(draft_of(m, slots.row[r / pass.queries], query)) : -1;
     }
     __device__ __forceinline__ uint64_t* best(int r) const {
         return s.draft ? m.draft_best + slots.row[r] : m.best + r;
@@ -250,7 +258,7 @@ __device__ __forceinline__ void attend(const Model& m, const Stage& s, const Pas
 struct StageRow {
     const Model& m;
     int row, first;  // first: of its rows of activations
-    __device__ __forceinline__ int draft(int i) const { return draft_of(m, row, i); }
+    __device__ __forceinline__ int draft(int i) const { return fresh(draft_of(m, row, i)); }
     __device__ __forceinline__ int choice(int i) const { return id_of(fresh(m.best + first + i)); }
     __device__ __forceinline__ int rank(int i) const {
         return choice(i) < 0 ? KVSPN_K_INF : fresh(m.above + first + i);
@@ -261,7 +269,8 @@ struct StageRow {
     }
 };
 
-__device__ __forceinline__ void accept(const Model& m, const Pass& pass, const Shared& shared) {
+// Not inlined: the kernel of all stages has no register to spare, and this is the work of a moment.
+static __device__ __attribute__((noinline)) void accept(const Model& m, const Pass& pass, const Shared& shared) {
     if (block_index()) return;
     const StopRule rule = m.control->rule;
     for (int i = thread_index(); i < shared.slots.count; i += thread_count()) {
