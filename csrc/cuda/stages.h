@@ -270,7 +270,8 @@ struct StageRow {
 };
 
 // Not inlined: the kernel of all stages has no register to spare, and this is the work of a moment.
-static __device__ __attribute__((noinline)) void accept(const Model& m, const Pass& pass, const Shared& shared) {
+static __device__ __attribute__((noinline)) void accept(const Model& m, const Pass& pass,
+                                                        const Shared& shared) {
     if (block_index()) return;
     const StopRule rule = m.control->rule;
     for (int i = thread_index(); i < shared.slots.count; i += thread_count()) {
