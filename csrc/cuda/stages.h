@@ -270,15 +270,14 @@ struct StageRow {
 };
 
 // Not inlined: the kernel of all stages has no register to spare, and this is the work of a moment.
-static __device__ __attribute__((noinline)) void accept(const Model& m, const Pass& pass,
-                                                        const Shared& shared) {
+static __device__ __attribute__((noinline)) void accept(const Model& m, int queries, const Shared& shared) {
     if (block_index()) return;
     const StopRule rule = m.control->rule;
     for (int i = thread_index(); i < shared.slots.count; i += thread_count()) {
         const int row = shared.slots.row[i];
         int length = shared.slots.position[i];
-        m.finished[row] = kvspn::accept(StageRow{m, row, i * pass.queries}, pass.queries - 1, rule, length,
-                                        m.stats + 3 * row);
+        m.finished[row] =
+            kvspn::accept(StageRow{m, row, i * queries}, queries - 1, rule, length, m.stats + 3 * row);
         m.draft_best[row] = 0;
         m.lengths[row] = length;
         fence_host();  // The tokens come before their number, which the host watches.
@@ -328,7 +327,7 @@ template <Kind kind>
 __device__ __forceinline__ void run_stage(const Model& m, const Stage& s, const Pass& pass, Shared& shared,
                                           float* x) {
     if constexpr (kind == Kind::embed) embed(m, s, pass, shared);
-    if constexpr (kind == Kind::accept) accept(m, pass, shared);
+    if constexpr (kind == Kind::accept) accept(m, pass.queries, shared);
     if constexpr (kind == Kind::attend)
         with_kv(s.dtype, [&](auto type) { attend<decltype(type)>(m, s, pass, shared); });
     const bool few = shared.slots.count * pass.queries <= 2;  // one row's step, with or without a draft
