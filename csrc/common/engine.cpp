@@ -1,7 +1,6 @@
 #include "common/engine.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "common/error.h"
 

@@ -1,7 +1,6 @@
 // What a device does for an engine: it runs the passes of a plan, and reads and writes the batch.
 #pragma once
 
-#include <memory>
 #include <vector>
 
 #include "common/batch.h"

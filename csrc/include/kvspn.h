@@ -101,8 +101,8 @@ typedef struct kvspn_step_params {
     int32_t max_length;
     int32_t draft; /* 1: the draft network guesses a token; 0: it does not */
     /* int32 [B, 0 to 15], with draft 0: guesses of what follows each row's newest token, up to its first that
-     * is no token, all verified in one pass; on a CUDA device with unit strides in a row. For one step alone.
-     * Or NULL. */
+     * is no token, all verified in one pass; on a CUDA device with unit strides in a row, and there until
+     * the step has run. For one step alone. Or NULL. */
     const kvspn_tensor* draft_tokens;
 } kvspn_step_params;
 
