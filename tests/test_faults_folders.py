@@ -275,11 +275,13 @@ def test_groups_fit_the_blocks_too() -> None:
 def test_convert_leaves_nothing_half_written(
     whispers: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    whisper = whispers(4)
+
     def fail(*_: object) -> None:
         raise OSError("the disk is full")
 
     monkeypatch.setattr("transformers.WhisperFeatureExtractor.save_pretrained", fail)
-    result = kvspn_("convert", whispers(4), tmp_path / "out", "--text-encoder-layers", 0)
+    result = kvspn_("convert", whisper, tmp_path / "out", "--text-encoder-layers", 0)
     assert (result.exit_code, one_line(result.stderr)) == (1, "kvspn: the disk is full")
     assert not list(tmp_path.iterdir())
 
