@@ -52,6 +52,7 @@ def make_m2m(layers: int = 6, **added) -> WhisperM2MForConditionalGeneration:
         "max_text_positions": 16,
         "kvspn_ffn_dim": 40,
         "kvspn_draft_trained": True,
+        "target_languages": None,
     }
     return convert_whisper(make_whisper(layers), range(layers), **{**fields, **added}).eval()
 

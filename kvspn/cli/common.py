@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,6 +40,10 @@ def whole_numbers(option: str, text: str, highest: int) -> list[int]:
         if not part.isdecimal() or not 1 <= int(part) <= highest:
             raise typer.BadParameter(f"{option} must be whole numbers from 1 to {highest}; got {part!r}")
     return sorted({int(part) for part in parts})
+
+
+# A package's name, "whisper-base", or a model hub's id, "openai/whisper-base" (kvspn.models.checkpoints).
+_MODEL_ID = re.compile(r"whisper-[\w.-]+|[\w.-]+/[\w.-]+")
 
 
 def print_table(
@@ -129,23 +134,33 @@ KV = Annotated[
 ]
 
 
-def model_folder(folder: Path | None) -> Path | None:
-    """Checked before torch is imported, which takes its time."""
-    if folder is not None and not folder.is_dir():
-        raise typer.BadParameter(f"{folder}: no such model folder")
-    return folder
+def model_folder(model: Path | None) -> Path | None:
+    """Checked before torch is imported, which takes its time: what is neither here nor a hub's id is none."""
+    if model is not None and not model.exists() and not _MODEL_ID.fullmatch(str(model)):
+        raise typer.BadParameter(f"{model}: no such model folder")
+    return model
 
 
 Model = Annotated[
     Path | None,
     typer.Option(
         "--model",
-        metavar="FOLDER",
+        metavar="MODEL",
         callback=model_folder,
-        help="A whisperM2M model folder. By default the miniature that ships with kvspn.",
+        help="A whisperM2M, or any Whisper: a folder of Hugging Face's or CTranslate2's, OpenAI's .pt, "
+        "a hub's id, a name of kvspn models. By default the miniature that ships with kvspn.",
         show_default=False,
     ),
 ]
+
+
+class Task(str, Enum):
+    """Whisper's tasks."""
+
+    TRANSCRIBE = "transcribe"
+    TRANSLATE = "translate"
+
+
 K = Annotated[
     Any,
     typer.Option(
@@ -243,10 +258,9 @@ def open_decoder(folder: Path) -> tuple[DecoderWeights, int]:
     """A model's decoder and draft network in fp32, and how many positions its encoder has."""
     import torch
 
-    from kvspn.models import WhisperM2MForConditionalGeneration, WhisperM2MProcessor
-    from kvspn.models.folder import open_folder
+    from kvspn.models.folder import open_model
     from kvspn.models.weights import decoder_weights
 
     silence_transformers()
-    model, _ = open_folder(folder, WhisperM2MForConditionalGeneration, WhisperM2MProcessor, torch.float32)
+    model, _ = open_model(folder, torch.float32)
     return decoder_weights(model), model.config.max_source_positions

@@ -1,4 +1,4 @@
-"""`kvspn convert`: a Hugging Face Whisper to an untrained whisperM2M."""
+"""`kvspn convert`: a Whisper to an untrained whisperM2M."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvspn.cli.common import silence_transformers
+from kvspn.cli.common import model_folder, silence_transformers
 
 
 def _parse_layers(text: str) -> list[int]:
@@ -22,7 +22,8 @@ def convert(
         Path,
         typer.Argument(
             metavar="WHISPER",
-            help="Local folder of a Hugging Face Whisper, with safetensors.",
+            callback=model_folder,
+            help="A Whisper: a folder, a .pt file, a model hub's id, or a name of kvspn models.",
             show_default=False,
         ),
     ],
@@ -97,20 +98,23 @@ def convert(
     """Make a whisperM2M of any Whisper: prune its decoder, add a text encoder and KVSPN.
 
     Encoder, tokenizer and preprocessor stay as they are. What is added starts at random: train it before use.
+    Until it is taught other targets (`target_languages` of config.json), it translates to English alone.
     """
-    from transformers import WhisperForConditionalGeneration, WhisperProcessor
-
     from kvspn.atomic import atomic
     from kvspn.models import WhisperM2MFeatureExtractor, convert_whisper, spread_layers
     from kvspn.models.conversion import fitting_groups
-    from kvspn.models.folder import open_folder
+    from kvspn.models.folder import open_whisper
 
     silence_transformers()
     if layers is not None and decoder_layers is not None:
         raise ValueError("give either --decoder-layers or --layers, not both")
     if out.exists():
         raise ValueError(f"{out}: exists already; name a new folder")
-    source, processor = open_folder(whisper, WhisperForConditionalGeneration, WhisperProcessor)
+    source, processor = open_whisper(whisper)
+    if not source.generation_config.is_multilingual:
+        raise ValueError(
+            f"{whisper}: names no languages: an English-only model, which cannot learn to translate"
+        )
     config = source.config
     if layers is None:
         layers = spread_layers(config.decoder_layers, decoder_layers or min(12, config.decoder_layers))

@@ -25,9 +25,9 @@ def plan(
         Path | None,
         typer.Option(
             "--model",
-            metavar="FOLDER",
+            metavar="MODEL",
             callback=model_folder,
-            help="A whisperM2M model folder, in place of a shape.",
+            help="A model as in kvspn translate, in place of a shape.",
             show_default=False,
         ),
     ] = None,

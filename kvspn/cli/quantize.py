@@ -32,8 +32,7 @@ def quantize(
     import torch
 
     from kvspn.assets import bundled_model
-    from kvspn.models import WhisperM2MForConditionalGeneration, WhisperM2MProcessor
-    from kvspn.models.folder import open_folder
+    from kvspn.models.folder import open_model
     from kvspn.models.one_file import export
 
     silence_transformers()
@@ -41,9 +40,7 @@ def quantize(
         raise ValueError(f"{out}: is a folder; name the file to write")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"{out}: no such folder")
-    opened, processor = open_folder(
-        model or bundled_model(), WhisperM2MForConditionalGeneration, WhisperM2MProcessor, torch.float32
-    )
+    opened, processor = open_model(model or bundled_model(), torch.float32)
     export(opened, processor, out, weights)
     if opened.kvspn is not None and not opened.drafts:
         typer.echo("Without the draft network, which is untrained")

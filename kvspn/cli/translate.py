@@ -16,6 +16,7 @@ from kvspn.cli.common import (
     Backend,
     K,
     Model,
+    Task,
     Threads,
     Weights,
     open_translator,
@@ -42,14 +43,18 @@ def translate(
         ),
     ],
     target: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--to",
             metavar="LANGUAGE",
-            help="Translate to a language of the model, by its code: en, de, ...",
+            help="Translate to a language that the model was taught: en, de, german, ...; a Whisper: en.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    task: Annotated[
+        Task | None,
+        typer.Option("--task", help="Instead of --to: text in the language spoken, or in English."),
+    ] = None,
     source: Annotated[
         str,
         typer.Option(
@@ -58,6 +63,23 @@ def translate(
             help="The language spoken; auto detects it in each stretch of a file.",
         ),
     ] = "auto",
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt",
+            metavar="TEXT",
+            help="What went before: topic, spelling of names, style.",
+            show_default=False,
+        ),
+    ] = None,
+    hotwords: Annotated[
+        str | None,
+        typer.Option("--hotwords", metavar="WORDS", help="Words to expect.", show_default=False),
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option("--prefix", metavar="TEXT", help="How the text begins.", show_default=False),
+    ] = None,
     k: K = "1",
     no_draft: Annotated[
         bool, typer.Option("--no-draft", help="Decode without the draft network: plain and greedy.")
@@ -89,9 +111,13 @@ def translate(
     from kvspn.assets import is_bundled
     from kvspn.speech.audio import AudioError, load_audio
 
+    if target is None and task is None:
+        raise typer.BadParameter("give --to LANGUAGE, or --task transcribe or translate")
+    if target is not None and task is Task.TRANSCRIBE:
+        raise typer.BadParameter(f"--to must not be given with --task transcribe; got {target}")
     translator = open_translator(model, backend, weights, kv, threads)
-    for code in {target, source} - {"auto"}:
-        translator.check_language(code)
+    spoken = None if source == "auto" else source
+    translator.check_languages("en" if target is None and task is Task.TRANSLATE else target, spoken)
     domain = translator.model.config.training_domain
     live = sys.stdout.isatty() and not as_json  # text as it comes; the progress bar is for the other cases
     documents: list[dict[str, Any]] = []
@@ -124,7 +150,11 @@ def translate(
                     result = translator.translate(
                         samples,
                         target,
-                        None if source == "auto" else source,
+                        spoken,
+                        task=None if task is None else task.value,
+                        prompt=prompt,
+                        hotwords=hotwords,
+                        prefix=prefix,
                         k=k,
                         draft=not no_draft,
                         on_text=shown,
@@ -181,9 +211,19 @@ def _document(path: Path, result: Translation, warnings: list[str]) -> dict[str,
         "source": result.source,
         "sources": result.sources,
         "target": result.target,
+        "language_probabilities": [_likely(each) for each in result.probabilities],
         "text": result.text,
         "warnings": warnings,
         "stats": {name: getattr(result.total, name) for name in _STATS},
+    }
+
+
+def _likely(probabilities: dict[str, float]) -> dict[str, float]:
+    """Those of a thousandth or more, and the first."""
+    return {
+        language: round(probability, 4)
+        for i, (language, probability) in enumerate(probabilities.items())
+        if not i or probability >= 0.001
     }
 
 

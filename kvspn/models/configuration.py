@@ -20,6 +20,9 @@ class WhisperM2MConfig(WhisperConfig):
         max_text_positions: longest source text in tokens.
         training_domain: the speech that the model was trained on, in a few words, where that is too narrow
             for other recordings: the command line says so at its first use on one.
+        target_languages: codes of the languages that the model was taught to translate to with the paper's
+            prompt, in which the target follows the task; None for all that it knows. An empty list is a
+            Whisper: it transcribes, or translates to English with Whisper's own prompt.
         kvspn_blocks: blocks of the draft network; 0 for none (plain greedy decoding only).
         kvspn_groups: consecutive groups that the decoder's layers are split into; must divide
             `decoder_layers` and `kvspn_blocks`. Block i reads group i * groups // blocks.
@@ -51,6 +54,7 @@ class WhisperM2MConfig(WhisperConfig):
     text_encoder_ffn_dim: int = 4096
     max_text_positions: int = 448
     training_domain: str | None = None
+    target_languages: list[str] | None = None
     kvspn_blocks: int = 3
     kvspn_groups: int = 3
     kvspn_heads: int | None = None

@@ -27,15 +27,18 @@ def fitting_groups(layers: int, blocks: int | None = None) -> int:
 
 
 def convert_whisper(
-    whisper: WhisperForConditionalGeneration, layers: Sequence[int], **added: Any
+    whisper: WhisperForConditionalGeneration | WhisperM2MForConditionalGeneration,
+    layers: Sequence[int],
+    **added: Any,
 ) -> WhisperM2MForConditionalGeneration:
     """Keeps the encoder, the embeddings and the named decoder layers; what is added starts at random.
 
     Args:
-        whisper: any Hugging Face Whisper.
+        whisper: any Hugging Face Whisper, or one that `kvspn.models.folder.open_whisper` has opened.
         layers: decoder layers to keep, ascending.
         added: fields of WhisperM2MConfig for the text encoder and KVSPN. Groups and blocks that are not given
-            fit the number of layers: as many as `fitting_groups` says.
+            fit the number of layers: as many as `fitting_groups` says. `target_languages` is empty where it
+            is not given, as the prompt that names a target is yet to be taught.
 
     Raises ValueError for layers that do not exist or are out of order.
     """
@@ -46,7 +49,7 @@ def convert_whisper(
     for name in ("model_type", "architectures", "transformers_version"):
         settings.pop(name, None)
     groups = added.get("kvspn_groups") or fitting_groups(len(layers), added.get("kvspn_blocks"))
-    fitting = {"kvspn_groups": groups, "kvspn_blocks": groups}
+    fitting: dict[str, Any] = {"kvspn_groups": groups, "kvspn_blocks": groups, "target_languages": []}
     config = WhisperM2MConfig(**{**settings, "decoder_layers": len(layers), **fitting, **added})
     model = WhisperM2MForConditionalGeneration(config).to(whisper.dtype)
     state = {_rename(name, layers): weight for name, weight in whisper.state_dict().items()}

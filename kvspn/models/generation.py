@@ -16,13 +16,12 @@ from transformers.utils import ModelOutput
 from kvspn.checks import finite, integer
 from kvspn.decoding import DecodeStats, decode
 from kvspn.engines import Engine, default_backend, engine
-from kvspn.models import settings
+from kvspn.models import prompts, settings
+from kvspn.models.languages import language_probabilities
 from kvspn.models.packed import packed_engine
 from kvspn.models.weights import decoder_weights
 from kvspn.ops import K_INF
 from kvspn.weights.formats import quantise
-
-TASKS = ("transcribe", "translate")
 
 
 @dataclass
@@ -31,11 +30,13 @@ class GenerateOutput(ModelOutput):
 
     sequences: int64 [B, T], generated tokens with the end token, padded on the right; without the prompt.
     languages: the source language of each row, as given or detected.
+    language_probabilities: of each row every language's, the likeliest first; None where it was given.
     stats: figures of each row; `total` those of the batch.
     """
 
     sequences: Tensor | None = None
     languages: list[str] | None = None
+    language_probabilities: list[dict[str, float]] | None = None
     stats: list[DecodeStats] | None = None
     total: DecodeStats | None = None
 
@@ -93,6 +94,7 @@ class GenerationMixin:
         task: str | None = None,
         target_language: str | Sequence[str] | None = None,
         prompt_ids: Tensor | Sequence[int] | None = None,
+        prefix_ids: Tensor | Sequence[int] | None = None,
         k: int | float | str = 1,
         draft: bool | None = None,
         draft_tokens: Tensor | Sequence[Sequence[int]] | None = None,
@@ -114,11 +116,14 @@ class GenerationMixin:
                 padding, or the rows' own, [E, d] each; one clip's may stand for several rows.
             attention_mask: [B, T] of `input_ids`, 1 keeps; for speech it has no meaning, as in Whisper.
             language: the source language ("de", "<|de|>" or "German"), one for all rows or one a row; None
-                takes it from the generation configuration, or else detects it.
+                takes it from the generation configuration, or else detects it. An English-only model takes
+                none but English.
             task: "transcribe" or "translate"; by default "translate" where there is a target language.
             target_language: what to translate to, one for all rows or one a row; a row whose source it is, is
-                transcribed.
+                transcribed. A Whisper translates to English alone.
             prompt_ids: [P], text that went before, from the processor's `get_prompt_ids`, as in Whisper.
+            prefix_ids: [P], how the output begins, after the prompt; the sequences begin behind it. (See
+                `kvspn.models.prompts.text_before` for both from text.)
             k: a draft is accepted if among the base model's k likeliest tokens; 1 gives exactly the greedy
                 output, "inf" accepts all.
             draft: False for plain greedy decoding; by default True where the model has a draft network that
@@ -167,40 +172,43 @@ class GenerationMixin:
         if target_language is not None and task is None:
             said.pop("task", None)  # the target, given here, counts before a configured task
         wanted = said.get("task")
-        if wanted not in (None, *TASKS):
-            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {wanted!r}")
+        if wanted not in (None, *prompts.TASKS):
+            raise ValueError(f"task must be one of {', '.join(prompts.TASKS)}, got {wanted!r}")
         if wanted == "translate" and target_language is None:
             target_language = "en"  # as in Whisper
         if wanted == "transcribe" and target_language is not None:
             raise ValueError(f"target_language must be None for task 'transcribe', got {target_language!r}")
-        language_ids = _language_ids(said)
-        targets = _languages("target_language", target_language, batch, language_ids)
-        languages = _languages("language", said.get("language"), batch, language_ids)
+        language_ids = prompts.language_ids(said)
+        targets = prompts.languages("target_language", target_language, batch, language_ids)
+        languages = prompts.languages("language", said.get("language"), batch, language_ids)
         start = said.get("decoder_start_token_id", self.config.decoder_start_token_id)
-        context = [] if prompt_ids is None else [int(token) for token in prompt_ids]
-        if len(context) > self.config.max_target_positions // 2:
-            limit = self.config.max_target_positions // 2
-            raise ValueError(f"prompt_ids must hold at most {limit} tokens, got {len(context)}")
+        context = self._text("prompt_ids", prompt_ids, self.config.max_target_positions // 2)
+        prefix = self._text("prefix_ids", prefix_ids, self.config.max_target_positions // 2)
         mask, first_mask = (self._mask(name, said) for name in ("suppress_tokens", "begin_suppress_tokens"))
         if engine is None:
             engine = packed_engine(self, batch, max(map(len, states)), backend)
-        with engine.lock:  # through detection and decoding, which share the encoder's keys and values
-            given: list[Tensor] | None = states
-            if languages is None:
-                languages = self._detect(engine, states, start, language_ids)
-                given = None  # the engine has them
-            prompts = [
-                [*context, start, *_prompt(said, language_ids, source, target)]
-                for source, target in zip(languages, targets or languages, strict=True)
+        detected = None
+        if languages is None:
+            detected = self._detect(states, start, language_ids)
+            languages = [next(iter(each)) for each in detected]
+        taught = self.config.target_languages
+        starts = [
+            [
+                *(*context, start),
+                *prompts.after_start(said, language_ids, source, target, wanted, taught),
+                *prefix,
             ]
+            for source, target in zip(languages, targets or languages, strict=True)
+        ]
+        with engine.lock:
             eos = said.get("eos_token_id", self.config.eos_token_id)
-            limits = self._limits(list(map(len, prompts)), max_new_tokens, said)
+            limits = self._limits(list(map(len, starts)), max_new_tokens, said)
             if streamer is not None:
-                streamer.put(torch.tensor(prompts))
+                streamer.put(torch.tensor(starts))
             result = decode(
                 engine,
-                given,
-                prompts,
+                states,
+                starts,
                 eos=settings.token_ids("eos_token_id", eos, self.config.vocab_size),
                 max_length=limits,
                 k=k,
@@ -214,14 +222,20 @@ class GenerationMixin:
                 streamer.end()
         rows = [
             torch.tensor(tokens[len(prompt) :])
-            for tokens, prompt in zip(result.sequences, prompts, strict=True)
+            for tokens, prompt in zip(result.sequences, starts, strict=True)
         ]
         sequences = torch.nn.utils.rnn.pad_sequence(
             rows, batch_first=True, padding_value=said.get("pad_token_id", self.config.pad_token_id)
         ).to(self.device)
         if not said.get("return_dict_in_generate"):
             return sequences
-        return GenerateOutput(sequences=sequences, languages=languages, stats=result.rows, total=result.total)
+        return GenerateOutput(
+            sequences=sequences,
+            languages=languages,
+            language_probabilities=detected,
+            stats=result.rows,
+            total=result.total,
+        )
 
     def _encode_rows(
         self,
@@ -251,14 +265,24 @@ class GenerationMixin:
         ]
 
     def _detect(
-        self, engine: Engine, states: list[Tensor], start: int, language_ids: dict[str, int]
-    ) -> list[str]:
-        """The likeliest language token after the start token, as Whisper does it."""
-        mask = torch.full((self.config.vocab_size,), -torch.inf, device=self.device)
-        mask[list(language_ids.values())] = 0
-        found = decode(engine, states, [[start]] * len(states), eos=-1, max_length=2, draft=False, mask=mask)
-        by_id = {token: code for code, token in language_ids.items()}
-        return [by_id[tokens[-1]] for tokens in found.sequences]
+        self, states: list[Tensor], start: int, language_ids: Mapping[str, int]
+    ) -> list[dict[str, float]]:
+        """Of each row every language's probability, the likeliest first; an English-only model's is 1."""
+        if not language_ids:
+            return [{"en": 1.0} for _ in states]
+        found = []
+        for row in states:
+            likely = language_probabilities(self, row, start, list(language_ids.values())).tolist()
+            order = sorted(zip(likely, language_ids, strict=True), key=lambda each: -each[0])
+            found.append({code: probability for probability, code in order})
+        return found
+
+    def _text(self, name: str, given: Tensor | Sequence[int] | None, most: int) -> list[int]:
+        """Token ids of a text as a list."""
+        ids = [] if given is None else [int(token) for token in given]
+        if len(ids) > most:
+            raise ValueError(f"{name} must hold at most {most} tokens, got {len(ids)}")
+        return settings.token_ids(name, ids, self.config.vocab_size)
 
     def _limits(self, prompts: list[int], max_new_tokens: int | None, said: Mapping[str, Any]) -> list[int]:
         """Tokens of each row at most, its prompt included, from the prompts' lengths."""
@@ -280,36 +304,3 @@ class GenerationMixin:
         mask = torch.zeros(self.config.vocab_size, device=self.device)
         mask[suppressed] = -torch.inf
         return mask
-
-
-def _prompt(said: Mapping[str, Any], language_ids: Mapping[str, int], source: str, target: str) -> list[int]:
-    """Whisper's prompt after the start token; to translate, the target language follows the task."""
-    if target == source:
-        task = [said["task_to_id"]["transcribe"]]
-    else:
-        task = [said["task_to_id"]["translate"], language_ids[target]]
-    return [language_ids[source], *task, said["no_timestamps_token_id"]]
-
-
-def _language_ids(said: Mapping[str, Any]) -> dict[str, int]:
-    for name in ("lang_to_id", "task_to_id", "no_timestamps_token_id"):
-        if not said.get(name):
-            raise ValueError(
-                f"generation_config has no {name}: the model's languages and tasks are not known"
-            )
-    return {settings.code(token): i for token, i in said["lang_to_id"].items()}
-
-
-def _languages(
-    name: str, given: str | Sequence[str] | None, batch: int, known: dict[str, int]
-) -> list[str] | None:
-    """One code a row, from one for all rows or one a row; None where none is given."""
-    if given is None:
-        return None
-    rows = list(given) if isinstance(given, (list, tuple)) else [given] * batch
-    if len(rows) != batch:
-        raise ValueError(f"{name} must be one for all or {batch}, one a row, got {len(rows)}")
-    for language in rows:
-        if not isinstance(language, str) or settings.code(language) not in known:
-            raise ValueError(f"{name} must be one of {', '.join(sorted(known))}, got {language!r}")
-    return [settings.code(language) for language in rows]

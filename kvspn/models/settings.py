@@ -14,6 +14,7 @@ HONOURED = frozenset(
         "begin_suppress_tokens",
         "decoder_start_token_id",
         "eos_token_id",
+        "is_multilingual",
         "lang_to_id",
         "language",
         "max_length",
@@ -33,8 +34,8 @@ WITHOUT_EFFECT = frozenset(
         "alignment_heads",
         "bos_token_id",
         "disable_compile",
-        "is_multilingual",
         "max_initial_timestamp_index",
+        "median_filter_width",
         "prev_sot_token_id",
         "transformers_version",
         "use_cache",
@@ -119,14 +120,17 @@ def _fields(config: GenerationConfig) -> dict[str, Any]:
 
 def _forced(ids: Sequence[Sequence[int | None]], known: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Pairs of a position in Whisper's prompt and a token id -> ("language", "de"), ("task", "translate")."""
-    words = {
-        1: ("language", {token: word for word, token in (known.get("lang_to_id") or {}).items()}),
-        2: ("task", {token: word for word, token in (known.get("task_to_id") or {}).items()}),
-        3: ("no_timestamps_token_id", {known.get("no_timestamps_token_id"): ""}),
-    }
+    words = [
+        ("language", {token: word for word, token in (known.get("lang_to_id") or {}).items()}),
+        ("task", {token: word for word, token in (known.get("task_to_id") or {}).items()}),
+        ("no_timestamps_token_id", {known.get("no_timestamps_token_id"): ""}),
+    ]
+    if known.get("is_multilingual") is False:  # whose prompt has the last of them alone
+        del words[:2]
+    by_position = dict(enumerate(words, 1))
     found = []
     for position, token in ids:
-        name, by_id = words.get(position or 0, ("", {}))
+        name, by_id = by_position.get(position or 0, ("", {}))
         if token is not None and token not in by_id:
             raise ValueError(
                 "forced_decoder_ids must be Whisper's prompt, [1, a language], [2, a task] and "

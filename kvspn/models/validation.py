@@ -45,34 +45,63 @@ class ModelError(ValueError):
     """A model folder that cannot be used: one line that names it and says what is missing or wrong."""
 
 
-def check_config(config: WhisperConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """The configuration against the shapes of the weights, before anything of such a size is made."""
+def check_config(
+    config: WhisperConfig, shapes: Mapping[str, tuple[int, ...]], file: str = "config.json"
+) -> None:
+    """The configuration, from `file`, against the shapes of the weights, before anything is made of it."""
     for field, prefix in _LAYERS.items():
         layers = {name[len(prefix) :].partition(".")[0] for name in shapes if name.startswith(prefix)}
         if (wanted := getattr(config, field, 0)) != len(layers):
-            raise _wrong("config.json", field, f"{len(layers)}, as in the weights", wanted)
+            raise _wrong(file, field, f"{len(layers)}, as in the weights", wanted)
     for field, (name, dimension) in _SIZES.items():
         wanted, shape = getattr(config, field, None), shapes.get(name, ())
         if len(shape) > dimension and wanted != shape[dimension]:
-            raise _wrong("config.json", field, f"{shape[dimension]}, as in the weights", wanted)
+            raise _wrong(file, field, f"{shape[dimension]}, as in the weights", wanted)
     for field in ("encoder_attention_heads", "decoder_attention_heads"):
         if (heads := getattr(config, field)) < 1 or config.d_model % heads:
-            raise _wrong("config.json", field, f"a divisor of d_model ({config.d_model})", heads)
+            raise _wrong(file, field, f"a divisor of d_model ({config.d_model})", heads)
     for field in ("dropout", "attention_dropout", "activation_dropout"):
         if not 0 <= (rate := getattr(config, field)) <= 1:
-            raise _wrong("config.json", field, "from 0 to 1", rate)
+            raise _wrong(file, field, "from 0 to 1", rate)
     for field in ("eos_token_id", "pad_token_id", "decoder_start_token_id"):
-        _check_token("config.json", field, getattr(config, field), config.vocab_size)
+        _check_token(file, field, getattr(config, field), config.vocab_size)
 
 
-def check_generation(ids: Mapping[str, Any], config: WhisperConfig) -> None:
+def check_generation(
+    ids: Mapping[str, Any],
+    config: WhisperConfig,
+    file: str = "generation_config.json",
+    *,
+    english_only: bool = False,
+) -> None:
     """The ids of languages, tasks and suppressed tokens, which make Whisper's prompt and masks.
 
-    And `generate` honours whatever else is set.
+    And `generate` honours whatever else is set. `english_only`: whether a model without languages will do.
     """
-    file, size = "generation_config.json", config.vocab_size
-    if ids.get("is_multilingual", True) is False:
+    size = config.vocab_size
+    if ids.get("is_multilingual", True) is not False:
+        _check_languages(ids, file, size)
+    elif not english_only:
         raise ModelError(f"{file} names no languages: an English-only model (is_multilingual is false)")
+    _check_token(file, "no_timestamps_token_id", ids.get("no_timestamps_token_id"), size)
+    for field in ("suppress_tokens", "begin_suppress_tokens", "eos_token_id"):
+        tokens = ids.get(field)
+        if isinstance(tokens, int):
+            tokens = [tokens]
+        if not isinstance(tokens, list | None):
+            raise _wrong(file, field, "a list of token ids", tokens)
+        for token in tokens or ():
+            _check_token(file, field, token, size)
+    for field in ("pad_token_id", "decoder_start_token_id", "prev_sot_token_id"):
+        if (token := ids.get(field)) is not None:
+            _check_token(file, field, token, size)
+    try:
+        merge(GenerationConfig.from_dict(dict(ids)), None, {})
+    except Exception as error:
+        raise ModelError(f"{file}: {reason(error)}") from error
+
+
+def _check_languages(ids: Mapping[str, Any], file: str, size: int) -> None:
     languages, tasks = ids.get("lang_to_id"), ids.get("task_to_id")
     if not isinstance(languages, Mapping) or not languages:
         what = 'a token id for each language ("<|de|>", ...)'
@@ -83,22 +112,6 @@ def check_generation(ids: Mapping[str, Any], config: WhisperConfig) -> None:
         raise _wrong(file, "task_to_id", 'token ids of "transcribe" and "translate"', tasks)
     for task in ("transcribe", "translate"):
         _check_token(file, f"task_to_id[{task!r}]", tasks.get(task), size)
-    _check_token(file, "no_timestamps_token_id", ids.get("no_timestamps_token_id"), size)
-    for field in ("suppress_tokens", "begin_suppress_tokens", "eos_token_id"):
-        tokens = ids.get(field)
-        if isinstance(tokens, int):
-            tokens = [tokens]
-        if not isinstance(tokens, list | None):
-            raise _wrong(file, field, "a list of token ids", tokens)
-        for token in tokens or ():
-            _check_token(file, field, token, size)
-    for field in ("pad_token_id", "decoder_start_token_id"):
-        if (token := ids.get(field)) is not None:
-            _check_token(file, field, token, size)
-    try:
-        merge(GenerationConfig.from_dict(dict(ids)), None, {})
-    except Exception as error:
-        raise ModelError(f"{file}: {reason(error)}") from error
 
 
 def check_features(settings: Mapping[str, Any], config: WhisperConfig) -> None:

@@ -90,11 +90,11 @@ def decoder_weights(model: WhisperM2MForConditionalGeneration) -> DecoderWeights
     decoder, draft = model.model.decoder, model.kvspn
     ids = None if draft is None else draft.draft_ids
     with torch.no_grad():
-        embed, head = (_merged(part).weight.detach() for part in (decoder.embed_tokens, model.proj_out))
+        embed, head = (merged(part).weight.detach() for part in (decoder.embed_tokens, model.proj_out))
         return DecoderWeights(
             heads=model.config.decoder_attention_heads,
             embed_tokens=embed * decoder.embed_scale if decoder.embed_scale != 1 else embed,
-            embed_positions=_merged(decoder.embed_positions).weight.detach(),
+            embed_positions=merged(decoder.embed_positions).weight.detach(),
             layers=tuple(_layer(layer) for layer in decoder.layers),
             norm=_norm(decoder.layer_norm),
             head=Linear(head),
@@ -129,7 +129,7 @@ def encoder_weights(model: WhisperM2MForConditionalGeneration) -> dict[str, Tens
         }
     tensors = {f"encoder.{name}.weight": part.weight.float() for name, part in parts.items()}
     tensors |= {f"encoder.{name}.bias": part.bias.float() for name, part in parts.items()}
-    return tensors | {"encoder.embed_positions": _merged(encoder.embed_positions).weight.detach().float()}
+    return tensors | {"encoder.embed_positions": merged(encoder.embed_positions).weight.detach().float()}
 
 
 def _layer(layer: nn.Module) -> LayerWeights:
@@ -170,7 +170,7 @@ def _base_layer(module: Any) -> nn.Module:
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
-def _merged(layer: Any) -> Any:
+def merged(layer: Any) -> Any:
     """The layer with its active adapters merged: by PEFT's own merge, on a copy."""
     if hasattr(layer, "get_base_layer"):
         layer = copy.deepcopy(layer)
@@ -182,12 +182,12 @@ def _merged(layer: Any) -> Any:
 
 
 def _norm(norm: nn.LayerNorm) -> Norm:
-    norm = _merged(norm)
+    norm = merged(norm)
     return Norm(norm.weight.detach(), norm.bias.detach())
 
 
 def _linear(linear: nn.Linear) -> Linear:
-    linear = _merged(linear)
+    linear = merged(linear)
     return Linear(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
 
 

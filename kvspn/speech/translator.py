@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,9 @@ from kvspn.assets import bundled_model
 from kvspn.decoding import DecodeStats
 from kvspn.engines import default_backend
 from kvspn.models import WhisperM2MForConditionalGeneration, WhisperM2MProcessor
-from kvspn.models.folder import ModelError, open_folder
+from kvspn.models.folder import ModelError, open_model
+from kvspn.models.prompts import check_target, text_before
+from kvspn.models.settings import code
 from kvspn.speech.audio import SAMPLING_RATE, split_audio
 
 UNSPACED = frozenset({"zh", "yue", "ja", "th", "lo", "my"})
@@ -29,6 +31,7 @@ class Translation:
     """One clip's translation.
 
     sources: the language spoken in each chunk; target: the text's, where it is the same a transcription's.
+    probabilities: of each chunk every language's, the likeliest first; empty where the language was given.
     tokens: the generated ones, chunk after chunk, with the end tokens. chunks: figures of each chunk; total:
     those of all together.
     """
@@ -39,6 +42,7 @@ class Translation:
     tokens: list[int]
     chunks: list[DecodeStats]
     total: DecodeStats
+    probabilities: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def source(self) -> str:
@@ -50,7 +54,7 @@ class Translator:
     """Translates clip after clip on the same engine.
 
     Raises:
-        ModelError: a model without languages, or whose window the preprocessor does not fit.
+        ModelError: a model whose languages are not known, or whose window the preprocessor does not fit.
     """
 
     def __init__(
@@ -66,8 +70,11 @@ class Translator:
         `kv`: "int8" for int8 caches; None for those of the embeddings' dtype."""
         self.model = model
         self.processor = processor
-        tokens = getattr(model.generation_config, "lang_to_id", None) or {}
-        self.languages = sorted(token.strip("<|>") for token in tokens)
+        said = model.generation_config
+        english_only = getattr(said, "is_multilingual", True) is False
+        tokens = {} if english_only else getattr(said, "lang_to_id", None) or {}
+        self.languages = ["en"] if english_only else sorted(map(code, tokens))
+        self._language_codes = {token: code(name) for name, token in tokens.items()}
         self.window = processor.feature_extractor.n_samples
         positions = model.config.max_source_positions
         if not self.languages:
@@ -88,51 +95,72 @@ class Translator:
         weights: str | None = None,
         kv: str | None = None,
     ) -> Translator:
-        """Opens a whisperM2M folder, float32 on the CPU; None for the bundled miniature.
+        """Opens a whisperM2M or any Whisper (see `kvspn.models.folder.open_model`), float32 on the CPU.
+
+        Args:
+            folder: or a .pt file, a model hub's id, an installed package's name; None for the miniature.
 
         Raises:
-            ModelError: naming the folder and the part that is missing or wrong.
+            ModelError: naming it and the part that is missing or wrong.
         """
-        path = bundled_model() if folder is None else Path(folder)
-        parts = open_folder(path, WhisperM2MForConditionalGeneration, WhisperM2MProcessor, torch.float32)
+        path = bundled_model() if folder is None else os.fspath(folder)
+        parts = open_model(path, torch.float32)
         try:
             return cls(*parts, backend, weights, kv)
         except ModelError as error:
             raise ModelError(f"{path}: {error}") from error
 
-    def check_language(self, code: str) -> None:
-        """Raises ValueError for a language that the model does not know."""
-        if code not in self.languages:
-            raise ValueError(f"unknown language {code!r}: this model knows {', '.join(self.languages)}")
+    def check_language(self, language: str) -> str:
+        """The code of a language ("de", "German"). Raises ValueError for one that the model does not know."""
+        if code(language) not in self.languages:
+            raise ValueError(f"unknown language {language!r}: this model knows {', '.join(self.languages)}")
+        return code(language)
+
+    def check_languages(self, target: str | None, source: str | None) -> tuple[str | None, str | None]:
+        """Their codes. Raises ValueError for an unknown one, or a target that was never taught."""
+        target, source = (each if each is None else self.check_language(each) for each in (target, source))
+        if target is not None and source is not None:
+            check_target(target, source, self.model.config.target_languages)
+        return target, source
 
     def translate(
         self,
         samples: np.ndarray,
-        target: str,
+        target: str | None = None,
         source: str | None = None,
         *,
+        task: str | None = None,
+        prompt: str | None = None,
+        hotwords: str | None = None,
+        prefix: str | None = None,
         k: int | float | str = 1,
         draft: bool = True,
         on_text: Callable[[str], object] = lambda text: None,
         on_chunk: Callable[[int, int], object] = lambda done, total: None,
     ) -> Translation:
-        """Translates one clip, or transcribes it where `target` is its language.
+        """Translates one clip, or transcribes it where `target` is its language or None.
 
         Args:
             samples: float32 [N], mono at 16 kHz (see `kvspn.speech.audio.load_audio`); what is longer than
                 the model's window is cut at pauses and translated chunk by chunk.
-            target: code of the language to translate to.
-            source: code of the language spoken; None detects it in each chunk.
+            target: the language to translate to, its code or name. A Whisper knows English alone.
+            source: the language spoken; None detects it in each chunk.
+            task: "transcribe", or "translate", to English where there is no target.
+            prompt: text that went before, for every chunk: topic, spelling, style.
+            hotwords: words to expect, likewise; without effect beside a prefix.
+            prefix: how the text of the first chunk begins; it is not repeated in the text.
             k: a draft is accepted if among the base model's k likeliest tokens; "inf" accepts all.
             draft: False for plain greedy decoding, as always where no draft network has been trained.
             on_text: called with each new piece of text; the pieces together are the whole text.
             on_chunk: called with the number of chunks done and their total.
 
         Raises:
-            ValueError: an unknown language, a bad k, samples that are not finite or only silence.
+            ValueError: an unknown language or one that the model was never taught to translate to, a bad k,
+                samples that are not finite or only silence.
         """
-        for code in (target,) if source is None else (target, source):
-            self.check_language(code)
+        if target is None and task == "translate":
+            target = "en"
+        target, source = self.check_languages(target, source)
         if not np.isfinite(samples).all():
             raise ValueError("samples must be finite, got NaN or infinity")
         chunks = split_audio(samples, self.window)
@@ -142,29 +170,44 @@ class Translator:
         sources: list[str] = []
         tokens: list[int] = []
         stats: list[DecodeStats] = []
+        probabilities: list[dict[str, float]] = []
+        positions = self.model.config.max_target_positions
 
         def emit(text: str) -> None:
             pieces.append(text)
             on_text(text)
 
+        def separator(prompt: list[int]) -> str:
+            """Before a chunk's text: nothing, or a space where the language written has them."""
+            known = self._language_codes
+            written = target or next((known[token] for token in prompt if token in known), "en")
+            return "" if not pieces or written in UNSPACED else " "
+
         for done, chunk in enumerate(chunks, 1):
+            first = prefix if done == 1 else None
+            prompt_ids, prefix_ids = text_before(self.processor.tokenizer, positions, prompt, hotwords, first)
             features = self.processor(chunk, sampling_rate=SAMPLING_RATE).input_features
             output: Any = self.model.generate(
                 features,
                 language=source,
                 target_language=target,
+                task=task,
+                prompt_ids=prompt_ids,
+                prefix_ids=prefix_ids,
                 k=k,
                 draft=None if draft else False,
-                streamer=_TextStream(self.decode, emit, "" if not pieces or target in UNSPACED else " "),
+                streamer=_TextStream(self.decode, emit, separator),
                 return_dict_in_generate=True,
                 engine=self.engine,
             )
             sources += output.languages
             tokens += output.sequences[0].tolist()
             stats += output.stats
+            probabilities += output.language_probabilities or []
             on_chunk(done, len(chunks))
         total = DecodeStats.total(stats, sum(each.seconds for each in stats))
-        return Translation("".join(pieces), sources, target, tokens, stats, total)
+        written = target or max(sources, key=sources.count)
+        return Translation("".join(pieces), sources, written, tokens, stats, total, probabilities)
 
     def decode(self, tokens: list[int]) -> str:
         """The text of generated tokens; special ones are left out."""
@@ -174,21 +217,26 @@ class Translator:
 class _TextStream(BaseStreamer):
     """Passes on the text of the tokens that it is given, as soon as its characters are complete.
 
-    White space at both ends is dropped; `separator` goes before the first piece.
+    White space at both ends is dropped; `separator`, given the prompt, says what goes before the first piece.
     """
 
     def __init__(
-        self, decode: Callable[[list[int]], str], emit: Callable[[str], None], separator: str
+        self,
+        decode: Callable[[list[int]], str],
+        emit: Callable[[str], None],
+        separator: Callable[[list[int]], str],
     ) -> None:
         self._decode = decode
         self._emit = emit
         self._separator = separator
+        self._prompt: list[int] = []
         self._tokens: list[int] = []
         self._sent = 0  # characters
 
     def put(self, value: Tensor) -> None:
         """value: new token ids [T]; the prompt, which is no text of its own, comes first as [1, T]."""
         if value.dim() > 1:
+            self._prompt = value.flatten().tolist()
             return
         self._tokens += value.tolist()
         # A character's first bytes alone decode to replacement characters.
@@ -199,5 +247,5 @@ class _TextStream(BaseStreamer):
 
     def _send(self, text: str) -> None:
         if len(text) > self._sent:
-            self._emit((self._separator if not self._sent else "") + text[self._sent :])
+            self._emit(("" if self._sent else self._separator(self._prompt)) + text[self._sent :])
             self._sent = len(text)

@@ -117,6 +117,7 @@ def train_base(folder: Path, recipe: Recipe, corpus: Corpus) -> Path:
         text_encoder_ffn_dim=recipe.ffn_dim,
         max_text_positions=recipe.max_target_positions,
         training_domain="one phrasebook, spoken by one synthesiser",
+        target_languages=None,
         kvspn_blocks=0,
     )
     encoder = model.model.encoder

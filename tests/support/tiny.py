@@ -118,6 +118,7 @@ def save_model(folder: Path, **config: object) -> Path:
         "kvspn_groups": 2,
         "kvspn_ffn_dim": 64,
         "kvspn_draft_trained": True,
+        "target_languages": None,
     }
     convert_whisper(whisper(words), range(4), **{**settings, **config}).save_pretrained(folder)
     words.save_pretrained(folder)
