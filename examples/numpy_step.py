@@ -83,8 +83,8 @@ def main(path: Path, states: np.ndarray | None, source: str, target: str) -> lis
     finished[0] = False
     engine.prefill(0, len(prompt) - 1)
     stops: dict[str, Any] = {"k": 1, "eos": int(numbers["eos"]), "max_length": capacity}
-    engine.step(tensors["first_mask"], **stops, draft=False)
-    engine.run(tensors["mask"], **stops, draft=int(numbers["blocks"]) > 0, steps=capacity)
+    engine.choose(mask=tensors["mask"], first_mask=tensors["first_mask"])
+    engine.run(**stops, draft=int(numbers["blocks"]) > 0, steps=capacity)
     made: list[int] = tokens[0, len(prompt) : lengths[0] + 1].tolist()
     print(
         f"{made}\n{len(made)} tokens in {stats[0, 0]} steps, {stats[0, 2]} of {stats[0, 1]} drafts accepted"

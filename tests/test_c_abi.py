@@ -2,7 +2,7 @@
 
 import ctypes
 import random
-from ctypes import POINTER, byref, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 
 import numpy as np
 import pytest
@@ -76,7 +76,13 @@ class StepParams(ctypes.Structure):
         ("max_length", c_int32),
         ("draft", c_int32),
         ("draft_tokens", POINTER(Tensor)),
+        ("first_mask", POINTER(c_float)),
+        ("log_probs", POINTER(Tensor)),
     )
+
+
+class Rule(ctypes.Structure):
+    _fields_ = (("struct_size", c_uint32), ("temperature", c_float), ("seed", c_uint64))
 
 
 ON_STEP = ctypes.CFUNCTYPE(c_int32, c_void_p)
@@ -113,7 +119,7 @@ def library(path) -> ctypes.CDLL:
     lib.kvspn_engine_reset.argtypes = [c_void_p]
     for name in ("set_stream", "bind", "step", "generate"):
         getattr(lib, f"kvspn_engine_{name}").argtypes = [c_void_p, c_void_p]
-    for name in ("encode", "read_statistics"):
+    for name in ("encode", "read_statistics", "set_rule"):
         getattr(lib, f"kvspn_engine_{name}").argtypes = [c_void_p, c_int32, c_void_p]
     for name in ("prefill", "rollback"):
         getattr(lib, f"kvspn_engine_{name}").argtypes = [c_void_p, c_int32, c_int32]
@@ -257,14 +263,44 @@ def test_a_profiled_step_counts_its_stages(lib, started):
     assert values["stats"][0, 0] == 3
 
 
-def test_the_first_mask_is_for_a_first_greedy_step(lib, started):
+def test_the_first_mask_is_for_the_first_token(lib, started):
     engine, values = started
     mask = np.full(29, -np.inf, np.float32)
     mask[17] = 0
     assert lib.kvspn_engine_generate(engine, byref(generate(first_mask=mask))) == OK
     assert values["tokens"][0, 3] == 17
     assert set(values["tokens"][0, 4:]) != {17}
-    assert statistics(lib, engine, 0)["drafted"] == statistics(lib, engine, 0)["steps"] - 1
+    assert statistics(lib, engine, 0)["drafted"] == statistics(lib, engine, 0)["steps"]
+
+
+def test_a_rule_of_a_row(lib, started):
+    """The same seed gives the same tokens, with drafts and without; zero is greedy again."""
+    engine, values = started
+    log_probs = np.full(values["tokens"].shape, np.nan, np.float32)
+
+    def tokens(temperature, seed, draft):
+        rule = Rule(ctypes.sizeof(Rule), temperature, seed)
+        assert lib.kvspn_engine_set_rule(engine, 0, byref(rule)) == OK
+        settings = generate(draft=draft)
+        settings.step.log_probs = ctypes.pointer(Tensor.of("log_probs", log_probs))
+        assert lib.kvspn_engine_generate(engine, byref(settings)) == OK
+        assert lib.kvspn_engine_rollback(engine, 0, 2) == OK
+        return values["tokens"][0].tolist(), log_probs[0, 3:].tolist()
+
+    greedy = tokens(0, 0, 1)
+    sampled = [tokens(1.5, seed, 1) for seed in (1, 2, 1 << 32)]
+    assert sampled == [tokens(1.5, seed, 0) for seed in (1, 2, 1 << 32)]
+    assert len({str(each) for each in [greedy, *sampled]}) == 4
+    assert tokens(0, 1, 0) == greedy
+    assert np.isnan(log_probs[0, :3]).all()
+    for wrong in (-1, np.nan, np.inf):
+        assert lib.kvspn_engine_set_rule(engine, 0, byref(Rule(ctypes.sizeof(Rule), wrong, 0))) == INVALID
+        assert b"temperature must be 0 or a positive number" in lib.kvspn_last_error()
+    assert lib.kvspn_engine_set_rule(engine, 1, byref(Rule(ctypes.sizeof(Rule), 1, 0))) == INVALID
+    settings = step()
+    settings.log_probs = ctypes.pointer(Tensor.of("log_probs", log_probs[:, :-1].copy()))
+    assert lib.kvspn_engine_step(engine, byref(settings)) == INVALID
+    assert b"log_probs must have shape" in lib.kvspn_last_error()
 
 
 def test_reset_forgets(lib, started):
@@ -596,11 +632,7 @@ def test_given_drafts_of_one_step(lib, started):
     guess = np.ascontiguousarray(tokens[:, 3:7])
     for wrong, message in (
         (step(draft=1), b"draft must be 0 with draft_tokens, got 1"),
-        (generate(draft=0, max_steps=2), b"draft_tokens must be null but for one step without first_mask"),
-        (
-            generate(draft=0, max_steps=1, first_mask=np.zeros(29, np.float32)),
-            b"draft_tokens must be null but",
-        ),
+        (generate(draft=0, max_steps=2), b"draft_tokens must be null but for one step, got"),
     ):
         inner = getattr(wrong, "step", wrong)
         inner.draft_tokens = ctypes.pointer(Tensor.of("draft_tokens", guess))

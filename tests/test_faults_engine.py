@@ -272,7 +272,7 @@ def test_progress_looks_at_its_own_tokens_alone(lib, length):
 def test_a_mask_of_another_length():
     e = begun()
     with pytest.raises(ValueError, match=r"^mask must be fp32 and contiguous, \[29\], got another tensor"):
-        e._made.step(torch.zeros(1), k=1, eos=-1, max_length=12, draft=True)
+        e._made.choose(mask=torch.zeros(1))
 
 
 def test_no_token_in_the_c_abi(lib):
@@ -312,7 +312,7 @@ def test_strides_of_a_draft_vocabulary():
         made.bind(**values)
         made.encode(0, np.ones((4, 16), np.float32))
         made.prefill(0, 2)
-        made.run(None, k=2**31 - 1, eos=-1, max_length=12, draft=True, steps=20)
+        made.run(k=2**31 - 1, eos=-1, max_length=12, draft=True, steps=20)
         found.append(values["tokens"].tolist())
     assert found[0] == found[1]
 

@@ -168,8 +168,9 @@ def test_a_hook_of_gradient_checkpointing_is_no_fault():
     ("name", "value"),
     [
         ("num_beams", 5),
-        ("do_sample", True),
         ("temperature", 0.5),
+        ("top_k", 7),
+        ("top_p", 0.5),
         ("no_repeat_ngram_size", 2),
         ("repetition_penalty", 1.5),
         ("min_new_tokens", 5),
@@ -209,6 +210,30 @@ def test_every_field_of_a_generation_config_is_known_or_refused():
                 merge(config, None, {})
             setattr(config, name, defaults.get(name))
             merge(config, None, {})
+
+
+def test_sampling():
+    """A seed's output is its own, with drafts and without, and not the greedy one."""
+    model, x = make_m2m(), features(2)
+    sampled = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 8}
+    outputs = [model.generate(x, **EN, **sampled, seed=seed, draft=True) for seed in range(3)]
+    for seed, output in enumerate(outputs):
+        assert torch.equal(output, model.generate(x, **EN, **sampled, seed=seed, draft=False))
+    assert len({str(output.tolist()) for output in outputs}) == 3
+    assert torch.equal(outputs[0], model.generate(x, **EN, **sampled, top_k=0))
+    same = features(1).repeat(2, 1, 1)
+    first, second = model.generate(same, **EN, **sampled).tolist()
+    assert first != second
+    for settings, message in (
+        ({"do_sample": True, "temperature": 0}, "^temperature must be above 0 with do_sample=True, got 0"),
+        ({"do_sample": True, "temperature": -1.0}, "^temperature must be 0 or a positive number, got -1"),
+        ({"seed": 3}, "^seed must be left out without do_sample=True, got 3"),
+        ({"do_sample": True, "seed": -3}, "^seed must be in 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(x, **EN, **settings)
+    with pytest.raises(TypeError, match=r"^do_sample must be"):
+        model.generate(x, **EN, do_sample="yes")
 
 
 def test_settings_that_ask_for_nothing():

@@ -256,7 +256,7 @@ def test_numpy_alone_drives_the_engine():
     native.encode(0, states)
     native.prefill(0, 1)
     while not batch["finished"][0]:
-        native.step(None, k=1, eos=-1, max_length=12, draft=True)
+        native.step(k=1, eos=-1, max_length=12, draft=True)
     reference = engine("reference", weights, batch=1, capacity=12, cross_capacity=6)
     reference.start([torch.from_numpy(states)], [[3, 5]], eos=-1, max_length=12)
     while not reference.finished.all():
@@ -302,7 +302,7 @@ engine.bind(**batch)
 engine.encode(0, states)
 engine.prefill(0, 1)
 while not batch["finished"][0]:
-    engine.step(None, k=1, eos=-1, max_length=12, draft=True)
+    engine.step(k=1, eos=-1, max_length=12, draft=True)
 print(batch["tokens"].tolist())
 """
 

@@ -159,7 +159,8 @@ def test_draft_against_a_dense_formula(options):
     newest = torch.tensor([[4], [7], [0]], dtype=torch.int32)
     mask = torch.zeros(29)
     mask[::4] = -torch.inf
-    guesses = step_module.propose(w, newest, step_module.Caches(kv, lengths, cross_kv, cross_lengths), mask)
+    caches = step_module.Caches(kv, lengths, cross_kv, cross_lengths)
+    guesses = step_module.propose(w, newest, caches, step_module.StepRule(mask, 1, -1, 12))
     for b, (length, cross_length) in enumerate(zip(lengths.tolist(), cross_lengths.tolist(), strict=True)):
         logits = dense_draft_logits(
             w, int(newest[b]), length, kv[:, :, b, :, :length], cross_kv[:, :, b, :, :cross_length]

@@ -11,8 +11,10 @@ from kvspn.triton_kernels.launch import launch, register
 
 @triton.jit(do_not_specialize=["k", "eos", "max_length"])
 def accept_and_rollback_kernel(
-    tokens, lengths, finished, stats, draft, argmax, rank,
-    k, eos, max_length, queries, tokens_b, stats_b, draft_b, argmax_b, rank_b, BLOCK_Q: tl.constexpr,
+    tokens, lengths, finished, stats, draft, argmax, rank, scores, log_probs,
+    k, eos, max_length, queries,
+    tokens_b, stats_b, draft_b, argmax_b, rank_b, scores_b, scores_q, log_probs_b,
+    BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     if tl.load(finished + b) == 0:
@@ -29,6 +31,11 @@ def accept_and_rollback_kernel(
         ends = tl.min(tl.where((i < emitted) & ((token == eos) | (token < 0)), i, BLOCK_Q), axis=0)
         emitted = tl.minimum(emitted, ends + 1)
         tl.store(tokens + b * tokens_b + count + i, token, mask=i < emitted)
+        if scores is not None:
+            score = scores + b * scores_b + i * scores_q
+            logit = tl.load(score + tl.where(i < accepted, 2, 1), mask=i < emitted, other=0)
+            log_prob = logit - tl.load(score, mask=i < emitted, other=0)
+            tl.store(log_probs + b * log_probs_b + count + i, log_prob, mask=i < emitted)
         tl.store(lengths + b, length + emitted)
         tl.store(finished + b, (ends < BLOCK_Q) | (count + emitted >= max_length))
         own = stats + b * stats_b
@@ -48,14 +55,19 @@ def launch_accept_and_rollback(
     k: int,
     eos: int,
     max_length: int,
+    scores: Tensor | None = None,
+    log_probs: Tensor | None = None,
 ) -> None:
     """As :func:`kvspn.ops.accept_and_rollback`, unchecked."""
     batch, queries = argmax.shape
     launch(
         accept_and_rollback_kernel,
         (batch,),
-        *(tokens, lengths, finished, stats, draft, argmax, rank, k, eos, max_length, queries),
+        *(tokens, lengths, finished, stats, draft, argmax, rank, scores, log_probs),
+        *(k, eos, max_length, queries),
         *(each.stride(0) for each in (tokens, stats, draft, argmax, rank)),
+        *((0, 0) if scores is None else scores.stride()[:2]),
+        0 if log_probs is None else log_probs.stride(0),
         BLOCK_Q=triton.next_power_of_2(queries),
         num_warps=1,
     )

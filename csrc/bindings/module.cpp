@@ -244,37 +244,43 @@ class Engine {
         without_gil([&] { return kvspn_engine_prefill(engine_.get(), row, count); });
     }
 
-    // One argument fewer than run: pybind11 keeps six without allocating.
-    void step(const py::object& mask, int k, int eos, int max_length, bool draft) {
-        run(mask, k, eos, max_length, draft, 1);
+    void set_rule(int row, float temperature, uint64_t seed) {
+        const kvspn_rule rule{sizeof rule, temperature, seed};
+        check(kvspn_engine_set_rule(engine_.get(), row, &rule));
     }
 
-    void verify(const py::object& draft_tokens, const py::object& mask, int k, int eos, int max_length) {
+    // What steps choose under, until the next call: masks of all tokens, and where log-probabilities go.
+    void choose(const py::object& mask, const py::object& first_mask, const py::object& log_probs) {
+        Chosen chosen{take_mask("mask", mask), take_mask("first_mask", first_mask), nullptr};
+        if (!log_probs.is_none())
+            chosen.log_probs = std::make_unique<Tensor>("log_probs", log_probs, device_, true);
+        chosen_ = std::move(chosen);
+    }
+
+    // One argument fewer than run: pybind11 keeps six without allocating.
+    void step(int k, int eos, int max_length, bool draft) { run(k, eos, max_length, draft, 1); }
+
+    void verify(const py::object& draft_tokens, int k, int eos, int max_length) {
         const Tensor drafts("draft_tokens", draft_tokens, device_);
-        const auto held = take_mask(mask);
-        kvspn_step_params params{sizeof params, values_of(held), k, eos, max_length, 0, &drafts.get()};
+        const kvspn_step_params params = step_params(k, eos, max_length, false, &drafts.get());
         without_gil([&] { return kvspn_engine_step(engine_.get(), &params); });
     }
 
-    void run(const py::object& mask, int k, int eos, int max_length, bool draft, int steps) {
-        const auto held = take_mask(mask);
+    void run(int k, int eos, int max_length, bool draft, int steps) {
         kvspn_generate_params params{};
         params.struct_size = sizeof params;
-        params.step = {sizeof params.step, values_of(held), k, eos, max_length, draft, nullptr};
+        params.step = step_params(k, eos, max_length, draft);
         params.max_steps = steps;
         without_gil([&] { return kvspn_engine_generate(engine_.get(), &params); });
     }
 
     // (name, nanoseconds, bytes) of each stage of a step; it runs, or is planned and takes no time.
     using Stages = std::vector<std::tuple<std::string, int64_t, int64_t>>;
-    Stages profile(const py::object& mask, int k, int eos, int max_length, bool draft) {
-        const auto held = take_mask(mask);
-        return list_stages(&kvspn_engine_profile,
-                           {sizeof(kvspn_step_params), values_of(held), k, eos, max_length, draft, nullptr});
+    Stages profile(int k, int eos, int max_length, bool draft) {
+        return list_stages(&kvspn_engine_profile, step_params(k, eos, max_length, draft));
     }
     Stages plan(int max_length, bool draft) {
-        return list_stages(&kvspn_engine_plan,
-                           {sizeof(kvspn_step_params), nullptr, 1, -1, max_length, draft, nullptr});
+        return list_stages(&kvspn_engine_plan, step_params(1, -1, max_length, draft));
     }
 
     std::vector<int32_t> progress(int row) const {
@@ -297,23 +303,41 @@ class Engine {
         return listed;
     }
 
-    std::unique_ptr<Tensor> take_mask(const py::object& mask) const {
+    using Held = std::unique_ptr<Tensor>;
+    struct Chosen {
+        Held mask, first_mask, log_probs;
+    };
+
+    kvspn_step_params step_params(int k, int eos, int max_length, bool draft,
+                                  const kvspn_tensor* draft_tokens = nullptr) const {
+        const auto mask = [](const Held& held) {
+            return held ? static_cast<const float*>(held->get().data) : nullptr;
+        };
+        return {sizeof(kvspn_step_params),
+                mask(chosen_.mask),
+                k,
+                eos,
+                max_length,
+                draft,
+                draft_tokens,
+                mask(chosen_.first_mask),
+                chosen_.log_probs ? &chosen_.log_probs->get() : nullptr};
+    }
+
+    Held take_mask(const char* name, const py::object& mask) const {
         if (mask.is_none()) return nullptr;
-        auto held = std::make_unique<Tensor>("mask", mask, device_);
+        auto held = std::make_unique<Tensor>(name, mask, device_);
         const kvspn_tensor& t = held->get();
         if (t.dtype != KVSPN_FP32 || t.ndim != 1 || t.shape[0] != vocabulary_ ||
             (t.shape[0] > 1 && t.strides[0] != 1))
-            throw py::value_error("mask must be fp32 and contiguous, [" + std::to_string(vocabulary_) +
-                                  "], got another tensor");
+            throw py::value_error(std::string(name) + " must be fp32 and contiguous, [" +
+                                  std::to_string(vocabulary_) + "], got another tensor");
         return held;
-    }
-
-    static const float* values_of(const std::unique_ptr<Tensor>& mask) {
-        return mask ? static_cast<const float*>(mask->get().data) : nullptr;
     }
 
     const int device_;
     Tensors batch_;  // outlives its use by the engine
+    Chosen chosen_;
     std::unique_ptr<kvspn_engine, Free> engine_;
     int64_t vocabulary_ = 0;
 };
@@ -342,14 +366,18 @@ PYBIND11_MODULE(_native, m) {
              py::arg("kv_scale") = py::none(), py::arg("cross_kv_scale") = py::none())
         .def("encode", &Engine::encode, py::arg("row"), py::arg("states"))
         .def("prefill", &Engine::prefill, py::arg("row"), py::arg("count"))
-        .def("step", &Engine::step, py::arg("mask"), py::kw_only(), py::arg("k"), py::arg("eos"),
-             py::arg("max_length"), py::arg("draft"))
-        .def("verify", &Engine::verify, py::arg("draft_tokens"), py::arg("mask"), py::kw_only(), py::arg("k"),
-             py::arg("eos"), py::arg("max_length"))
-        .def("run", &Engine::run, py::arg("mask"), py::kw_only(), py::arg("k"), py::arg("eos"),
-             py::arg("max_length"), py::arg("draft"), py::arg("steps"))
-        .def("profile", &Engine::profile, py::arg("mask"), py::kw_only(), py::arg("k"), py::arg("eos"),
-             py::arg("max_length"), py::arg("draft"))
+        .def("set_rule", &Engine::set_rule, py::arg("row"), py::kw_only(), py::arg("temperature"),
+             py::arg("seed"))
+        .def("choose", &Engine::choose, py::kw_only(), py::arg("mask") = py::none(),
+             py::arg("first_mask") = py::none(), py::arg("log_probs") = py::none())
+        .def("step", &Engine::step, py::kw_only(), py::arg("k"), py::arg("eos"), py::arg("max_length"),
+             py::arg("draft"))
+        .def("verify", &Engine::verify, py::arg("draft_tokens"), py::kw_only(), py::arg("k"), py::arg("eos"),
+             py::arg("max_length"))
+        .def("run", &Engine::run, py::kw_only(), py::arg("k"), py::arg("eos"), py::arg("max_length"),
+             py::arg("draft"), py::arg("steps"))
+        .def("profile", &Engine::profile, py::kw_only(), py::arg("k"), py::arg("eos"), py::arg("max_length"),
+             py::arg("draft"))
         .def("plan", &Engine::plan, py::kw_only(), py::arg("max_length"), py::arg("draft"))
         .def("progress", &Engine::progress, py::arg("row"));
 }

@@ -175,7 +175,10 @@ Tensor fused_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::op
 
 std::tuple<Tensor, Tensor> lm_head_verify(Tensor x, Tensor weight, Tensor draft, std::optional<Tensor> mask,
                                           std::optional<Tensor> scale, std::optional<Tensor> norm_weight,
-                                          std::optional<Tensor> norm_bias, double eps) {
+                                          std::optional<Tensor> norm_bias, double eps,
+                                          std::optional<Tensor> ids, std::optional<Tensor> first_mask,
+                                          std::optional<Tensor> rules, std::optional<Tensor> lengths,
+                                          std::optional<Tensor> scores) {
     Place place(x);
     const int64_t shape[] = {x.size(0), x.size(1)}, drafts[] = {draft.size(0), draft.size(1)};
     Tensor argmax = torch::stable::new_empty(draft, {shape, 2});
@@ -189,6 +192,9 @@ std::tuple<Tensor, Tensor> lm_head_verify(Tensor x, Tensor weight, Tensor draft,
     params.norm_weight = place.view("norm_weight", norm_weight),
     params.norm_bias = place.view("norm_bias", norm_bias);
     params.eps = float(eps);
+    params.ids = place.view("ids", ids), params.first_mask = place.view("first_mask", first_mask);
+    params.rules = place.view("rules", rules), params.lengths = place.view("lengths", lengths);
+    params.scores = place.view("scores", scores);
     place.run(&kvspn_lm_head_verify, params);
     return {argmax, rank};
 }
@@ -204,7 +210,8 @@ void append_kv(Tensor kv, Tensor k, Tensor v, Tensor lengths, int64_t layer, std
 }
 
 void accept_and_rollback(Tensor tokens, Tensor lengths, Tensor finished, Tensor stats, Tensor draft,
-                         Tensor argmax, Tensor rank, int64_t k, int64_t eos, int64_t max_length) {
+                         Tensor argmax, Tensor rank, int64_t k, int64_t eos, int64_t max_length,
+                         std::optional<Tensor> scores, std::optional<Tensor> log_probs) {
     Place place(tokens);
     kvspn_accept_params params{};
     params.tokens = place.view("tokens", tokens), params.lengths = place.view("lengths", lengths);
@@ -213,6 +220,7 @@ void accept_and_rollback(Tensor tokens, Tensor lengths, Tensor finished, Tensor 
     params.argmax = place.view("argmax", argmax);
     params.k = integer("k", k), params.eos = integer("eos", eos);
     params.max_length = integer("max_length", max_length);
+    params.scores = place.view("scores", scores), params.log_probs = place.view("log_probs", log_probs);
     place.run(&kvspn_accept_and_rollback, params);
 }
 

@@ -7,8 +7,11 @@ namespace kvspn {
 
 #if defined(__CUDACC__)
 #define KVSPN_EVERYWHERE __host__ __device__ __forceinline__
+#define KVSPN_INLINE static KVSPN_EVERYWHERE
 #else
 #define KVSPN_EVERYWHERE inline
+// What files of several instruction sets include: the linker must not share one copy.
+#define KVSPN_INLINE static inline __attribute__((always_inline))
 #endif
 
 // To a count of the caller's, which may be anything: the sum wraps.
@@ -23,8 +26,8 @@ struct StopRule {
 // The longest prefix of a row's drafts whose ranks are all under k, then the base model's own choice; the
 // first token that ends the row, or max_length, cuts them off. Returns whether the row has ended; lengths
 // roll back the rest. A row tells draft(i) and rank(i) for i < drafts, choice(i) of the query i, and takes
-// emit(token at, token). length: that of the row, which `emit` must not change; it grows here, and so do
-// stats [3].
+// emit(query, token at, token). length: that of the row, which `emit` must not change; it grows here, and so
+// do stats [3].
 template <class Row>
 KVSPN_EVERYWHERE bool accept(const Row& row, int32_t drafts, const StopRule& rule, int32_t& length,
                              int32_t* stats) {
@@ -37,7 +40,7 @@ KVSPN_EVERYWHERE bool accept(const Row& row, int32_t drafts, const StopRule& rul
     bool ended = false;
     for (; emitted <= accepted && count + emitted < rule.max_length && !ended; ++emitted) {
         const int32_t token = emitted < accepted ? row.draft(emitted) : row.choice(accepted);
-        row.emit(count + emitted, token);
+        row.emit(emitted, count + emitted, token);
         ended = token == rule.eos || token < 0;
     }
     length = int32_t(count - 1 + emitted);

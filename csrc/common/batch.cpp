@@ -5,19 +5,6 @@
 #include "common/error.h"
 
 namespace kvspn {
-namespace {
-
-void check_contiguous(const std::string& name, const kvspn_tensor& tensor) {
-    int64_t stride = 1;
-    for (int i = tensor.ndim - 1; i >= 0; --i) {
-        require(tensor.shape[i] <= 1 || tensor.strides[i] == stride, name, " must be contiguous, got stride ",
-                tensor.strides[i], " in dimension ", i);
-        stride *= tensor.shape[i];
-    }
-}
-
-}  // namespace
-
 Batch check_batch(const kvspn_batch& b, const Weights& weights) {
     const int64_t layers = int64_t(weights.layers.size()), heads = weights.heads, width = weights.head_dim;
     check_tensor("kv", b.kv, {Dtype::fp32, Dtype::bf16, Dtype::fp16, Dtype::int8},

@@ -218,6 +218,13 @@ kvspn_status kvspn_engine_prefill(kvspn_engine* engine, int32_t row, int32_t cou
     return guard([&] { Entry(engine)->prefill(row, count); });
 }
 
+kvspn_status kvspn_engine_set_rule(kvspn_engine* engine, int32_t row, const kvspn_rule* rule) {
+    return guard([&] {
+        const kvspn_rule own = take("rule", rule);
+        Entry(engine)->set_rule(row, own);
+    });
+}
+
 kvspn_status kvspn_engine_step(kvspn_engine* engine, const kvspn_step_params* params) {
     return guard([&] {
         const kvspn_step_params own = take("params", params);

@@ -1,6 +1,7 @@
 #include "common/engine.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "common/error.h"
 
@@ -16,8 +17,9 @@ void Engine::bind(const kvspn_batch& b) {
     const Batch batch = check_batch(b, weights_);
     std::vector<int> prefilled(size_t(batch.rows));
     std::vector<uint8_t> finished(size_t(batch.rows));
+    std::vector<RowRule> rules(size_t(batch.rows));
     runner_->bind(batch);
-    batch_ = batch;
+    batch_ = batch, rules_ = std::move(rules);
     prefilled_ = std::move(prefilled), finished_ = std::move(finished);
 }
 
@@ -38,9 +40,25 @@ void Engine::prefill(int row, int count) {
     runner_->prefill(row, count);
     const int32_t length = count;
     runner_->write(batch_.self.lengths + row, &length, sizeof length);
-    runner_->wait();
+    rules_[size_t(row)].first = count + 1;
+    write_rule(row);
     prefilled_[size_t(row)] = count;
     runner_->forget(row, 0);
+}
+
+void Engine::set_rule(int row, const kvspn_rule& rule) {
+    check_row(row);
+    require(std::isfinite(rule.temperature) && rule.temperature >= 0,
+            "temperature must be 0 or a positive number, got ", rule.temperature);
+    RowRule& own = rules_[size_t(row)];
+    own.temperature = rule.temperature;
+    own.seed[0] = uint32_t(rule.seed), own.seed[1] = uint32_t(rule.seed >> 32);
+    write_rule(row);
+}
+
+void Engine::write_rule(int row) {
+    runner_->write(runner_->rules() + row, &rules_[size_t(row)], sizeof(RowRule));
+    runner_->wait();
 }
 
 void Engine::check_bound() const { require(batch_.rows, "a batch must be bound first, got none"); }
@@ -62,6 +80,11 @@ void Engine::check_step(const kvspn_step_params& params) const {
     require(params.max_length >= 1 && params.max_length <= length_limit(), "max_length must be 1 to ",
             length_limit(), ", got ", params.max_length);
     require(!params.draft || !weights_.blocks.empty(), "draft must be 0 without draft blocks, got 1");
+    if (params.log_probs) {
+        const kvspn_tensor& log_probs = *params.log_probs;
+        check_tensor("log_probs", log_probs, {Dtype::fp32}, {batch_.rows, batch_.token_capacity});
+        check_contiguous("log_probs", log_probs);
+    }
     const kvspn_tensor* drafts = params.draft_tokens;
     if (!drafts) return;
     require(!params.draft, "draft must be 0 with draft_tokens, got 1");
@@ -81,18 +104,16 @@ void Engine::step(const kvspn_step_params& params) {
 void Engine::generate(const kvspn_generate_params& params) {
     check_step(params.step);
     require(params.max_steps >= 0, "max_steps must be at least 0, got ", params.max_steps);
-    require(!params.step.draft_tokens || (params.max_steps == 1 && !params.first_mask),
-            "draft_tokens must be null but for one step without first_mask, got a tensor");
-    kvspn_step_params first = params.step;
-    if (params.first_mask) first.mask = params.first_mask, first.draft = 0;
-    if (!params.on_step && runner_->asynchronous()) {  // The host does not wait between steps.
-        int left = params.max_steps ? params.max_steps : params.step.max_length;  // Each makes a token.
-        if (params.first_mask) runner_->run(first, 1), --left;
-        return runner_->run(params.step, left);
-    }
+    require(!params.step.draft_tokens || params.max_steps == 1,
+            "draft_tokens must be null but for one step, got a tensor");
+    kvspn_step_params step = params.step;
+    if (params.first_mask) step.first_mask = params.first_mask;
+    // The host does not wait between steps, each of which makes a token.
+    if (!params.on_step && runner_->asynchronous())
+        return runner_->run(step, params.max_steps ? params.max_steps : step.max_length);
     for (int n = 0; !params.max_steps || n < params.max_steps; ++n) {
         if (!find_unfinished()) return;  // of what on_step may have bound
-        runner_->run(n ? params.step : first, 1);
+        runner_->run(step, 1);
         runner_->wait();
         check_tokens();
         if (params.on_step && params.on_step(params.context)) return;

@@ -17,6 +17,7 @@ class Engine {
     void bind(const kvspn_batch& batch);
     void encode(int row, const kvspn_tensor& states);
     void prefill(int row, int count);
+    void set_rule(int row, const kvspn_rule& rule);
     void step(const kvspn_step_params& params);
     // How many stages there are; of them `capacity` are filled in at most.
     int plan(const kvspn_step_params& params, kvspn_stage* stages, int capacity);
@@ -32,6 +33,7 @@ class Engine {
     void check_row(int row) const;
     void check_step(const kvspn_step_params& params) const;
     void check_token(int row) const;
+    void write_rule(int row);
     bool find_unfinished();
     void check_tokens() const;
     int length_limit() const;
@@ -43,6 +45,7 @@ class Engine {
     std::unique_ptr<Runner> runner_;
     Batch batch_{};
     std::vector<int> prefilled_;     // tokens of each row
+    std::vector<RowRule> rules_;     // those that the runner has
     std::vector<uint8_t> finished_;  // each row's, before the present step
 };
 

@@ -124,8 +124,17 @@ void check(const kvspn_verify_params& p) {
     check_given("draft", p.draft, {Dtype::int32}, {batch, queries - 1});
     check_given("argmax", p.argmax, {Dtype::int32}, {batch, queries});
     check_given("rank", p.rank, {Dtype::int32}, {batch, queries - 1});
-    check_optional("mask", p.mask, {Dtype::fp32}, {vocabulary});
+    check_optional("ids", p.ids, {Dtype::int32}, {vocabulary});
+    require(!given(p.ids) || queries == 1, "x must hold one query with ids, got ", queries);
+    const int64_t tokens = given(p.ids) ? kAny : vocabulary;
+    check_optional("mask", p.mask, {Dtype::fp32}, {tokens});
+    check_optional("first_mask", p.first_mask, {Dtype::fp32}, {given(p.mask) ? p.mask.shape[0] : tokens});
     check_norm(p.norm_weight, p.norm_bias, p.eps, inputs);
+    check_optional("rules", p.rules, {Dtype::int32}, {batch, 4});
+    check_optional("lengths", p.lengths, {Dtype::int32}, {batch});
+    require(given(p.rules) == given(p.lengths), "lengths must be given with rules, and with them alone");
+    require(given(p.rules) || !given(p.first_mask), "rules must be given with first_mask, got none");
+    check_optional("scores", p.scores, {Dtype::fp32}, {batch, queries, 3});
 }
 
 void check(const kvspn_append_params& p) {
@@ -151,6 +160,10 @@ void check(const kvspn_accept_params& p) {
     require(queries >= 1, "argmax must hold at least one choice a row, got 0");
     check_given("draft", p.draft, {Dtype::int32}, {rows, queries - 1});
     check_given("rank", p.rank, {Dtype::int32}, {rows, queries - 1});
+    require(given(p.scores) == given(p.log_probs),
+            "log_probs must be given with scores, and with them alone");
+    check_optional("scores", p.scores, {Dtype::fp32}, {rows, queries, 3});
+    check_optional("log_probs", p.log_probs, {Dtype::fp32}, {rows, p.tokens.shape[1]});
     require(p.k >= 1, "k must be at least 1, got ", p.k);
     require(p.eos >= -1, "eos must be at least -1, got ", p.eos);
     require(p.max_length >= 1 && p.max_length <= p.tokens.shape[1], "max_length must be 1 to ",

@@ -59,6 +59,15 @@ void read_rows(const kvspn_tensor& tensor, int64_t rows, int64_t columns, float*
         for (int64_t c = 0; c < columns; ++c) out[r * stride + c] = element(tensor, r * step + c * last);
 }
 
+void check_contiguous(const std::string& name, const kvspn_tensor& tensor) {
+    int64_t stride = 1;
+    for (int i = tensor.ndim - 1; i >= 0; --i) {
+        require(tensor.shape[i] <= 1 || tensor.strides[i] == stride, name, " must be contiguous, got stride ",
+                tensor.strides[i], " in dimension ", i);
+        stride *= tensor.shape[i];
+    }
+}
+
 kvspn_tensor every(int stride, int first, const kvspn_tensor& tensor) {
     kvspn_tensor rows = tensor;
     rows.data =

@@ -20,6 +20,9 @@ constexpr int64_t kMostSize = int64_t(1) << 30, kMostElements = int64_t(1) << 40
 void check_tensor(const std::string& name, const kvspn_tensor& tensor, std::initializer_list<Dtype> dtypes,
                   std::initializer_list<int64_t> shape);
 
+// Throws InvalidArgument unless its elements lie one behind the other.
+void check_contiguous(const std::string& name, const kvspn_tensor& tensor);
+
 // Whether an optional tensor is there.
 inline bool given(const kvspn_tensor& tensor) { return tensor.data || tensor.ndim; }
 

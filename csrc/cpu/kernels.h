@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "common/matrix.h"
+#include "common/rule.h"
 
 namespace kvspn {
 
@@ -66,6 +67,13 @@ struct Best {
     float draft_value = 0;
     int32_t draft = -1;  // none
     int32_t above = 0;
+    float logit = -__builtin_inff(), draft_logit = logit;  // of both, without the noise of sampling
+    float log_sum_exp = 0;                                 // of all logits, where that is asked for
+};
+
+// The sum of exponentials of some logits, over that of the largest.
+struct Partition {
+    float largest, sum;
 };
 
 struct Kernels {
@@ -88,6 +96,11 @@ struct Kernels {
     void (*gelu)(float* x, int count);
     // More logits of a row, of tokens first, first + 1, ...; mask [count], or null, is added.
     void (*judge)(const float* logits, const float* mask, int first, int count, Best& best);
+    // Logits of tokens first, first + 1, ..., or of those of `ids`, -> what they count as under a row's rule,
+    // at an index of the row.
+    void (*disturb)(const float* logits, const RowRule& rule, int32_t index, const int32_t* ids, int first,
+                    int count, float* out);
+    Partition (*partition)(const float* logits, int count);
 };
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels, avx512vnni_kernels;

@@ -70,8 +70,15 @@ struct OpRow {
     int32_t draft(int64_t i) const { return integer(p.draft, b, i); }
     int32_t rank(int64_t i) const { return integer(p.rank, b, i); }
     int32_t choice(int64_t i) const { return integer(p.argmax, b, i); }
-    void emit(int64_t at, int32_t token) const {
-        if (at >= 0 && at < p.tokens.shape[1]) integer(p.tokens, b, at) = token;
+    void emit(int64_t i, int64_t at, int32_t token) const {
+        if (at < 0 || at >= p.tokens.shape[1]) return;
+        integer(p.tokens, b, at) = token;
+        if (!given(p.scores)) return;
+        const float* scores =
+            static_cast<const float*>(p.scores.data) + b * p.scores.strides[0] + i * p.scores.strides[1];
+        const bool drafted = i < p.draft.shape[1] && draft(i) == token;
+        static_cast<float*>(p.log_probs.data)[b * p.log_probs.strides[0] + at] =
+            scores[drafted ? 2 : 1] - scores[0];
     }
 };
 

@@ -1,11 +1,15 @@
 // fused_linear and lm_head_verify on the CPU, from weights as the caller holds them.
+#include <algorithm>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <vector>
 
+#include "common/error.h"
 #include "common/memory.h"
 #include "common/ops.h"
 #include "common/tensor.h"
+#include "cpu/judge.h"
 #include "cpu/parts.h"
 
 namespace kvspn::cpu {
@@ -99,30 +103,49 @@ void lm_head_verify(const kvspn_verify_params& p) {
     check(p);
     Product product(p.x, p.weight, p.scale, p.stream);
     product.normalise(p.norm_weight, p.norm_bias, p.eps);
-    const float* mask = static_cast<const float*>(p.mask.data);
-    product.run([](int, int, int) {});
+    const auto *mask = static_cast<const float*>(p.mask.data),
+               *first_mask = static_cast<const float*>(p.first_mask.data);
+    const auto* ids = static_cast<const int32_t*>(p.ids.data);
     const int queries = int(p.x.shape[1]), vocabulary = product.outputs;
+    if (const kvspn_tensor& any = mask ? p.mask : p.first_mask; ids && given(any))
+        for (int n = 0; n < vocabulary; ++n)
+            require(ids[n] >= 0 && ids[n] < any.shape[0], "ids must be 0 to ", any.shape[0] - 1, ", got ",
+                    ids[n]);
+    product.run([](int, int, int) {});
     const auto at = [](const kvspn_tensor& tensor, int b, int q) {
         return static_cast<int32_t*>(tensor.data) + b * tensor.strides[0] + q * tensor.strides[1];
     };
+    const bool scored = given(p.scores);
     const Parts parts(p.stream, product.rows);
     parts.run([&](int part) {
+        std::vector<Partition> partitions(scored ? size_t(vocabulary + kStrip - 1) / kStrip : 0);
         for (int r = part; r < product.rows; r += parts.count()) {
             const float* logits = product.row(r);
             const int b = r / queries, q = r % queries;
+            RowRule rule{};
+            Judge judge{product.kernels, mask, ids, &rule, 0};
+            if (given(p.rules)) {
+                std::memcpy(&rule, static_cast<const int32_t*>(p.rules.data) + b * p.rules.strides[0],
+                            sizeof rule);
+                judge.index = static_cast<const int32_t*>(p.lengths.data)[b * p.lengths.strides[0]] + q + 1;
+                if (first_mask && judge.index == rule.first) judge.mask = first_mask;
+            }
             const bool judged = q + 1 < queries;
             const int32_t draft = judged ? *at(p.draft, b, q) : -1;
             Best best;
-            if (draft >= 0 && draft < vocabulary) {
-                Best own;
-                product.kernels.judge(logits + draft, mask ? mask + draft : nullptr, draft, 1, own);
-                best.draft = draft, best.draft_value = own.value;
-            }
-            product.kernels.judge(logits, mask, 0, vocabulary, best);
+            if (draft >= 0 && draft < vocabulary) judge.expect(draft, logits[draft], best);
+            for (int from = 0; from < vocabulary; from += kStrip)
+                judge.hear(logits + from, from, std::min(kStrip, vocabulary - from), best,
+                           scored ? &partitions[size_t(from / kStrip)] : nullptr);
             if (best.nan) best.id = -1;
             const bool ranked = best.id >= 0 && best.draft >= 0;
-            *at(p.argmax, b, q) = best.id;
+            *at(p.argmax, b, q) = ids && best.id >= 0 ? ids[best.id] : best.id;
             if (judged) *at(p.rank, b, q) = ranked ? best.above : std::numeric_limits<int32_t>::max();
+            if (!scored) continue;
+            float* scores =
+                static_cast<float*>(p.scores.data) + b * p.scores.strides[0] + q * p.scores.strides[1];
+            scores[0] = join(partitions.data(), int(partitions.size()));
+            scores[1] = best.logit, scores[2] = best.draft_logit;
         }
     });
 }

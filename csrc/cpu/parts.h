@@ -11,10 +11,10 @@
 namespace kvspn {
 
 // The part of [0, count) that is a thread's, in whole tiles.
-inline std::pair<int, int> share(int count, int thread, int threads) {
-    const int64_t tiles = (count + kLanes - 1) / kLanes;
-    return {int(std::min<int64_t>(count, tiles * thread / threads * kLanes)),
-            int(std::min<int64_t>(count, tiles * (thread + 1) / threads * kLanes))};
+inline std::pair<int, int> share(int count, int thread, int threads, int unit = kLanes) {
+    const int64_t tiles = (count + unit - 1) / unit;
+    return {int(std::min<int64_t>(count, tiles * thread / threads * unit)),
+            int(std::min<int64_t>(count, tiles * (thread + 1) / threads * unit))};
 }
 
 inline void check_stream(const kvspn_stream* stream) {

@@ -12,12 +12,13 @@ namespace kvspn::cpu {
 namespace {
 
 constexpr float kEps = 1e-5f;  // of every LayerNorm
-constexpr int kStrip = 64;     // logits that exist at a time, on each thread
 
 int thread_count(int threads) {
     require(threads >= 0 && threads <= 1024, "threads must be 0 to 1024, got ", threads);
     return threads ? threads : usable_cores();
 }
+
+int strips(const Matrix& head) { return (head.outputs + kStrip - 1) / kStrip; }
 
 }  // namespace
 
@@ -52,9 +53,10 @@ void CpuRunner::bind(const Batch& batch) {
     const int scores = pad(int(positions));
     Memory score(size_t(team_.size()) * kQueries * size_t(scores) * sizeof(float));
     std::vector<Slot> slots(size_t(batch.rows));
+    std::vector<RowRule> rules(size_t(batch.rows));
     reserve(2 * int64_t(batch.rows));
     scores_ = std::move(score), scores_stride_ = scores;
-    slots_ = std::move(slots);
+    slots_ = std::move(slots), rules_ = std::move(rules);
     for (const Cache* cache : {&batch.self, &batch.cross})
         prefer_huge_pages(cache->values, batch.bytes_of(*cache));
     batch_ = batch;
@@ -72,10 +74,11 @@ void CpuRunner::reserve(int64_t rows) {
         attended(each * wide_stride_ * sizeof(float)), hidden(each * wide_stride_ * sizeof(float)),
         normed(all * width_stride_ * sizeof(float)), quantised(all * wide_stride_ * sizeof(int16_t)),
         scales(all * sizeof(float)), logits(all * kStrip * sizeof(float)), best(all * sizeof(Best)),
-        ids(each * sizeof(int32_t));
+        ids(each * sizeof(int32_t)), parts(each * strips(weights_.head) * sizeof(Partition));
     x_ = std::move(x), wide_ = std::move(wide), attended_ = std::move(attended), hidden_ = std::move(hidden);
     normed_ = std::move(normed), quantised_ = std::move(quantised), scales_ = std::move(scales);
     logits_ = std::move(logits), best_ = std::move(best), ids_ = std::move(ids);
+    parts_ = std::move(parts);
     reserved_ = int(rows);
 }
 
@@ -365,16 +368,23 @@ void CpuRunner::attend(int thread, const Stage& stage) {
     }
 }
 
+// What the logits of a slot's query are held against.
+Judge CpuRunner::judge(const Slot& slot, int query, const int32_t* ids) const {
+    const RowRule& rule = rules_[size_t(slot.row)];
+    const int index = slot.position + query + 1;
+    const bool first = params_->first_mask && index == rule.first;
+    return {kernels_, first ? params_->first_mask : params_->mask, ids, &rule, index};
+}
+
 // Logits strip by strip -> best_[row]: the argmax and the rank of the draft that the row judges.
 void CpuRunner::verify(int thread, const Stage& stage) {
     const Matrix& head = *stage.matrix;
     const int32_t* ids = stage.draft ? weights_.draft_ids : nullptr;
     const int threads = team_.size(), most = reserved_;
+    const bool scored = params_->log_probs && !stage.draft;
     float* logits = logits_.as<float>() + int64_t(thread) * most * kStrip;
     Best* best = best_.as<Best>() + int64_t(thread) * most;
-    const float* mask = params_->mask;
     const Rows rows = input(thread, stage.norm, x_.as<float>(), head);
-    // The drafts' own logits come first, so that one reading of the head tells argmax and rank.
     for (int i = 0; i < slot_count_; ++i) {
         for (int q = 0; q < slots_[i].queries; ++q) {
             const int r = slots_[i].first + q;
@@ -383,22 +393,23 @@ void CpuRunner::verify(int thread, const Stage& stage) {
             const int draft = ids_.as<int32_t>()[r + 1];
             Rows row = rows.from(r);
             row.count = 1;
-            Best own;
             kernels_.linear(head, row, draft, draft + 1, logits - draft, 1, false);
-            kernels_.judge(logits, mask ? mask + draft : nullptr, draft, 1, own);
-            best[r].draft = draft, best[r].draft_value = own.value;
+            judge(slots_[i], q, ids).expect(draft, *logits, best[r]);
         }
     }
-    auto [first, last] = share(head.outputs, thread, threads);
+    auto [first, last] = share(head.outputs, thread, threads, kStrip);
     for (int from = first; from < last; from += kStrip) {
         const int to = std::min(from + kStrip, last);
         kernels_.linear(head, rows, from, to, logits - from, kStrip, false);
-        float listed[kStrip];  // of a short list, the tokens' own
-        if (mask && ids)
-            for (int n = from; n < to; ++n) listed[n - from] = mask[ids[n]];
-        const float* masked = !mask ? nullptr : ids ? listed : mask + from;
-        for (int r = 0; r < rows_; ++r)
-            kernels_.judge(logits + int64_t(r) * kStrip, masked, from, to - from, best[r]);
+        for (int i = 0; i < slot_count_; ++i) {
+            for (int q = 0; q < slots_[i].queries; ++q) {
+                const int r = slots_[i].first + q;
+                Partition* parts = parts_.as<Partition>() + int64_t(r) * strips(head);
+                judge(slots_[i], q, ids)
+                    .hear(logits + int64_t(r) * kStrip, from, to - from, best[r],
+                          scored ? parts + from / kStrip : nullptr);
+            }
+        }
     }
     team_.barrier();
     if (thread) return;
@@ -409,12 +420,14 @@ void CpuRunner::verify(int thread, const Stage& stage) {
             result[r].above += other.above;
             result[r].nan |= other.nan;
             if (other.value > result[r].value) {
-                result[r].value = other.value;
+                result[r].value = other.value, result[r].logit = other.logit;
                 result[r].id = other.id;
             }
         }
         if (result[r].nan) result[r].id = -1;
         if (ids && result[r].id >= 0) result[r].id = ids[result[r].id];
+        if (scored)
+            result[r].log_sum_exp = join(parts_.as<Partition>() + int64_t(r) * strips(head), strips(head));
     }
 }
 
@@ -423,20 +436,28 @@ struct CpuRunner::SlotRow {
     const Best* best;    // of the row's queries
     const int32_t* ids;  // and their tokens
     int32_t* tokens;     // of the row
+    float* log_probs;    // and theirs; or null
     // What the cache has no place for was not verified, and does not stand.
     bool verified(int i) const { return i + 1 < slot.queries; }
     int32_t draft(int i) const { return verified(i) ? ids[i + 1] : 0; }
     int32_t rank(int i) const { return verified(i) && best[i].id >= 0 ? best[i].above : KVSPN_K_INF; }
     int32_t choice(int i) const { return best[i].id; }
-    void emit(int64_t at, int32_t token) const { tokens[at] = token; }
+    void emit(int32_t i, int64_t at, int32_t token) const {
+        tokens[at] = token;
+        if (log_probs)
+            log_probs[at] =
+                (best[i].draft == token ? best[i].draft_logit : best[i].logit) - best[i].log_sum_exp;
+    }
 };
 
 void CpuRunner::accept() {
     const StopRule rule{params_->k, params_->eos, params_->max_length};
     for (int i = 0; i < slot_count_; ++i) {
         const Slot& slot = slots_[size_t(i)];
-        const SlotRow row{slot, best_.as<Best>() + slot.first, ids_.as<int32_t>() + slot.first,
-                          batch_.tokens + int64_t(slot.row) * batch_.token_capacity};
+        const int64_t start = int64_t(slot.row) * batch_.token_capacity;
+        const SlotRow row{
+            slot, best_.as<Best>() + slot.first, ids_.as<int32_t>() + slot.first, batch_.tokens + start,
+            params_->log_probs ? static_cast<float*>(params_->log_probs->data) + start : nullptr};
         batch_.finished[slot.row] = kvspn::accept(row, slot.drafts, rule, batch_.self.lengths[slot.row],
                                                   batch_.stats + 3 * int64_t(slot.row));
     }

@@ -5,7 +5,7 @@
 
 #include "common/memory.h"
 #include "common/runner.h"
-#include "cpu/kernels.h"
+#include "cpu/judge.h"
 #include "cpu/team.h"
 #include "kvspn.h"
 
@@ -24,6 +24,7 @@ class CpuRunner : public Runner {
     std::vector<Timing> profile(const kvspn_step_params& params) override;
     Shown shown(int row) const override;
     void forget(int, int) override {}
+    RowRule* rules() override { return rules_.data(); }
     void write(void* to, const void* from, size_t bytes) override;
     void read(void* to, const void* from, size_t bytes) const override;
     void wait() const override {}
@@ -42,6 +43,7 @@ class CpuRunner : public Runner {
     bool find_slots();
     void walk(int thread, int first, int last);
     void take_drafts();
+    Judge judge(const Slot& slot, int query, const int32_t* ids) const;
     void embed();
     Rows input(int thread, const Norm* norm, const float* x, const Matrix& matrix);
     void linear(int thread, const Stage& stage);
@@ -61,11 +63,12 @@ class CpuRunner : public Runner {
     Batch batch_{};
     const kvspn_step_params* params_ = nullptr;
 
+    std::vector<RowRule> rules_;  // of the batch's rows
     std::vector<Slot> slots_;
     int slot_count_ = 0, rows_ = 0;                       // of the present pass
     int reserved_ = 0;                                    // rows of a pass that there is memory for
     int width_stride_, wide_stride_, scores_stride_ = 0;  // elements
-    Memory x_, wide_, attended_, hidden_, normed_, quantised_, scales_, scores_, logits_, best_;
+    Memory x_, wide_, attended_, hidden_, normed_, quantised_, scales_, scores_, logits_, best_, parts_;
     Memory ids_;  // int32, the tokens of the rows of x: of a slot the newest, then its drafts
 
     std::vector<Timing>* timings_ = nullptr;  // of the present profile()

@@ -488,5 +488,25 @@ INLINE Vec exponential(Vec x) {
     return select(x < -87.0f, fill(0.0f), p * as<Vec>(power));
 }
 
+// log(x) of a normal number. After Cephes' logf; relative error under 2e-7.
+INLINE Vec logarithm(Vec x) {
+    IVec bits = as<IVec>(x), power = (bits >> 23) - 126;
+    Vec m = as<Vec>((bits & 0x007fffff) | 0x3f000000);  // 0.5 to 1
+    IVec small = m < 0.707106781f;
+    Vec e = convert<Vec>(power + small);  // `small` is -1 where it holds.
+    m = select(small, m + m, m) - 1.0f;
+    Vec p = fill(7.0376836292e-2f);
+    p = p * m - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    const Vec square = m * m;
+    return m + (p * m * square - 2.12194440e-4f * e - 0.5f * square) + 0.693359375f * e;
+}
+
 }  // namespace
 }  // namespace kvspn

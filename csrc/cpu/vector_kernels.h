@@ -585,11 +585,41 @@ void judge(const float* logits, const float* mask, int first, int count, Best& b
     }
 }
 
+void disturb(const float* logits, const RowRule& rule, int32_t index, const int32_t* ids, int first,
+             int count, float* out) {
+    for (int c = 0; c < count; c += kLanes) {
+        const int left = count - c < kLanes ? count - c : kLanes;
+        int32_t tokens[kLanes];
+        for (int i = 0; i < kLanes; ++i) tokens[i] = !ids ? first + c + i : i < left ? ids[c + i] : 0;
+        float numbers[kLanes];
+        for (int i = 0; i < kLanes; ++i)
+            numbers[i] = uniform(rule.seed[0], rule.seed[1], uint32_t(index), uint32_t(tokens[i]));
+        const Vec noise = -logarithm(-logarithm(load<Vec>(numbers)));
+        store_some(out + c, load_some(logits + c, left) / rule.temperature + noise, left);
+    }
+}
+
+Partition partition(const float* logits, int count) {
+    const Vec none = fill(-__builtin_inff());
+    Vec largest = none;
+    for (int c = 0; c < count; c += kLanes)
+        largest = larger(select(lanes() < count - c, load_some(logits + c, count - c), none), largest);
+    Partition made{largest_of(largest), 0};
+    if (made.largest == -__builtin_inff()) return made;
+    Vec total{};
+    for (int c = 0; c < count; c += kLanes) {
+        const Vec v = select(lanes() < count - c, load_some(logits + c, count - c), none);
+        total += exponential(v - made.largest);
+    }
+    made.sum = sum(total);
+    return made;
+}
+
 }  // namespace
 
 extern const Kernels KVSPN_KERNELS;
 const Kernels KVSPN_KERNELS = {
     KVSPN_KERNELS_NAME, linear, linear_by_rows, quantise, quantise_int8, narrow, attend,
-    layer_norm,         gelu,   judge};
+    layer_norm,         gelu,   judge,          disturb,  partition};
 
 }  // namespace kvspn

@@ -69,9 +69,36 @@ struct OpRows {
 struct OpJudge {
     const VerifyOp& op;
     int queries;
-    __device__ __forceinline__ float mask(int n) const {
-        return op.p.mask.data ? static_cast<const float*>(op.p.mask.data)[n] : 0.f;
+    __device__ __forceinline__ int token(int n) const {
+        return op.p.ids.data ? static_cast<const int32_t*>(op.p.ids.data)[n] : n;
     }
+    __device__ __forceinline__ RowRule rule(int r) const {
+        if (!ruled()) return {};
+        const int32_t* words =
+            static_cast<const int32_t*>(op.p.rules.data) + r / queries * op.p.rules.strides[0];
+        return {words[0], as_float(uint32_t(words[1])), {uint32_t(words[2]), uint32_t(words[3])}};
+    }
+    __device__ __forceinline__ int index(int r) const {
+        if (!ruled()) return 0;
+        const int32_t* lengths = static_cast<const int32_t*>(op.p.lengths.data);
+        return lengths[r / queries * op.p.lengths.strides[0]] + r % queries + 1;
+    }
+    __device__ __forceinline__ float mask(int n, int r) const {
+        const bool first = op.p.first_mask.data && index(r) == rule(r).first;
+        const kvspn_tensor& from = first ? op.p.first_mask : op.p.mask;
+        const int id = token(n);
+        if (!from.data || id < 0 || id >= from.shape[0]) return 0.f;
+        return static_cast<const float*>(from.data)[id];
+    }
+    __device__ __forceinline__ bool ruled() const { return op.p.rules.data; }
+    __device__ __forceinline__ bool scored() const { return op.parts; }
+    __device__ __forceinline__ float* scores(int r) const {
+        const int64_t* at = op.p.scores.strides;
+        return static_cast<float*>(op.p.scores.data) + r / queries * at[0] + r % queries * at[1];
+    }
+    __device__ __forceinline__ int rows() const { return int(op.p.x.shape[0]) * queries; }
+    __device__ __forceinline__ Part* part(int r) const { return op.parts + block_index() * rows() + r; }
+    __device__ __forceinline__ float* draft_logit(int r) const { return scores(r) + 2; }
     __device__ __forceinline__ int draft(int r) const {
         const int b = r / queries, j = r % queries;
         if (j + 1 == queries) return -1;
@@ -163,7 +190,13 @@ __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_consta
     for (int r = thread_index(); r < rows; r += thread_count()) {
         const int b = r / queries, j = r % queries;
         const int chosen = id_of(fresh(op.best + r));
-        static_cast<int32_t*>(p.argmax.data)[b * p.argmax.strides[0] + j] = chosen;
+        static_cast<int32_t*>(p.argmax.data)[b * p.argmax.strides[0] + j] =
+            chosen < 0 ? chosen : judge.token(chosen);
+        if (judge.scored()) {
+            const Score found = score(op.parts + r, rows, block_count(), fresh(op.best + r));
+            judge.scores(r)[0] = found.log_sum_exp, judge.scores(r)[1] = found.logit;
+            if (judge.draft(r) < 0) judge.scores(r)[2] = -INFINITY;
+        }
         if (j + 1 == queries) continue;
         static_cast<int32_t*>(p.rank.data)[b * p.rank.strides[0] + j] =
             chosen < 0 || judge.draft(r) < 0 ? KVSPN_K_INF : fresh(op.above + r);
@@ -255,8 +288,15 @@ struct OpRow {
     __device__ __forceinline__ int32_t choice(int i) const {
         return int_at(p.argmax, b * p.argmax.strides[0] + i);
     }
-    __device__ __forceinline__ void emit(int64_t at, int32_t token) const {
-        if (at >= 0) static_cast<int32_t*>(p.tokens.data)[b * p.tokens.strides[0] + at] = token;
+    __device__ __forceinline__ void emit(int i, int64_t at, int32_t token) const {
+        if (at < 0) return;
+        static_cast<int32_t*>(p.tokens.data)[b * p.tokens.strides[0] + at] = token;
+        if (!p.scores.data) return;
+        const float* scores =
+            static_cast<const float*>(p.scores.data) + b * p.scores.strides[0] + i * p.scores.strides[1];
+        const bool drafted = i < p.draft.shape[1] && draft(i) == token;
+        static_cast<float*>(p.log_probs.data)[b * p.log_probs.strides[0] + at] =
+            scores[drafted ? 2 : 1] - scores[0];
     }
 };
 

@@ -5,6 +5,7 @@
 
 #include "common/accept.h"
 #include "common/plan.h"
+#include "common/rule.h"
 
 namespace kvspn::cuda {
 
@@ -83,6 +84,15 @@ struct Control {
     StopRule rule;
     const int32_t* drafts;  // [batch, drafts_b], the caller's; or null: the draft network's
     int64_t drafts_b;
+    const float* first_mask;
+    float* log_probs;  // [batch, ids] of the caller, or null
+};
+
+// A block's part of a row's logits: its best of them as a key, with its logit; the largest, and the sum of
+// exponentials over it.
+struct Part {
+    uint64_t best;
+    float logit, largest, sum;
 };
 
 // When the first block had done its part of a stage, and when it went on behind the barrier, in cycles of its
@@ -110,7 +120,12 @@ struct Model {
     int64_t x_stride;
     uint64_t *best, *draft_best;  // [rows], [batch]: the largest logit and the smallest id that has it
     int32_t* above;               // [rows]: tokens in front of the draft
-    int32_t* drafts;              // [batch, kMostQueries - 1]: of the present step; -1: no token
+    const RowRule* rules;         // [batch]
+    Part* parts;                  // [blocks, parts_stride], of scored rows
+    float* draft_logits;          // [rows], of scored ones
+    int64_t parts_stride;
+    int32_t blocks;   // of a grid
+    int32_t* drafts;  // [batch, kMostQueries - 1]: of the present step; -1: no token
     int32_t partial_pitch;
     float* partials;   // of attention: [batch, heads, splits, queries, partial_pitch]
     int32_t* arrived;  // [batch, heads]

@@ -197,6 +197,8 @@ void CudaRunner::bind(const Batch& b) {
     const auto zeros = [&](size_t bytes) { return Buffer(bytes, stream_); };
     drafts_ = zeros(rows * (kMostQueries - 1) * sizeof(int32_t));
     model_.drafts = drafts_.as<int32_t>();
+    rules_ = zeros(rows * sizeof(RowRule));
+    model_.rules = rules_.as<RowRule>();
     draft_best_ = zeros(rows * sizeof(uint64_t)), arrived_ = zeros(rows * b.heads * sizeof(int32_t));
     barrier_ = zeros(sizeof(uint32_t)), control_ = zeros(sizeof(Control));
     states_ = zeros(states * model_.x_stride * sizeof(float));
@@ -220,6 +222,10 @@ void CudaRunner::reserve(int queries_of_row) {
     attended_ = zeros(queries * wide_stride_ * sizeof(float));
     inner_ = zeros(queries * inner_stride_ * sizeof(float));
     best_ = zeros(queries * sizeof(uint64_t)), above_ = zeros(queries * sizeof(int32_t));
+    parts_ = zeros(queries * size_t(device_.multiprocessors) * sizeof(Part));
+    draft_logits_ = zeros(queries * sizeof(float));
+    model_.parts = parts_.as<Part>(), model_.draft_logits = draft_logits_.as<float>();
+    model_.parts_stride = int64_t(queries), model_.blocks = device_.multiprocessors;
     model_.x = x_.as<float>();
     model_.best = best_.as<uint64_t>(), model_.above = above_.as<int32_t>();
     for (Graph& graph : graphs_) graph.reset();
@@ -357,9 +363,12 @@ void CudaRunner::run(const kvspn_step_params& params, int steps) {
     const Control control{params.mask,
                           {params.k, params.eos, params.max_length},
                           given ? static_cast<const int32_t*>(given->data) : nullptr,
-                          given ? given->strides[0] : 0};
+                          given ? given->strides[0] : 0,
+                          params.first_mask,
+                          params.log_probs ? static_cast<float*>(params.log_probs->data) : nullptr};
     const auto fields = [](const Control& c) {
-        return std::tie(c.mask, c.rule.k, c.rule.eos, c.rule.max_length, c.drafts, c.drafts_b);
+        return std::tie(c.mask, c.rule.k, c.rule.eos, c.rule.max_length, c.drafts, c.drafts_b, c.first_mask,
+                        c.log_probs);
     };
     if (!controlled_ || fields(control) != fields(present_)) {
         present_ = control;

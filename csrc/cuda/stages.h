@@ -13,6 +13,8 @@ namespace kvspn::cuda {
 struct Slots {
     int32_t count;
     int32_t row[kMaxBatch], position[kMaxBatch], encoded[kMaxBatch];  // encoded: positions of the encoder
+    RowRule rule[kMaxBatch];                                          // of the batch's rows
+    bool sampled;                                                     // whether a row is
 };
 
 // A block's memory; activations lie behind it.
@@ -36,12 +38,15 @@ __device__ __forceinline__ void collect(const Model& m, const Pass& pass, Slots&
                                length < m.capacity && length < m.id_capacity;
             slots.position[b] = ready ? length : -1;
             slots.encoded[b] = m.cross_lengths[b];
+            slots.rule[b] = m.rules[b];
         }
         sync_block();
         if (thread_index() == 0) {
             int count = 0;
+            slots.sampled = false;
             for (int b = 0; b < m.batch; ++b) {
                 if (slots.position[b] < 0) continue;
+                slots.sampled |= slots.rule[b].temperature > 0;
                 slots.row[count] = b, slots.encoded[count] = slots.encoded[b];
                 slots.position[count++] = slots.position[b];
             }
@@ -150,10 +155,25 @@ struct StageJudge {
     const Stage& s;
     const Pass& pass;
     const Slots& slots;
-    const float* const masks = m.control->mask;
-    __device__ __forceinline__ float mask(int n) const {
-        return masks ? masks[s.draft && m.draft_ids ? m.draft_ids[n] : n] : 0.f;
+    const float *const masks = m.control->mask, *const first_masks = m.control->first_mask;
+    __device__ __forceinline__ int token(int n) const { return s.draft && m.draft_ids ? m.draft_ids[n] : n; }
+    __device__ __forceinline__ const RowRule& rule(int r) const {
+        return slots.rule[slots.row[r / pass.queries]];
     }
+    // Of the row, that the token would have.
+    __device__ __forceinline__ int index(int r) const {
+        return slots.position[r / pass.queries] + r % pass.queries + 1;
+    }
+    __device__ __forceinline__ float mask(int n, int r) const {
+        const float* const from = first_masks && index(r) == rule(r).first ? first_masks : masks;
+        return from ? from[token(n)] : 0.f;
+    }
+    __device__ __forceinline__ bool ruled() const { return slots.sampled; }
+    __device__ __forceinline__ bool scored() const { return !s.draft && m.control->log_probs; }
+    __device__ __forceinline__ Part* part(int r) const {
+        return m.parts + block_index() * m.parts_stride + r;
+    }
+    __device__ __forceinline__ float* draft_logit(int r) const { return m.draft_logits + r; }
     __device__ __forceinline__ int draft(int r) const {
         const int query = r % pass.queries;
         const bool judges = !s.draft && query + 1 < pass.queries;
@@ -257,14 +277,21 @@ __device__ __forceinline__ void attend(const Model& m, const Stage& s, const Pas
 // host.
 struct StageRow {
     const Model& m;
-    int row, first;  // first: of its rows of activations
+    int row, first, drafts;  // first: of its rows of activations
     __device__ __forceinline__ int draft(int i) const { return fresh(draft_of(m, row, i)); }
     __device__ __forceinline__ int choice(int i) const { return id_of(fresh(m.best + first + i)); }
     __device__ __forceinline__ int rank(int i) const {
         return choice(i) < 0 ? KVSPN_K_INF : fresh(m.above + first + i);
     }
-    __device__ __forceinline__ void emit(int64_t at, int token) const {
+    __device__ __forceinline__ void emit(int i, int64_t at, int token) const {
         m.ids[int64_t(row) * m.id_capacity + at] = token;
+        if (float* log_probs = m.control->log_probs) {
+            const int r = first + i;
+            const Score found = score(m.parts + r, m.parts_stride, m.blocks, fresh(m.best + r));
+            const bool drafted = i < drafts && draft(i) == token;
+            const float logit = drafted ? fresh(m.draft_logits + r) : found.logit;
+            log_probs[int64_t(row) * m.id_capacity + at] = logit - found.log_sum_exp;
+        }
         m.progress[int64_t(row) * (1 + m.id_capacity) + 1 + at] = token;
     }
 };
@@ -276,8 +303,8 @@ static __device__ __attribute__((noinline)) void accept(const Model& m, int quer
     for (int i = thread_index(); i < shared.slots.count; i += thread_count()) {
         const int row = shared.slots.row[i];
         int length = shared.slots.position[i];
-        m.finished[row] =
-            kvspn::accept(StageRow{m, row, i * queries}, queries - 1, rule, length, m.stats + 3 * row);
+        m.finished[row] = kvspn::accept(StageRow{m, row, i * queries, queries - 1}, queries - 1, rule, length,
+                                        m.stats + 3 * row);
         m.draft_best[row] = 0;
         m.lengths[row] = length;
         fence_host();  // The tokens come before their number, which the host watches.

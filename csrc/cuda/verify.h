@@ -1,18 +1,28 @@
 // The logits of rows, reduced to the best of each and the number of those in front of the row's draft.
 //
-// A judge tells what they are held against: mask(output), which is added and loaded ahead; draft(row), or -1;
-// and where the result joins those of other blocks: best(row), above(row).
+// A judge tells what they are held against: mask(output, row), which is added and loaded ahead; draft(row),
+// or -1; and where the result joins those of other blocks: best(row), above(row). Where it is ruled(), also
+// what rule(row) says of index(row) and token(output); and where it is scored(), part(row) and
+// draft_logit(row), for what the block has heard and the draft's own logit.
 #pragma once
 
 #include "cuda/project.h"
 
 namespace kvspn::cuda {
 
+// Of some of a row's logits: the largest, the sum of exponentials over it, and of what they count as under
+// the row's rule the largest, with its logit.
+struct Heard {
+    float largest, sum, top, logit;
+};
+__device__ __forceinline__ Heard nothing() { return {-INFINITY, 0, -INFINITY, -INFINITY}; }
+
 // A block's part of the result, and the drafts of a tile of rows.
 struct Tally {
     uint64_t best[kThreads / 32][kTile];
     int32_t above[kThreads / 32][kTile];
-    float draft_logit[kTile];
+    Heard heard[kThreads / 32][kTile];
+    float draft_logit[kTile];  // what it counts as
     int32_t draft[kTile];
 };
 
@@ -27,10 +37,53 @@ __device__ __forceinline__ int id_of(uint64_t key) {
     return chosen ? int(0xffffffff - uint32_t(key)) : -1;
 }
 
+// What a logit counts as under a row's rule; heard: of those that are scored, or null. Not inlined: the loop
+// over the vocabulary, for which this is the exception, has no register to spare.
+static __device__ __attribute__((noinline)) float hear(Heard* heard, float logit, const RowRule& rule,
+                                                       int index, int token) {
+    float counted = logit;
+    if (rule.temperature > 0) {
+        const float number = uniform(rule.seed[0], rule.seed[1], uint32_t(index), uint32_t(token));
+        counted = logit / rule.temperature - logf(-logf(number));
+    }
+    if (!heard) return counted;
+    if (logit > heard->largest) {
+        heard->sum = heard->sum * expf(heard->largest - logit) + 1;
+        heard->largest = logit;
+    } else if (logit > -INFINITY) {
+        heard->sum += expf(logit - heard->largest);
+    }
+    if (counted > heard->top) heard->top = counted, heard->logit = logit;
+    return counted;
+}
+
+// Sums of exponentials, in the order of the calls.
+__device__ __forceinline__ void join(float& largest, float& sum, float other_largest, float other_sum) {
+    if (other_sum == 0) return;
+    const float top = fmaxf(largest, other_largest);
+    sum = (sum == 0 ? 0 : sum * expf(largest - top)) + other_sum * expf(other_largest - top);
+    largest = top;
+}
+
+// The log-sum-exp of a row's logits and the logit of its choice, from the parts of all blocks in their order.
+struct Score {
+    float log_sum_exp, logit;
+};
+__device__ __forceinline__ Score score(const Part* parts, int64_t stride, int blocks, uint64_t best) {
+    float largest = -INFINITY, sum = 0, logit = -INFINITY;
+    for (int i = 0; i < blocks; ++i) {
+        const Part* part = parts + i * stride;
+        join(largest, sum, fresh(&part->largest), fresh(&part->sum));
+        if (fresh(&part->best) == best) logit = fresh(&part->logit);
+    }
+    return {largest + logf(sum), logit};
+}
+
 template <class W, int R, bool kAligned, class Source, class Judge>
 __device__ __forceinline__ void verify(const Stage& s, const Source& source, const Judge& judge, int rows,
                                        Tally& tally, float* memory, int shared_floats) {
     const float* x = memory + kMoments;
+    const bool ruled = judge.ruled(), scored = judge.scored();
     auto masked = [](float logit, float mask) {
         logit += mask;
         return logit == logit ? logit + 0.f : NAN;
@@ -48,10 +101,16 @@ __device__ __forceinline__ void verify(const Stage& s, const Source& source, con
         if (r < tile_rows) {
             uint64_t key = 0;
             int count = 0;
+            Heard heard = nothing();
             for (int w = 0; w < warps(); ++w) {
-                key = key > tally.best[w][r] ? key : tally.best[w][r];
+                const bool better = tally.best[w][r] > key;
+                key = better ? tally.best[w][r] : key;
                 count += tally.above[w][r];
+                if (!scored) continue;
+                if (better) heard.logit = tally.heard[w][r].logit;
+                join(heard.largest, heard.sum, tally.heard[w][r].largest, tally.heard[w][r].sum);
             }
+            if (scored) *judge.part(tile_first + r) = {key, heard.logit, heard.largest, heard.sum};
             atomic_max(judge.best(tile_first + r), key);
             if (count) atomic_add(judge.above(tile_first + r), count);
         }
@@ -60,22 +119,32 @@ __device__ __forceinline__ void verify(const Stage& s, const Source& source, con
     auto start = [&](int first, int count, int columns) {
         finish();
         best = 0, above = 0, tile_first = first, tile_rows = count;
+        if (scored && lane() % (32 / R) == 0) tally.heard[warp()][lane() / (32 / R)] = nothing();
         // The drafts' own logits come first, so that one reading of the head tells argmax and rank.
         for (int r = warp(); r < count; r += warps()) {
             const int draft = judge.draft(first + r);
             float logit = 0;
             if (draft >= 0) {
-                const float mask = judge.mask(draft);
+                const float mask = judge.mask(draft, first + r);
                 logit = masked(dot<W, kAligned>(s, draft, x + r * columns, columns), mask);
+                if (scored && !block_index() && lane() == 0) *judge.draft_logit(first + r) = logit;
+                if (ruled)
+                    logit = hear(nullptr, logit, judge.rule(first + r), judge.index(first + r),
+                                 judge.token(draft));
             }
             if (lane() == 0) tally.draft[r] = draft, tally.draft_logit[r] = logit;
         }
         sync_block();
     };
-    auto begin = [&](int n, int) { return judge.mask(n); };
+    auto begin = [&](int n, int r) { return judge.mask(n, r); };
     project<W, R, kAligned>(s, source, rows, memory, shared_floats, start, begin,
                             [&](int n, int r, float value, float mask) {
                                 value = masked(value, mask);
+                                if (ruled || scored) {
+                                    const bool keeps = scored && lane() % (32 / R) == 0;
+                                    value = hear(keeps ? &tally.heard[warp()][r - tile_first] : nullptr,
+                                                 value, judge.rule(r), judge.index(r), judge.token(n));
+                                }
                                 const uint64_t key = key_of(value, n);
                                 best = key > best ? key : best;
                                 const int draft = tally.draft[r - tile_first];

@@ -104,12 +104,27 @@ typedef struct kvspn_step_params {
      * is no token, all verified in one pass; on a CUDA device with unit strides in a row, and there until
      * the step has run. For one step alone. Or NULL. */
     const kvspn_tensor* draft_tokens;
+    const float*
+        first_mask; /* [V], in place of mask for the first token behind what was prefilled; or NULL */
+    /* FP32 [B, N], contiguous: beside each token that the step adds to `tokens` goes the logarithm of its
+     * probability under the masked logits, at temperature 1. Or NULL. */
+    const kvspn_tensor* log_probs;
 } kvspn_step_params;
+
+/* How the tokens of one row are chosen. At a temperature they are sampled: each logit is divided by it and
+ * gets noise that depends on the seed, the token and its place in the row alone, and the largest is chosen
+ * (Gumbel's trick). The draft network's logits get the same noise, so that sampling with drafts gives, at
+ * k = 1, bit for bit what it gives without. */
+typedef struct kvspn_rule {
+    uint32_t struct_size;
+    float temperature; /* 0: greedy */
+    uint64_t seed;
+} kvspn_rule;
 
 typedef struct kvspn_generate_params {
     uint32_t struct_size;
     kvspn_step_params step;  /* every step's */
-    const float* first_mask; /* [V], in place of step.mask in a first step without draft; or NULL */
+    const float* first_mask; /* that of the step, where this is not NULL */
     int32_t max_steps;       /* 0: until every row is finished */
     /* After each step, when the engine may be called; other than 0 stops there. Or NULL. */
     int32_t (*on_step)(void* context);
@@ -177,6 +192,9 @@ KVSPN_API kvspn_status kvspn_engine_encode(kvspn_engine* engine, int32_t row, co
 
 /* Processes the first `count` tokens of one row into the cache: lengths[row] = count. */
 KVSPN_API kvspn_status kvspn_engine_prefill(kvspn_engine* engine, int32_t row, int32_t count);
+
+/* The rule of one row of the batch that is bound, from its next step on; until then a row is greedy. */
+KVSPN_API kvspn_status kvspn_engine_set_rule(kvspn_engine* engine, int32_t row, const kvspn_rule* rule);
 
 /* Draft, verify, accept, roll back: one step of every unfinished row. Allocates nothing.
  *
@@ -286,6 +304,17 @@ typedef struct kvspn_verify_params {
     float eps;
     const kvspn_stream* stream;
     int32_t device; /* a kvspn_device */
+    /* int32 [V], with one query a row: the tokens that the rows of weight stand for, in place of 0, 1, ...;
+     * mask is then of all tokens, and argmax names one of these. Optional. */
+    kvspn_tensor ids;
+    kvspn_tensor first_mask; /* as mask, in its place where a choice is a row's first; optional, with rules */
+    /* int32 [B, 4]: of each row the index of the first token that is chosen, the bits of the temperature, the
+     * seed's low and high half. With lengths int32 [B]: query i chooses token lengths[b] + i + 1. Optional.
+     */
+    kvspn_tensor rules, lengths;
+    /* FP32 [B, Q, 3]: the log-sum-exp of each row's masked logits, and those of its choice and of its draft.
+     * Optional. */
+    kvspn_tensor scores;
 } kvspn_verify_params;
 
 KVSPN_API kvspn_status kvspn_lm_head_verify(const kvspn_verify_params* params);
@@ -318,6 +347,9 @@ typedef struct kvspn_accept_params {
     int32_t k, eos, max_length;
     const kvspn_stream* stream;
     int32_t device; /* a kvspn_device */
+    /* FP32 [B, Q, 3], as kvspn_lm_head_verify gives them, and [B, N], which gets the logarithm of each new
+     * token's probability. Optional, both or none. */
+    kvspn_tensor scores, log_probs;
 } kvspn_accept_params;
 
 KVSPN_API kvspn_status kvspn_accept_and_rollback(const kvspn_accept_params* params);

@@ -1,4 +1,4 @@
-"""Greedy and speculative decoding: the loop around an engine's step."""
+"""Greedy, sampled and speculative decoding: the loop around an engine's step."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ from kvspn.decoding.drafts import GivenDrafts
 from kvspn.decoding.statistics import DecodeStats
 from kvspn.engines import Engine
 from kvspn.ops import K_INF
+from kvspn.ops.rules import Rule, check_rule, row_seed
 
 Streamer = Callable[[int, list[int]], None]
 
 
 @dataclass(frozen=True)
 class DecodeResult:
-    """sequences: per row its token ids, prompt and eos included. rows: their figures. total: the batch's."""
+    """What came of a batch.
+
+    sequences: per row its token ids, prompt and eos included. rows: their figures. total: the batch's.
+    log_probs: where they were asked for, of each row's generated tokens: the logarithms of their
+    probabilities under the masked logits, at temperature 1.
+    """
 
     sequences: list[list[int]]
     rows: list[DecodeStats]
     total: DecodeStats
+    log_probs: list[list[float]] | None = None
 
 
 def parse_k(k: int | float | str) -> int:
@@ -47,11 +54,15 @@ def decode(
     draft_tokens: Sequence[Sequence[int]] | None = None,
     mask: Tensor | None = None,
     begin_mask: Tensor | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    log_probs: bool = False,
     streamer: Streamer | None = None,
 ) -> DecodeResult:
     """Decode one batch until every row has ended.
 
-    With k = 1 the tokens are exactly those of ``draft=False``, plain greedy decoding of the base model.
+    With k = 1 the tokens are exactly those of ``draft=False``, plain decoding of the base model, greedy or
+    sampled.
     Threads that share an engine wait for each other's utterances.
 
     Args:
@@ -64,6 +75,9 @@ def decode(
         draft_tokens: per row a guess of what follows its prompt, as the last hypothesis of a stream is; up to
             15 of its tokens are verified in a step, for as long as the row says the same. A row without a
             guess takes a plain step beside one that has.
+        temperature: 0 for greedy decoding; else tokens are drawn from the softmax of logits / temperature.
+        seed: 0 .. 2^64 - 1, of the draws: each row has its own, ``kvspn.ops.rules.row_seed(seed, row)``.
+        log_probs: whether the result tells those of the generated tokens.
         streamer: called as streamer(row, new_token_ids) after each step for each row that grew. For a
             TextStreamer of transformers and a batch of one, pass
             ``lambda row, ids: text_streamer.put(torch.tensor(ids))`` and call its ``end()`` afterwards.
@@ -76,9 +90,18 @@ def decode(
     limits = [max_length] * len(prompt) if isinstance(max_length, int) else list(max_length)
     _check_stops(prompt, ends, limits)
     guesses = GivenDrafts(draft_tokens, len(prompt))
+    check_rule("", Rule(temperature, seed))
+    rules = [Rule(temperature, row_seed(seed, row)) for row in range(len(prompt))]
     with engine.lock:
         engine.start(
-            encoder_states, prompt, eos=ends[0], max_length=max(limits), mask=mask, begin_mask=begin_mask
+            encoder_states,
+            prompt,
+            eos=ends[0],
+            max_length=max(limits),
+            mask=mask,
+            begin_mask=begin_mask,
+            rules=rules,
+            log_probs=log_probs,
         )
         sequences = [list(ids) for ids in prompt]
         seconds = [0.0] * len(sequences)
@@ -86,11 +109,9 @@ def decode(
         full = [row for row, ids in enumerate(prompt) if len(ids) >= limits[row]]
         engine.finished[full] = True
         finished = engine.finished.tolist()
-        first_is_plain = begin_mask is not None
         begin = time.perf_counter()
         while not all(finished):
-            engine.step(accept, draft, None if first_is_plain else guesses.next(finished, engine.tokens))
-            first_is_plain = False
+            engine.step(accept, draft, guesses.next(finished, engine.tokens))
             lengths = engine.lengths.tolist()
             now = time.perf_counter() - begin
             done = engine.finished.tolist()
@@ -110,6 +131,7 @@ def decode(
                     streamer(row, new)
             finished = done
         counts = engine.stats.tolist()
+        scores = engine.log_probs.tolist() if log_probs else None
     elapsed = max(seconds)
     rows = [
         DecodeStats(len(tokens) - len(ids), steps, drafted, accepted, took)
@@ -117,7 +139,10 @@ def decode(
             sequences, prompt, counts, seconds, strict=True
         )
     ]
-    return DecodeResult(sequences, rows, DecodeStats.total(rows, elapsed))
+    generated = scores and [
+        values[len(ids) : len(tokens)] for values, ids, tokens in zip(scores, prompt, sequences, strict=True)
+    ]
+    return DecodeResult(sequences, rows, DecodeStats.total(rows, elapsed), generated)
 
 
 def _check_stops(prompt: Sequence[Sequence[int]], ends: Sequence[int], limits: Sequence[int]) -> None:

@@ -12,10 +12,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from kvspn.checks import FLOATS, FP32, Shapes, finite, integer
+from kvspn.checks import FLOATS, FP32, Shapes, boolean, finite, integer
 from kvspn.engines.cache import StepCache
 from kvspn.ops import K_INF
 from kvspn.ops.decoder_step import check_drafts
+from kvspn.ops.rules import Rule, check_rule
 from kvspn.weights import DecoderWeights
 
 PREFILL_CHUNK = 16  # query tokens of one pass
@@ -47,6 +48,8 @@ class Engine(abc.ABC):
         lengths: int32 [batch], positions in the cache: all tokens but the newest.
         finished: bool [batch].
         stats: int32 [batch, 3]: steps, drafted tokens, accepted tokens.
+        log_probs: fp32 [batch, capacity], of generated tokens, where start() asked for it: the logarithm of
+            each one's probability under the masked logits, at temperature 1.
         lock: held from start() to the reading of the last token, where threads share an engine.
     """
 
@@ -55,6 +58,7 @@ class Engine(abc.ABC):
     lengths: Tensor
     finished: Tensor
     stats: Tensor
+    log_probs: Tensor
 
     @abc.abstractmethod
     def __init__(
@@ -78,6 +82,8 @@ class Engine(abc.ABC):
         max_length: int,
         mask: Tensor | None = None,
         begin_mask: Tensor | None = None,
+        rules: Sequence[Rule] | None = None,
+        log_probs: bool = False,
     ) -> None:
         """Forget the last utterances, take new ones, and process their prompts up to the newest token.
 
@@ -90,8 +96,9 @@ class Engine(abc.ABC):
             max_length: tokens of a row at most, prompt included; at most capacity. A row whose prompt is
                 that long is finished from the start.
             mask: fp32 [V], added to the logits of every step; -inf suppresses a token.
-            begin_mask: fp32 [V], added to ``mask`` for the first generated token alone, which a plain
-                greedy step then makes.
+            begin_mask: fp32 [V], added to ``mask`` for the first generated token alone.
+            rules: how each row's tokens are chosen; None for greedy.
+            log_probs: whether steps write ``self.log_probs``.
 
         Raises:
             TypeError, ValueError: naming the argument, before anything changes.
@@ -166,11 +173,13 @@ class CachedEngine(Engine):
             self.tokens = torch.zeros(batch, capacity, dtype=torch.int32, device=self._embed.device)
             self.finished = torch.ones(batch, dtype=torch.bool, device=self._embed.device)
             self.stats = torch.zeros(batch, 3, dtype=torch.int32, device=self._embed.device)
+            self.log_probs = torch.zeros(batch, capacity, device=self._embed.device)
         self.lengths = self.cache.lengths
         self._free = threading.Lock()  # held through a call
         self._encoded = False  # whether the cache holds every row's encoder states
         self._mask: Tensor | None = None
-        self._first_mask: Tensor | None = None  # None once the first token is made
+        self._first_mask: Tensor | None = None
+        self._scored = False  # whether steps write log_probs
         self._eos, self._max_length = -1, 1
 
     @_alone
@@ -184,9 +193,17 @@ class CachedEngine(Engine):
         max_length: int,
         mask: Tensor | None = None,
         begin_mask: Tensor | None = None,
+        rules: Sequence[Rule] | None = None,
+        log_probs: bool = False,
     ) -> None:
         self._check_start(encoder_states, prompt, eos, max_length, mask, begin_mask)
-        self._eos, self._max_length, self._mask = eos, max_length, mask
+        rules = [Rule()] * len(prompt) if rules is None else rules
+        if len(rules) != len(prompt):
+            raise ValueError(f"rules must hold {len(prompt)} rows, got {len(rules)}")
+        for row, rule in enumerate(rules):
+            check_rule(f"rules[{row}]", rule)
+        boolean("log_probs", log_probs)
+        self._eos, self._max_length, self._mask, self._scored = eos, max_length, mask, log_probs
         self._first_mask = begin_mask if mask is None or begin_mask is None else mask + begin_mask
         if encoder_states is None:
             self.lengths.zero_()
@@ -201,6 +218,7 @@ class CachedEngine(Engine):
             self.tokens[row, : len(ids)] = self.tokens.new_tensor(ids)
             self.finished[row] = len(ids) >= max_length
             self._prefill(row, len(ids) - 1)
+        self._choose(rules, [len(ids) for ids in prompt])
 
     @torch.no_grad()
     def step(self, k: int = 1, draft: bool = True, draft_tokens: Tensor | None = None) -> None:
@@ -216,9 +234,7 @@ class CachedEngine(Engine):
         check_drafts(draft_tokens, len(self.tokens), use_draft=False)
         if draft_tokens.device != self.tokens.device:
             raise ValueError(f"draft_tokens must be on {self.tokens.device}, got {draft_tokens.device}")
-        if self._first_mask is not None:
-            raise ValueError("draft_tokens must be None for the first token after a begin_mask, got a tensor")
-        self._step(self._mask, k, False, draft_tokens)
+        self._step(k, False, draft_tokens)
 
     @_alone
     @torch.no_grad()
@@ -231,15 +247,10 @@ class CachedEngine(Engine):
         integer("k", k, 1, K_INF)
         if draft and not self._weights.blocks:
             raise ValueError("draft must be False without draft blocks among the weights, got True")
-        first = self._first_mask
-        if first is not None and steps:
-            self._first_mask = None
-            self._step(first, k, False)
-            steps -= 1
         if steps == 1:
-            self._step(self._mask, k, draft)
+            self._step(k, draft)
         elif steps:
-            self._run(self._mask, k, draft, steps)
+            self._run(k, draft, steps)
 
     @abc.abstractmethod
     def _encode(self, row: int, states: Tensor) -> None:
@@ -250,15 +261,19 @@ class CachedEngine(Engine):
         """Process the first ``count`` tokens of one row into the cache."""
 
     @abc.abstractmethod
-    def _step(self, mask: Tensor | None, k: int, draft: bool, draft_tokens: Tensor | None = None) -> None:
+    def _choose(self, rules: Sequence[Rule], first: Sequence[int]) -> None:
+        """Take what the coming steps choose by: masks, the rows' rules, the indices of their first tokens."""
+
+    @abc.abstractmethod
+    def _step(self, k: int, draft: bool, draft_tokens: Tensor | None = None) -> None:
         """One checked step of every unfinished row."""
 
-    def _run(self, mask: Tensor | None, k: int, draft: bool, steps: int) -> None:
+    def _run(self, k: int, draft: bool, steps: int) -> None:
         """Two checked steps or more, fewer where every row has finished."""
         for _ in range(steps):
             if self.finished.all():
                 break
-            self._step(mask, k, draft)
+            self._step(k, draft)
 
     def _check_start(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from kvspn import _native
 from kvspn.engines.base import CachedEngine
+from kvspn.ops.rules import Rule
 from kvspn.weights import DecoderWeights
 from kvspn.weights.decoder import named_tensors
 
@@ -70,17 +72,23 @@ class NativeEngine(CachedEngine):
     def _prefill(self, row: int, count: int) -> None:
         self._engine.prefill(row, count)
 
-    def _step(self, mask: Tensor | None, k: int, draft: bool, draft_tokens: Tensor | None = None) -> None:
-        mask = None if mask is None else mask.contiguous()
+    def _choose(self, rules: Sequence[Rule], first: Sequence[int]) -> None:
+        masks = (None if mask is None else mask.contiguous() for mask in (self._mask, self._first_mask))
+        mask, first_mask = masks
+        log_probs = self.log_probs if self._scored else None
+        self._engine.choose(mask=mask, first_mask=first_mask, log_probs=log_probs)
+        for row, (temperature, seed) in enumerate(rules):
+            self._engine.set_rule(row, temperature=temperature, seed=seed)
+
+    def _step(self, k: int, draft: bool, draft_tokens: Tensor | None = None) -> None:
         if draft_tokens is None:
-            self._engine.step(mask, k=k, eos=self._eos, max_length=self._max_length, draft=draft)
+            self._engine.step(k=k, eos=self._eos, max_length=self._max_length, draft=draft)
         else:
             drafts = draft_tokens.contiguous()
-            self._engine.verify(drafts, mask, k=k, eos=self._eos, max_length=self._max_length)
+            self._engine.verify(drafts, k=k, eos=self._eos, max_length=self._max_length)
 
-    def _run(self, mask: Tensor | None, k: int, draft: bool, steps: int) -> None:
-        mask = None if mask is None else mask.contiguous()
-        self._engine.run(mask, k=k, eos=self._eos, max_length=self._max_length, draft=draft, steps=steps)
+    def _run(self, k: int, draft: bool, steps: int) -> None:
+        self._engine.run(k=k, eos=self._eos, max_length=self._max_length, draft=draft, steps=steps)
 
     @torch.no_grad()
     def profile(self, k: int = 1, draft: bool = True) -> list[tuple[str, int, int]]:
@@ -93,7 +101,7 @@ class NativeEngine(CachedEngine):
                 followed by the "barrier" behind it.
         """
         found: list[tuple[str, int, int]] = self._engine.profile(
-            self._mask, k=k, eos=self._eos, max_length=self._max_length, draft=draft
+            k=k, eos=self._eos, max_length=self._max_length, draft=draft
         )
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from kvspn.engines.base import CachedEngine
 from kvspn.engines.cache import draft_first
 from kvspn.ops.decoder_step import REFERENCE, StepRule, StepState, base_pass, step, step_rows
+from kvspn.ops.rules import Rule, pack_rules
 from kvspn.weights.linear import dequantise
 
 PREFILL_CHUNK = 16  # query tokens of one pass
@@ -20,6 +22,7 @@ class ReferenceEngine(CachedEngine):
     """The plain-PyTorch references of the ops, one row at a time, on any device."""
 
     ops: Any = REFERENCE
+    _rules: Tensor | None = None  # packed; None where every row is greedy and has no first mask
 
     def _encode(self, row: int, states: Tensor) -> None:
         self.cache.write_cross(row, self._cross_kv(states))
@@ -44,17 +47,25 @@ class ReferenceEngine(CachedEngine):
             base_pass(self._weights, ids, self.cache.tensors.row(row), ops=self.ops)
             self.lengths[here] += ids.shape[1]
 
-    def _step(self, mask: Tensor | None, k: int, draft: bool, draft_tokens: Tensor | None = None) -> None:
+    def _choose(self, rules: Sequence[Rule], first: Sequence[int]) -> None:
+        plain = self._first_mask is None and not any(rule.temperature for rule in rules)
+        self._rules = None if plain else pack_rules(rules, first).to(self._embed.device)
+
+    def _step(self, k: int, draft: bool, draft_tokens: Tensor | None = None) -> None:
         ended = self.finished.clone()
-        step_rows(self._weights, *self._state_and_rule(mask, k, draft, draft_tokens))
+        step_rows(self._weights, self._state(), self._rule(k, draft, draft_tokens))
         self._check_rows(self.finished & ~ended)
 
-    def _together(self, mask: Tensor | None, k: int, draft: bool, draft_tokens: Tensor | None) -> None:
+    def _together(self, rule: StepRule) -> None:
         """The step of all rows at once, by this engine's ops."""
-        step(self.ops, self._weights, *self._state_and_rule(mask, k, draft, draft_tokens))
+        step(self.ops, self._weights, self._state(), rule)
 
-    def _state_and_rule(
-        self, mask: Tensor | None, k: int, draft: bool, draft_tokens: Tensor | None
-    ) -> tuple[StepState, StepRule]:
-        state = StepState(self.cache.tensors, self.tokens, self.finished, self.stats)
-        return state, StepRule(mask, k, self._eos, self._max_length, draft, draft_tokens)
+    def _state(self) -> StepState:
+        return StepState(self.cache.tensors, self.tokens, self.finished, self.stats)
+
+    def _rule(self, k: int, draft: bool, draft_tokens: Tensor | None) -> StepRule:
+        log_probs = self.log_probs if self._scored else None
+        return StepRule(
+            *(self._mask, k, self._eos, self._max_length, draft, draft_tokens),
+            *(self._first_mask, self._rules, log_probs),
+        )

@@ -107,12 +107,13 @@ class _Logits(ReferenceEngine):
         mask: Tensor | None,
         scale: Tensor | None,
         *norm: Tensor,
+        **choosing: Any,
     ) -> Any:
         self.logits.append(REFERENCE.fused_linear(x, weight, None, *norm, scale=scale)[0, 0])
-        return REFERENCE.lm_head_verify(x, weight, draft, mask, scale, *norm)
+        return REFERENCE.lm_head_verify(x, weight, draft, mask, scale, *norm, **choosing)
 
-    def _step(self, mask: Tensor | None, k: int, draft: bool, draft_tokens: Tensor | None = None) -> None:
-        self._together(mask, k, draft, draft_tokens)
+    def _step(self, k: int, draft: bool, draft_tokens: Tensor | None = None) -> None:
+        self._together(self._rule(k, draft, draft_tokens))
 
 
 def _logits(values: DecoderWeights, shape: Shape, kv: str | None) -> tuple[Tensor, Tensor]:

@@ -46,8 +46,8 @@ class _SpannedEngine(ReferenceEngine):
 
     ops = SimpleNamespace(**{name: _spanned(name, op) for name, op in vars(REFERENCE).items()})
 
-    def _step(self, mask: Tensor | None, k: int, draft: bool, draft_tokens: Tensor | None = None) -> None:
-        self._together(mask, k, draft, draft_tokens)
+    def _step(self, k: int, draft: bool, draft_tokens: Tensor | None = None) -> None:
+        self._together(self._rule(k, draft, draft_tokens))
 
 
 def write_trace(

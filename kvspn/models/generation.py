@@ -99,6 +99,9 @@ class GenerationMixin:
         draft: bool | None = None,
         draft_tokens: Tensor | Sequence[Sequence[int]] | None = None,
         max_new_tokens: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        seed: int | None = None,
         streamer: BaseStreamer | None = None,
         generation_config: GenerationConfig | None = None,
         return_dict_in_generate: bool | None = None,
@@ -133,6 +136,12 @@ class GenerationMixin:
                 `kvspn.decoding.drafts`). With k = 1 the output stays the same.
             max_new_tokens: at most, each row after its own prompt; by default what the decoder's positions
                 allow.
+            do_sample: True draws each token from the softmax of logits / temperature, of all tokens that are
+                not suppressed (there is no top_k or top_p). Drafts change nothing then either: with k = 1 the
+                output is bit for bit that of `draft=False`.
+            temperature: above 0, with `do_sample`; 1 by default.
+            seed: 0 to 2^64 - 1, of the draws; 0 by default. The same seed gives the same output, on whatever
+                backend but for rounding; rows of a batch differ.
             streamer: a transformers streamer, such as TextStreamer, for a batch of one; it gets the prompt
                 first, then each step's new tokens.
             generation_config: settings that count before those of the model's own generation configuration.
@@ -156,6 +165,9 @@ class GenerationMixin:
                 "language": language,
                 "task": task,
                 "max_new_tokens": max_new_tokens,
+                "do_sample": do_sample,
+                "temperature": temperature,
+                "seed": seed,
                 "return_dict_in_generate": return_dict_in_generate,
                 **more,
             },
@@ -184,6 +196,7 @@ class GenerationMixin:
         start = said.get("decoder_start_token_id", self.config.decoder_start_token_id)
         context = self._text("prompt_ids", prompt_ids, self.config.max_target_positions // 2)
         prefix = self._text("prefix_ids", prefix_ids, self.config.max_target_positions // 2)
+        rule = settings.sampling(said)
         mask, first_mask = (self._mask(name, said) for name in ("suppress_tokens", "begin_suppress_tokens"))
         if engine is None:
             engine = packed_engine(self, batch, max(map(len, states)), backend)
@@ -216,6 +229,8 @@ class GenerationMixin:
                 draft_tokens=draft_tokens.tolist() if isinstance(draft_tokens, Tensor) else draft_tokens,
                 mask=mask,
                 begin_mask=first_mask,
+                temperature=rule.temperature,
+                seed=rule.seed,
                 streamer=None if streamer is None else lambda row, new: streamer.put(torch.tensor(new)),
             )
             if streamer is not None:

@@ -9,10 +9,14 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
+from kvspn.checks import boolean
+from kvspn.ops.rules import Rule, check_rule
+
 HONOURED = frozenset(
     {
         "begin_suppress_tokens",
         "decoder_start_token_id",
+        "do_sample",
         "eos_token_id",
         "is_multilingual",
         "lang_to_id",
@@ -22,13 +26,15 @@ HONOURED = frozenset(
         "no_timestamps_token_id",
         "pad_token_id",
         "return_dict_in_generate",
+        "seed",
         "suppress_tokens",
         "task",
         "task_to_id",
+        "temperature",
     }
 )
 
-# They change no token of greedy decoding without timestamps: speed, names, Whisper's own bookkeeping.
+# They change no token without timestamps: speed, names, Whisper's own bookkeeping.
 WITHOUT_EFFECT = frozenset(
     {
         "alignment_heads",
@@ -45,7 +51,7 @@ WITHOUT_EFFECT = frozenset(
 _DEFAULTS = GenerationConfig._get_default_generation_params()
 _NEUTRAL = {name: (value,) for name, value in _DEFAULTS.items()} | {
     "min_new_tokens": (0,),
-    "temperature": (0, 1),  # Whisper's own word for greedy decoding is 0
+    "top_k": (_DEFAULTS.get("top_k"), 0),  # Tokens are drawn from all.
 }
 
 
@@ -84,6 +90,24 @@ def merge(
             wanted = f"{neutral} or left out" if neutral else "left out"
             raise ValueError(f"{name} must be {wanted}, as generate() does not honour it, got {short(value)}")
     return merged
+
+
+def sampling(said: Mapping[str, Any]) -> Rule:
+    """What tokens are chosen by. As in Whisper, a temperature of 0 is greedy decoding, as is 1 by itself.
+
+    Raises:
+        TypeError, ValueError: naming do_sample, temperature or seed.
+    """
+    temperature, sampled = said.get("temperature", 1.0), said.get("do_sample", False)
+    boolean("do_sample", sampled)
+    check_rule("", Rule(temperature, said.get("seed", 0)))
+    if sampled and not temperature:
+        raise ValueError("temperature must be above 0 with do_sample=True, got 0")
+    if not sampled and temperature not in (0, 1):
+        raise ValueError(f"temperature must be 0 or 1 without do_sample=True, got {temperature}")
+    if not sampled and "seed" in said:
+        raise ValueError(f"seed must be left out without do_sample=True, got {said['seed']}")
+    return Rule(float(temperature), said.get("seed", 0)) if sampled else Rule()
 
 
 def code(language: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvspn.checks import BOOL, INT32, Shapes, integer
+from kvspn.checks import BOOL, FP32, INT32, Shapes, integer
 from kvspn.ops._library import register
 from kvspn.ops.lm_head_verify import K_INF
 
@@ -20,6 +20,8 @@ def check(
     k: int,
     eos: int,
     max_length: int,
+    scores: Tensor | None = None,
+    log_probs: Tensor | None = None,
 ) -> None:
     shapes = Shapes()
     shapes.tensor("tokens", tokens, "B N", INT32)
@@ -35,6 +37,11 @@ def check(
     integer("k", k, 1, K_INF)
     integer("eos", eos, -1, K_INF)
     integer("max_length", max_length, 1, shapes["N"])
+    if (scores is None) != (log_probs is None):
+        raise ValueError("log_probs must be given with scores, and with them alone")
+    if scores is not None and log_probs is not None:
+        shapes.tensor("scores", scores, "B Q 3", FP32)
+        shapes.tensor("log_probs", log_probs, "B N", FP32)
 
 
 def reference(
@@ -48,6 +55,8 @@ def reference(
     k: int,
     eos: int,
     max_length: int,
+    scores: Tensor | None = None,
+    log_probs: Tensor | None = None,
 ) -> None:
     """Per row: the longest accepted prefix of the draft, the next token, stops, statistics, the rollback.
 
@@ -69,6 +78,9 @@ def reference(
         k: 1 is greedy, K_INF accepts every draft.
         eos: the token that ends a row; -1 for none.
         max_length: 1 .. N.
+        scores: fp32 [B, Q, 3], from :func:`lm_head_verify`.
+        log_probs: fp32 [B, N], with scores: gets the logarithm of each emitted token's probability, where the
+            token goes.
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is written.
@@ -85,7 +97,11 @@ def reference(
         last = next((n for n, token in enumerate(emitted) if token == eos or token < 0), None)
         if last is not None:
             del emitted[last + 1 :]
-        tokens[b, count : count + len(emitted)] = tokens.new_tensor(emitted)
+        here = slice(count, count + len(emitted))
+        tokens[b, here] = tokens.new_tensor(emitted)
+        if scores is not None and log_probs is not None:
+            logits = [scores[b, i, 2 if i < accepted else 1] - scores[b, i, 0] for i in range(len(emitted))]
+            log_probs[b, here] = log_probs.new_tensor(logits)
         lengths[b] += len(emitted)
         finished[b] = last is not None or count + len(emitted) >= max_length
         stats[b] += stats.new_tensor([1, drafted, min(accepted, len(emitted))])
@@ -93,7 +109,8 @@ def reference(
 
 accept_and_rollback = register(
     "accept_and_rollback(Tensor(a!) tokens, Tensor(b!) lengths, Tensor(c!) finished, Tensor(d!) stats, "
-    "Tensor draft, Tensor argmax, Tensor rank, int k, int eos, int max_length) -> ()",
+    "Tensor draft, Tensor argmax, Tensor rank, int k, int eos, int max_length, "
+    "Tensor? scores=None, Tensor(e!)? log_probs=None) -> ()",
     check=check,
     fake=lambda *args, **kwargs: None,
     reference=reference,

@@ -18,6 +18,7 @@ from kvspn.ops.flat_kv_attention import reference as flat_kv_attention
 from kvspn.ops.fused_linear import reference as fused_linear
 from kvspn.ops.lm_head_verify import K_INF
 from kvspn.ops.lm_head_verify import reference as lm_head_verify
+from kvspn.ops.rules import RULE_WORDS
 from kvspn.weights import DecoderWeights, Linear, Norm
 
 REFERENCE = SimpleNamespace(
@@ -80,10 +81,18 @@ class StepRule(NamedTuple):
     max_length: int
     use_draft: bool = True
     draft_tokens: Tensor | None = None
+    first_mask: Tensor | None = None
+    rules: Tensor | None = None
+    log_probs: Tensor | None = None
 
     def row(self, b: int) -> StepRule:
         """That of one row."""
-        return self._replace(draft_tokens=part(self.draft_tokens, slice(b, b + 1)))
+        here = slice(b, b + 1)
+        return self._replace(
+            draft_tokens=part(self.draft_tokens, here),
+            rules=part(self.rules, here),
+            log_probs=part(self.log_probs, here),
+        )
 
 
 def check(
@@ -106,6 +115,9 @@ def check(
     kv_scale: Tensor | None = None,
     cross_kv_scale: Tensor | None = None,
     draft_tokens: Tensor | None = None,
+    first_mask: Tensor | None = None,
+    rules: Tensor | None = None,
+    log_probs: Tensor | None = None,
 ) -> None:
     shapes = Shapes()
     shapes.cache("kv", kv, kv_scale, "L 2 B H S D")
@@ -137,6 +149,14 @@ def check(
     if use_draft and not w.blocks:
         raise ValueError("use_draft must be False without draft blocks among the weights, got True")
     check_drafts(draft_tokens, shapes["B"], use_draft)
+    if first_mask is not None:
+        shapes.tensor("first_mask", first_mask, "V", FP32)
+        if rules is None:
+            raise ValueError("rules must be given with first_mask, got None")
+    if rules is not None:
+        shapes.tensor("rules", rules, f"B {RULE_WORDS}", INT32)
+    if log_probs is not None:
+        shapes.tensor("log_probs", log_probs, "B N", FP32)
 
 
 def check_drafts(draft_tokens: Tensor | None, batch: int, use_draft: bool) -> None:
@@ -173,6 +193,9 @@ def composed(step: Callable[[DecoderWeights, StepState, StepRule], None]) -> Cal
         kv_scale: Tensor | None = None,
         cross_kv_scale: Tensor | None = None,
         draft_tokens: Tensor | None = None,
+        first_mask: Tensor | None = None,
+        rules: Tensor | None = None,
+        log_probs: Tensor | None = None,
     ) -> None:
         """One step of KVSPN decoding ("Parasitic dual-scale modelling", arXiv 2508.11189), all in place.
 
@@ -195,6 +218,8 @@ def composed(step: Callable[[DecoderWeights, StepState, StepRule], None]) -> Cal
                 written with kv.
             draft_tokens: int32 [B, 0 to 15], without use_draft: guesses of what follows each row's newest
                 token, up to the first that is no token (below 0, or V and above).
+            first_mask, rules: as in :func:`lm_head_verify`, for base model and draft network alike.
+            log_probs: fp32 [B, N], written as in :func:`accept_and_rollback`.
 
         Raises:
             TypeError, ValueError: naming the argument, before anything is written.
@@ -208,7 +233,7 @@ def composed(step: Callable[[DecoderWeights, StepState, StepRule], None]) -> Cal
             encoder_stride=encoder_stride,
         )
         caches = Caches(kv, lengths, cross_kv, cross_lengths, kv_scale, cross_kv_scale)
-        rule = StepRule(mask, k, eos, max_length, use_draft, draft_tokens)
+        rule = StepRule(mask, k, eos, max_length, use_draft, draft_tokens, first_mask, rules, log_probs)
         step(w, StepState(caches, tokens, finished, stats), rule)
 
     return decoder_step
@@ -227,14 +252,25 @@ def step(ops: Any, w: DecoderWeights, state: StepState, rule: StepRule) -> None:
     newest = tokens.gather(1, caches.lengths[:, None].long())
     draft = newest[:, :0]
     if rule.use_draft:
-        draft = propose(w, newest, caches, rule.mask, ops)
+        draft = propose(w, newest, caches, rule, ops)
     elif rule.draft_tokens is not None:
         draft = torch.where(rule.draft_tokens < len(w.embed_tokens), rule.draft_tokens, -1)
     x = base_pass(w, torch.cat([newest, draft], dim=1), caches, finished, ops)
-    argmax, rank = ops.lm_head_verify(x, w.head.weight, draft, rule.mask, w.head.scale, *w.norm)
-    ops.accept_and_rollback(
-        tokens, caches.lengths, finished, stats, draft, argmax, rank, rule.k, rule.eos, rule.max_length
+    scores = None if rule.log_probs is None else rule.log_probs.new_empty(*x.shape[:2], 3)
+    argmax, rank = ops.lm_head_verify(
+        x, w.head.weight, draft, rule.mask, w.head.scale, *w.norm, **_choosing(rule, caches), scores=scores
     )
+    ops.accept_and_rollback(
+        *(tokens, caches.lengths, finished, stats, draft, argmax, rank, rule.k, rule.eos, rule.max_length),
+        scores=scores,
+        log_probs=rule.log_probs,
+    )
+
+
+def _choosing(rule: StepRule, caches: Caches) -> dict[str, Tensor | None]:
+    """What lm_head_verify is told of the rows' rules."""
+    lengths = None if rule.rules is None else caches.lengths
+    return {"first_mask": rule.first_mask, "rules": rule.rules, "lengths": lengths}
 
 
 def base_pass(
@@ -260,7 +296,7 @@ def base_pass(
 
 
 def propose(
-    w: DecoderWeights, newest: Tensor, caches: Caches, mask: Tensor | None, ops: Any = REFERENCE
+    w: DecoderWeights, newest: Tensor, caches: Caches, rule: StepRule, ops: Any = REFERENCE
 ) -> Tensor:
     """The draft network's guess int32 [B, 1] of what follows the newest token int32 [B, 1]; -1: none."""
     kv, lengths, cross_kv, cross_lengths, kv_scale, cross_kv_scale = caches
@@ -276,11 +312,12 @@ def propose(
             cross, scale = cross_kv[last], part(cross_kv_scale, last)
             x = attend(ops, x, block.cross_norm, block.cross_q, block.cross_out, cross, cross_lengths, scale)
         x = feed_forward(ops, x, block.ffn_norm, block.fc1, block.fc2)
-    if mask is not None and w.draft_ids is not None:
-        mask = mask[w.draft_ids]
     head, norm = w.draft_output, w.draft_norm or (None, None)
-    choice, _ = ops.lm_head_verify(x, head.weight, newest[:, :0], mask, head.scale, *norm)
-    return choice if w.draft_ids is None else torch.where(choice < 0, choice, w.draft_ids[choice])
+    none = newest[:, :0]
+    choice: Tensor = ops.lm_head_verify(
+        x, head.weight, none, rule.mask, head.scale, *norm, ids=w.draft_ids, **_choosing(rule, caches)
+    )[0]
+    return choice
 
 
 def embed(w: DecoderWeights, ids: Tensor, lengths: Tensor) -> Tensor:
@@ -338,7 +375,8 @@ decoder_step = register(
     "Tensor(e!) stats, Tensor cross_kv, Tensor cross_lengths, Tensor[] weights, Tensor? mask, "
     "int k, int eos, int max_length, bool use_draft=True, int groups=0, bool last_layer_only=False, "
     "int encoder_stride=1, Tensor(f!)? kv_scale=None, Tensor? cross_kv_scale=None, "
-    "Tensor? draft_tokens=None) -> ()",
+    "Tensor? draft_tokens=None, Tensor? first_mask=None, Tensor? rules=None, "
+    "Tensor(g!)? log_probs=None) -> ()",
     check=check,
     fake=lambda *args, **kwargs: None,
     reference=reference,

@@ -8,6 +8,7 @@ from torch import Tensor
 from kvspn.checks import FLOATS, FP32, INT32, Shapes
 from kvspn.ops._library import register
 from kvspn.ops.fused_linear import check_norm, project
+from kvspn.ops.rules import RULE_WORDS, disturb
 from kvspn.weights.linear import check_weight, dequantise
 
 K_INF = 2**31 - 1  # the k that accepts every draft
@@ -22,6 +23,11 @@ def check(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
+    ids: Tensor | None = None,
+    first_mask: Tensor | None = None,
+    rules: Tensor | None = None,
+    lengths: Tensor | None = None,
+    scores: Tensor | None = None,
 ) -> None:
     shapes = Shapes()
     shapes.tensor("x", x, "B Q K", FLOATS)
@@ -32,9 +38,23 @@ def check(
         raise ValueError(f"weight must have 1 to {K_INF} rows, got V={shapes['V']}")
     shapes.sizes["Q-1"] = shapes["Q"] - 1
     shapes.tensor("draft", draft, "B Q-1", INT32)
-    if mask is not None:
-        shapes.tensor("mask", mask, "V", FP32)
+    if ids is not None:
+        shapes.tensor("ids", ids, "V", INT32)
+        if shapes["Q"] != 1:
+            raise ValueError(f"x must hold one query with ids, got Q={shapes['Q']}")
+    for name, values in (("mask", mask), ("first_mask", first_mask)):
+        if values is not None:
+            shapes.tensor(name, values, "V" if ids is None else "M", FP32)
     check_norm(shapes, norm_weight, norm_bias, eps)
+    if (rules is None) != (lengths is None):
+        raise ValueError("lengths must be given with rules, and with them alone")
+    if rules is None and first_mask is not None:
+        raise ValueError("rules must be given with first_mask, got None")
+    if rules is not None and lengths is not None:
+        shapes.tensor("rules", rules, f"B {RULE_WORDS}", INT32)
+        shapes.tensor("lengths", lengths, "B", INT32)
+    if scores is not None:
+        shapes.tensor("scores", scores, "B Q 3", FP32)
 
 
 def reference(
@@ -46,6 +66,11 @@ def reference(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
+    ids: Tensor | None = None,
+    first_mask: Tensor | None = None,
+    rules: Tensor | None = None,
+    lengths: Tensor | None = None,
+    scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits of Q rows, never stored: the argmax of each row and the rank of each draft.
 
@@ -58,6 +83,14 @@ def reference(
         draft: int32 [B, Q-1].
         mask: fp32 [V], added to every row's logits; -inf suppresses a token.
         norm_weight, norm_bias, eps: a LayerNorm of x, as in :func:`fused_linear`.
+        ids: int32 [V], with Q = 1: the tokens that the rows of weight stand for, as those of a draft
+            vocabulary do. argmax is then one of these, and the masks are of all tokens.
+        first_mask: as mask, in its place where a choice is its row's first; with rules.
+        rules: int32 [B, 4], packed by ``kvspn.ops.rules.pack_rules``: a row with a temperature is sampled.
+            Its logits count as ``kvspn.ops.rules.disturb`` makes them, for argmax and rank alike.
+        lengths: int32 [B], with rules: row j chooses the token at the index lengths[b] + j + 1 of row b.
+        scores: fp32 [B, Q, 3], written: the log-sum-exp of each row's masked logits, and of these those of
+            its choice and of its draft, without noise. A difference is the logarithm of a probability.
 
     Returns:
         argmax: int32 [B, Q]; of equal logits the smallest id. -1 where a row has no token to choose: with NaN
@@ -74,15 +107,29 @@ def reference(
     matrix = dequantise(weight, scale)
     argmax = draft.new_empty(x.shape[:2])
     rank = torch.full_like(draft, K_INF)
+    tokens = torch.arange(len(matrix), device=x.device) if ids is None else ids.long()
     for b, drafts in enumerate(draft.tolist()):
         for j, row in enumerate(x[b]):
             logits = project(row, matrix, None, norm_weight, norm_bias, eps)
-            logits = logits if mask is None else logits + mask
-            chosen = bool(logits.max() > -torch.inf)  # the largest of what holds NaN is NaN
-            argmax[b, j] = logits.argmax() if chosen else -1
-            if chosen and j < len(drafts) and 0 <= drafts[j] < len(logits):
-                own = logits[drafts[j]]
-                rank[b, j] = (logits > own).sum() + (logits[: drafts[j]] == own).sum()
+            added, counted = mask, logits
+            if rules is not None and lengths is not None:
+                index = int(lengths[b]) + j + 1
+                if first_mask is not None and index == int(rules[b, 0]):
+                    added = first_mask
+            if added is not None:
+                logits = counted = logits + (added if ids is None else added[tokens])
+            if rules is not None:
+                counted = disturb(logits, rules[b], index, tokens)
+            chosen = bool(counted.max() > -torch.inf)  # the largest of what holds NaN is NaN
+            argmax[b, j] = tokens[counted.argmax()] if chosen else -1
+            judged = j < len(drafts) and 0 <= drafts[j] < len(logits)
+            if chosen and judged:
+                own = counted[drafts[j]]
+                rank[b, j] = (counted > own).sum() + (counted[: drafts[j]] == own).sum()
+            if scores is not None:
+                scores[b, j, 0] = logits.logsumexp(0)
+                scores[b, j, 1] = logits[counted.argmax()] if chosen else -torch.inf
+                scores[b, j, 2] = logits[drafts[j]] if judged else -torch.inf
     return argmax, rank
 
 
@@ -95,13 +142,20 @@ def fake(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
+    ids: Tensor | None = None,
+    first_mask: Tensor | None = None,
+    rules: Tensor | None = None,
+    lengths: Tensor | None = None,
+    scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return draft.new_empty(x.shape[:2]), torch.empty_like(draft)
 
 
 lm_head_verify = register(
     "lm_head_verify(Tensor x, Tensor weight, Tensor draft, Tensor? mask=None, Tensor? scale=None, "
-    "Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-5) -> (Tensor argmax, Tensor rank)",
+    "Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-5, Tensor? ids=None, "
+    "Tensor? first_mask=None, Tensor? rules=None, Tensor? lengths=None, Tensor(a!)? scores=None) "
+    "-> (Tensor argmax, Tensor rank)",
     check=check,
     fake=fake,
     reference=reference,
