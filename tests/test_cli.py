@@ -92,6 +92,7 @@ def test_help_and_version() -> None:
         ["train", "mini"],
         ["convert"],
         ["doctor"],
+        ["models"],
         ["plan"],
     ):
         result = kvspn_(*command, "--help")

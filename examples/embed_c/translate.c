@@ -46,6 +46,8 @@ int main(int argc, char** argv) {
     if (argc != 5) fail("usage: translate MODEL WAV SOURCE TARGET");
     const model m = model_open(argv[1]);
     const int source = language(&m, argv[3]), target = language(&m, argv[4]);
+    const int named = model_number(&m, "target_follows_task"); /* not in a Whisper's prompt */
+    if (!named && target != source && target != language(&m, "en")) fail("a Whisper translates to en alone");
 
     float* samples = wav_read(argv[2], model_number(&m, "samples"));
     const int frames = model_number(&m, "samples") / model_number(&m, "hop"), positions = frames / 2;
@@ -90,7 +92,7 @@ int main(int argc, char** argv) {
     tokens[count++] = model_number(&m, "start");
     tokens[count++] = source;
     tokens[count++] = model_number(&m, source == target ? "transcribe" : "translate");
-    if (source != target) tokens[count++] = target;
+    if (named && source != target) tokens[count++] = target;
     tokens[count++] = model_number(&m, "no_timestamps");
     finished = 0;
     check(kvspn_engine_prefill(engine, 0, count - 1));

@@ -18,6 +18,7 @@ from kvspn.cli.demo import demo
 from kvspn.cli.doctor import doctor
 from kvspn.cli.evaluate import evaluate
 from kvspn.cli.export_kernels import export_kernels
+from kvspn.cli.models import models
 from kvspn.cli.plan import plan
 from kvspn.cli.profile import profile
 from kvspn.cli.quantize import quantize
@@ -85,6 +86,7 @@ app.command(rich_help_panel="Make a model")(convert)
 app.command(rich_help_panel="Make a model")(quantize)
 app.command("export-kernels", rich_help_panel="Make a model")(export_kernels)
 app.command(rich_help_panel="This machine")(doctor)
+app.command(rich_help_panel="This machine")(models)
 app.command(rich_help_panel="This machine")(plan)
 app.command(rich_help_panel="This machine")(bench)
 app.command(rich_help_panel="This machine")(profile)

@@ -26,9 +26,13 @@ def export(model: Any, processor: Any, path: Path, weights: str | None = None) -
     params, of the features and of the prompt.
 
     Args:
-        model, processor: a whisperM2M and its processor.
+        model, processor: as `kvspn.models.folder.open_model` gives them.
         weights: the format of the decoder's (see `kvspn.weights.formats.quantise`); None leaves them.
     """
+    if getattr(model.generation_config, "is_multilingual", True) is False:
+        raise ValueError(
+            "model must know languages, which the file's prompt is made of; got an English-only one"
+        )
     decoder = decoder_weights(model)
     if not model.drafts:
         decoder = replace(decoder, blocks=(), groups=0, draft_norm=None, draft_head=None, draft_ids=None)
@@ -62,6 +66,8 @@ def export(model: Any, processor: Any, path: Path, weights: str | None = None) -
         "eos": config.eos_token_id,
         "start": config.decoder_start_token_id,
         "no_timestamps": ids.no_timestamps_token_id,
+        # Whether the target follows the task in the prompt; a Whisper translates to English alone, without.
+        "target_follows_task": int(config.target_languages is None or bool(config.target_languages)),
         **ids.task_to_id,
         **{f"language.{token.strip('<|>')}": i for token, i in ids.lang_to_id.items()},
     }

@@ -68,7 +68,8 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise ModelError(f"{FILE}: damaged: a name at {self._at} is not UTF-8") from error
 
-    def variable(self) -> Tensor:
+    def header(self) -> tuple[list[int], torch.dtype, int]:
+        """A variable's dimensions, dtype and bytes, which follow."""
         rank = self.number("B")
         if rank > _MOST_DIMENSIONS:
             raise ModelError(f"{FILE}: damaged: a variable of {rank} dimensions at {self._at}")
@@ -79,26 +80,19 @@ class _Reader:
         dtype = _DTYPES[code]
         if size != math.prod(dimensions) * dtype.itemsize:
             raise ModelError(f"{FILE}: damaged: {size} bytes at {self._at} are no {dimensions} of {dtype}")
+        return dimensions, dtype, size
+
+    def variable(self) -> Tensor:
+        dimensions, dtype, size = self.header()
+        if not size:
+            return torch.empty(dimensions, dtype=dtype)
         # A copy, aligned, of what the file is known to hold.
-        return (
-            torch.frombuffer(bytearray(self.take(size)), dtype=dtype).view(dimensions)
-            if size
-            else torch.empty(dimensions, dtype=dtype)
-        )
+        return torch.frombuffer(bytearray(self.take(size)), dtype=dtype).view(dimensions)
 
 
 def read_variables(files: Sequence[Path]) -> dict[str, Tensor]:
     """Every variable of a model.bin, which may lie in several files, by name, aliases included."""
-    parts = [
-        np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8) for file in files
-    ]
-    reader = _Reader(parts[0] if len(parts) == 1 else np.concatenate(parts))
-    version = reader.number("I")
-    if version not in _VERSIONS:
-        raise ModelError(f"{FILE}: must be a CTranslate2 model of version 4 to 6, got version {version}")
-    if (specification := reader.text()) != SPECIFICATION:
-        raise ModelError(f"{FILE}: must be a Whisper ({SPECIFICATION}), got {specification!r:.80}")
-    reader.number("I")  # the specification's revision, of which Whisper's variables do not depend
+    reader = _open(files)
     variables = {}
     for _ in range(reader.number("I")):
         name = reader.text()
@@ -109,6 +103,32 @@ def read_variables(files: Sequence[Path]) -> dict[str, Tensor]:
             raise ModelError(f"{FILE}: damaged: an alias of {name!r:.80}, which it does not hold")
         variables[alias] = variables[name]
     return variables
+
+
+def read_sizes(files: Sequence[Path]) -> dict[str, list[int]]:
+    """The dimensions of every variable of a model.bin by name; their numbers are not read."""
+    reader = _open(files)
+    sizes = {}
+    for _ in range(reader.number("I")):
+        name = reader.text()
+        sizes[name], _dtype, size = reader.header()
+        reader.take(size)
+    return sizes
+
+
+def _open(files: Sequence[Path]) -> _Reader:
+    """A model.bin at its count of variables. Raises ModelError where it is no Whisper's."""
+    parts = [
+        np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8) for file in files
+    ]
+    reader = _Reader(parts[0] if len(parts) == 1 else np.concatenate(parts))
+    version = reader.number("I")
+    if version not in _VERSIONS:
+        raise ModelError(f"{FILE}: must be a CTranslate2 model of version 4 to 6, got version {version}")
+    if (specification := reader.text()) != SPECIFICATION:
+        raise ModelError(f"{FILE}: must be a Whisper ({SPECIFICATION}), got {specification!r:.80}")
+    reader.number("I")  # the specification's revision, on which a Whisper's variables do not depend
+    return reader
 
 
 def read(folder: Path, files: Sequence[Path] = ()) -> Checkpoint:
