@@ -27,6 +27,7 @@ from kvspn.models.folder import ModelError, open_model
 from kvspn.speech.translator import Translator
 from support import tiny
 from support.checkpoints import pack, save_ctranslate2, save_openai, stored, to_pickle, variables
+from support.damage import vary
 
 
 @pytest.fixture(scope="module")
@@ -465,3 +466,35 @@ def test_one_file_of_a_whisper(whisper: Path, copy: Path, tmp_path: Path) -> Non
     assert "model must know languages" in result.stderr
     result = CliRunner().invoke(app, ["convert", str(copy), str(tmp_path / "out")])
     assert "names no languages: an English-only model" in result.stderr
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_sizes_that_people_have(tmp_path: Path, layers: int) -> None:
+    """Distilled ones of two decoder layers, v3 with its 128 mel bins; as CTranslate2's, too."""
+    folder = tiny.save_whisper(tmp_path / "whisper", layers)
+    state = load_file(folder / "model.safetensors")
+    state["model.encoder.conv1.weight"] = torch.randn(32, 128, 3)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    edit(folder / "config.json", num_mel_bins=128)
+    edit(folder / "preprocessor_config.json", feature_size=128)
+    for name in (folder, save_ctranslate2(tmp_path / "ct2", folder)):
+        opened = open_model(name, torch.float32)
+        assert (opened[0].config.num_mel_bins, opened[0].config.decoder_layers) == (128, layers)
+        same_weights(opened[0], folder)
+        same_text(opened, folder)
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_no_variant_of_a_whispers_folder_ends_in_a_traceback(
+    whisper: Path, tmp_path: Path, part: int
+) -> None:
+    """40 damaged folders: each is refused in one line, or opens."""
+    for seed in range(1000 + 20 * part, 1020 + 20 * part):
+        folder = tmp_path / str(seed)
+        shutil.copytree(whisper, folder)
+        what = vary(folder, random.Random(seed))
+        try:
+            Translator.from_folder(folder, backend="reference").translate(tiny.sound(1))
+        except ModelError as error:
+            assert str(error).startswith(f"{folder}: "), what
+            assert "\n" not in str(error), what

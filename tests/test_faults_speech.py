@@ -76,7 +76,7 @@ def test_faults_detection_and_decoding_share_one_encode(folder: Path, encoded: l
 
 def test_faults_a_file_in_two_languages_keeps_both(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoken = iter(["it", "de", "it", "it", "it", "it"])
-    monkeypatch.setattr(WhisperM2MForConditionalGeneration, "_detect", lambda *_: [{next(spoken): 1.0}])
+    monkeypatch.setattr(WhisperM2MForConditionalGeneration, "_detect", lambda *_: [next(spoken)])
     # What the engine holds is the chunk's own, which detection would have given it.
     start = CachedEngine.start
     held: list[Any] = []

@@ -60,7 +60,8 @@ def test_languages_and_their_probabilities_are_the_models(
     translator: Translator, theirs: WhisperForConditionalGeneration
 ) -> None:
     x = features(translator, 0, 1, 2)
-    found = translator.model.generate(x, return_dict_in_generate=True)
+    options = {"return_dict_in_generate": True, "language_probabilities": True}
+    found = translator.model.generate(x, **options)
     ids = translator.model.generation_config.lang_to_id
     start = torch.full((3, 1), theirs.config.decoder_start_token_id)
     logits = theirs(input_features=x, decoder_input_ids=start).logits[:, -1]
@@ -70,7 +71,7 @@ def test_languages_and_their_probabilities_are_the_models(
         torch.testing.assert_close(listed, expected[row], rtol=1e-4, atol=1e-6)
         assert list(probabilities.values()) == sorted(probabilities.values(), reverse=True)
         assert found.languages[row] == next(iter(probabilities))
-    given = translator.model.generate(x, language="de", return_dict_in_generate=True)
+    given = translator.model.generate(x, language="de", **options)
     assert given.language_probabilities is None
 
 

@@ -55,8 +55,8 @@ def bench(
         Path | None,
         typer.Option(
             "--model",
-            metavar="FOLDER",
-            help="A whisperM2M model folder: its own shape and weights.",
+            metavar="MODEL",
+            help="A model as in kvspn translate: its own shape and weights.",
             show_default=False,
         ),
     ] = None,

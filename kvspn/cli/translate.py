@@ -155,6 +155,7 @@ def translate(
                         prompt=prompt,
                         hotwords=hotwords,
                         prefix=prefix,
+                        probabilities=as_json,
                         k=k,
                         draft=not no_draft,
                         on_text=shown,

@@ -112,6 +112,8 @@ def _open_whisper(where: Path | str, dtype: Any) -> tuple[Any, Any]:
     check_features(window, config)
     model = _build(config, checkpoint, dtype)
     model.generation_config = GenerationConfig.from_dict(dict(checkpoint.generation))
+    # As in `adjust_generation_fn`: said outright, or transformers' pipeline asks for beams.
+    model.generation_config.num_beams = model.generation_config.num_beams or 1
     check_weights(model)
     processor = WhisperM2MProcessor(WhisperM2MFeatureExtractor.from_dict(window), checkpoint.tokenizer)
     check_processor(processor, config)

@@ -17,7 +17,7 @@ from kvspn.checks import finite, integer
 from kvspn.decoding import DecodeStats, decode
 from kvspn.engines import Engine, default_backend, engine
 from kvspn.models import prompts, settings
-from kvspn.models.languages import language_probabilities
+from kvspn.models.languages import language_probabilities as probabilities
 from kvspn.models.packed import packed_engine
 from kvspn.models.weights import decoder_weights
 from kvspn.ops import K_INF
@@ -30,7 +30,7 @@ class GenerateOutput(ModelOutput):
 
     sequences: int64 [B, T], generated tokens with the end token, padded on the right; without the prompt.
     languages: the source language of each row, as given or detected.
-    language_probabilities: of each row every language's, the likeliest first; None where it was given.
+    language_probabilities: of each row every language's, the likeliest first; None unless asked for.
     stats: figures of each row; `total` those of the batch.
     """
 
@@ -95,6 +95,7 @@ class GenerationMixin:
         target_language: str | Sequence[str] | None = None,
         prompt_ids: Tensor | Sequence[int] | None = None,
         prefix_ids: Tensor | Sequence[int] | None = None,
+        language_probabilities: bool = False,
         k: int | float | str = 1,
         draft: bool | None = None,
         draft_tokens: Tensor | Sequence[Sequence[int]] | None = None,
@@ -127,6 +128,8 @@ class GenerationMixin:
             prompt_ids: [P], text that went before, from the processor's `get_prompt_ids`, as in Whisper.
             prefix_ids: [P], how the output begins, after the prompt; the sequences begin behind it. (See
                 `kvspn.models.prompts.text_before` for both from text.)
+            language_probabilities: whether to say how likely each language was, where none is given: of the
+                model's own weights, by one position through its decoder beside the engine's detection.
             k: a draft is accepted if among the base model's k likeliest tokens; 1 gives exactly the greedy
                 output, "inf" accepts all.
             draft: False for plain greedy decoding; by default True where the model has a draft network that
@@ -200,27 +203,31 @@ class GenerationMixin:
         mask, first_mask = (self._mask(name, said) for name in ("suppress_tokens", "begin_suppress_tokens"))
         if engine is None:
             engine = packed_engine(self, batch, max(map(len, states)), backend)
-        detected = None
-        if languages is None:
-            detected = self._detect(states, start, language_ids)
-            languages = [next(iter(each)) for each in detected]
         taught = self.config.target_languages
-        starts = [
-            [
-                *(*context, start),
-                *prompts.after_start(said, language_ids, source, target, wanted, taught),
-                *prefix,
+        with engine.lock:  # through detection and decoding, which share the encoder's keys and values
+            given: list[Tensor] | None = states
+            likely = None
+            if languages is None and not language_ids:
+                languages = ["en"] * batch
+            elif languages is None:
+                languages = self._detect(engine, states, start, language_ids)
+                given = None  # the engine has them
+                likely = self._likely(states, start, language_ids) if language_probabilities else None
+            starts = [
+                [
+                    *(*context, start),
+                    *prompts.after_start(said, language_ids, source, target, wanted, taught),
+                    *prefix,
+                ]
+                for source, target in zip(languages, targets or languages, strict=True)
             ]
-            for source, target in zip(languages, targets or languages, strict=True)
-        ]
-        with engine.lock:
             eos = said.get("eos_token_id", self.config.eos_token_id)
             limits = self._limits(list(map(len, starts)), max_new_tokens, said)
             if streamer is not None:
                 streamer.put(torch.tensor(starts))
             result = decode(
                 engine,
-                states,
+                given,
                 starts,
                 eos=settings.token_ids("eos_token_id", eos, self.config.vocab_size),
                 max_length=limits,
@@ -247,7 +254,7 @@ class GenerationMixin:
         return GenerateOutput(
             sequences=sequences,
             languages=languages,
-            language_probabilities=detected,
+            language_probabilities=likely,
             stats=result.rows,
             total=result.total,
         )
@@ -280,14 +287,22 @@ class GenerationMixin:
         ]
 
     def _detect(
+        self, engine: Engine, states: list[Tensor], start: int, language_ids: Mapping[str, int]
+    ) -> list[str]:
+        """The likeliest language token after the start token, as Whisper does it."""
+        mask = torch.full((self.config.vocab_size,), -torch.inf, device=self.device)
+        mask[list(language_ids.values())] = 0
+        found = decode(engine, states, [[start]] * len(states), eos=-1, max_length=2, draft=False, mask=mask)
+        by_id = {token: code for code, token in language_ids.items()}
+        return [by_id[tokens[-1]] for tokens in found.sequences]
+
+    def _likely(
         self, states: list[Tensor], start: int, language_ids: Mapping[str, int]
     ) -> list[dict[str, float]]:
-        """Of each row every language's probability, the likeliest first; an English-only model's is 1."""
-        if not language_ids:
-            return [{"en": 1.0} for _ in states]
+        """Of each row every language's probability, the likeliest first."""
         found = []
         for row in states:
-            likely = language_probabilities(self, row, start, list(language_ids.values())).tolist()
+            likely = probabilities(self, row, start, list(language_ids.values())).tolist()
             order = sorted(zip(likely, language_ids, strict=True), key=lambda each: -each[0])
             found.append({code: probability for probability, code in order})
         return found

@@ -83,6 +83,8 @@ def check_generation(
         _check_languages(ids, file, size)
     elif not english_only:
         raise ModelError(f"{file} names no languages: an English-only model (is_multilingual is false)")
+    if ids.get("no_timestamps_token_id") == 0:
+        raise _wrong(file, "no_timestamps_token_id", "that of <|notimestamps|>", 0)
     _check_token(file, "no_timestamps_token_id", ids.get("no_timestamps_token_id"), size)
     for field in ("suppress_tokens", "begin_suppress_tokens", "eos_token_id"):
         tokens = ids.get(field)

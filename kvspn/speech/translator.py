@@ -31,7 +31,7 @@ class Translation:
     """One clip's translation.
 
     sources: the language spoken in each chunk; target: the text's, where it is the same a transcription's.
-    probabilities: of each chunk every language's, the likeliest first; empty where the language was given.
+    probabilities: of each chunk every language's, the likeliest first; empty unless asked for.
     tokens: the generated ones, chunk after chunk, with the end tokens. chunks: figures of each chunk; total:
     those of all together.
     """
@@ -133,6 +133,7 @@ class Translator:
         prompt: str | None = None,
         hotwords: str | None = None,
         prefix: str | None = None,
+        probabilities: bool = False,
         k: int | float | str = 1,
         draft: bool = True,
         on_text: Callable[[str], object] = lambda text: None,
@@ -149,6 +150,7 @@ class Translator:
             prompt: text that went before, for every chunk: topic, spelling, style.
             hotwords: words to expect, likewise; without effect beside a prefix.
             prefix: how the text of the first chunk begins; it is not repeated in the text.
+            probabilities: whether to say how likely each language was, where it is detected.
             k: a draft is accepted if among the base model's k likeliest tokens; "inf" accepts all.
             draft: False for plain greedy decoding, as always where no draft network has been trained.
             on_text: called with each new piece of text; the pieces together are the whole text.
@@ -170,7 +172,7 @@ class Translator:
         sources: list[str] = []
         tokens: list[int] = []
         stats: list[DecodeStats] = []
-        probabilities: list[dict[str, float]] = []
+        likely: list[dict[str, float]] = []
         positions = self.model.config.max_target_positions
 
         def emit(text: str) -> None:
@@ -194,6 +196,7 @@ class Translator:
                 task=task,
                 prompt_ids=prompt_ids,
                 prefix_ids=prefix_ids,
+                language_probabilities=probabilities,
                 k=k,
                 draft=None if draft else False,
                 streamer=_TextStream(self.decode, emit, separator),
@@ -203,11 +206,11 @@ class Translator:
             sources += output.languages
             tokens += output.sequences[0].tolist()
             stats += output.stats
-            probabilities += output.language_probabilities or []
+            likely += output.language_probabilities or []
             on_chunk(done, len(chunks))
         total = DecodeStats.total(stats, sum(each.seconds for each in stats))
         written = target or max(sources, key=sources.count)
-        return Translation("".join(pieces), sources, written, tokens, stats, total, probabilities)
+        return Translation("".join(pieces), sources, written, tokens, stats, total, likely)
 
     def decode(self, tokens: list[int]) -> str:
         """The text of generated tokens; special ones are left out."""
