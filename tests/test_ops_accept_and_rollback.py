@@ -71,3 +71,25 @@ def test_rows_are_independent(ops):
     assert finished.tolist() == [False, False, True]
     assert stats.tolist() == [[1, 1, 1], [1, 1, 0], [1, 1, 1]]
     assert [tensor.data_ptr() for tensor in (tokens, lengths, finished, stats)] == addresses
+
+
+def test_log_probs_go_with_the_tokens(ops):
+    """Of drafts that stand their own, of the last token the choice's, and of what is cut off none."""
+    tokens, log_probs = torch.zeros(3, 6, dtype=torch.int32), torch.full((3, 6), 9.0)
+    lengths = torch.tensor([0, 2, 1], dtype=torch.int32)
+    finished, stats = torch.tensor([False, False, True]), torch.zeros(3, 3, dtype=torch.int32)
+    draft = torch.tensor([[3, 8], [3, EOS], [3, 3]], dtype=torch.int32)
+    argmax = torch.tensor([[3, 4, 5], [7, 6, 6], [3, 3, 3]], dtype=torch.int32)
+    rank = torch.tensor([[0, 2], [1, 1], [0, 0]], dtype=torch.int32)
+    scores = torch.tensor([10.0, 8.0, 5.0]) + torch.arange(9.0).view(3, 3, 1) * torch.tensor([0, 0.25, 0.5])
+    ops.accept_and_rollback(
+        *(tokens, lengths, finished, stats, draft, argmax, rank, 2, EOS, 6),
+        scores=scores,
+        log_probs=log_probs,
+    )
+    assert tokens.tolist() == [[0, 3, 4, 0, 0, 0], [0, 0, 0, 3, EOS, 0], [0] * 6]
+    assert log_probs.tolist() == [
+        [9, -5, -1.75, 9, 9, 9],  # draft 0: 5 - 10; choice 1: 8.25 - 10
+        [9, 9, 9, -3.5, -3, 9],  # draft 3: 5 + 1.5 - 10, draft 4: 5 + 2 - 10
+        [9] * 6,
+    ]

@@ -8,6 +8,7 @@ import torch
 
 from kvspn import ops
 from kvspn.ops.append_kv import quantise
+from kvspn.ops.rules import Rule, pack_rules
 from kvspn.weights.random import random_decoder
 
 INF = torch.inf
@@ -15,6 +16,10 @@ INF = torch.inf
 
 def i32(*shape, high=3):
     return torch.randint(0, high, shape, dtype=torch.int32)
+
+
+RULES = pack_rules([Rule(), Rule(0.5, 7), Rule(2.0, 2**63)], [1, 2, 3])
+SCORES = torch.zeros(3, 2, 3)
 
 
 def sample(op, dtype=torch.float32):
@@ -35,7 +40,13 @@ def sample(op, dtype=torch.float32):
         return arguments | {"residual": torch.randn(3, 2, 5).to(dtype), "scale": None}
     if op == "lm_head_verify":
         arguments = {"x": torch.randn(3, 2, 8).to(dtype), "weight": torch.randn(7, 8).to(dtype)}
-        return arguments | {"draft": i32(3, 1), "mask": torch.zeros(7), "scale": None, **norm}
+        arguments |= {"draft": i32(3, 1), "mask": torch.zeros(7), "scale": None, **norm}
+        return arguments | {
+            "first_mask": torch.ones(7),
+            "rules": RULES.clone(),
+            "lengths": i32(3),
+            "scores": SCORES.clone(),
+        }
     state = {
         "tokens": i32(3, 6),
         "lengths": torch.tensor([1, 0, 2], dtype=torch.int32),
@@ -44,7 +55,8 @@ def sample(op, dtype=torch.float32):
     }
     limits = {"k": 1, "eos": 2, "max_length": 5}
     if op == "accept_and_rollback":
-        return state | {"draft": i32(3, 1), "argmax": i32(3, 2), "rank": i32(3, 1)} | limits
+        scores = {"scores": SCORES.clone(), "log_probs": torch.zeros(3, 6)}
+        return state | {"draft": i32(3, 1), "argmax": i32(3, 2), "rank": i32(3, 1)} | limits | scores
     if op == "compact_kv":
         return {"kv": cache, "rows": i32(3), "source": i32(3, 2), "start": i32(3)}
     assert op == "decoder_step"
@@ -55,6 +67,9 @@ def sample(op, dtype=torch.float32):
         "groups": 1,
         "last_layer_only": False,
         "encoder_stride": 1,
+        "first_mask": torch.ones(7),
+        "rules": RULES.clone(),
+        "log_probs": torch.zeros(3, 6),
     }
 
 
@@ -164,6 +179,17 @@ BAD = [
     ("lm_head_verify", "mask", {"mask": torch.zeros(8)}),
     ("lm_head_verify", "mask", {"mask": torch.zeros(7, dtype=torch.bool)}),
     ("lm_head_verify", "norm_bias", {"norm_weight": None}),
+    ("lm_head_verify", "x", {"ids": i32(7)}),
+    ("lm_head_verify", "first_mask", {"first_mask": torch.zeros(8)}),
+    ("lm_head_verify", "first_mask", {"first_mask": torch.zeros(7, dtype=torch.bfloat16)}),
+    ("lm_head_verify", "rules", {"rules": i32(3, 3)}),
+    ("lm_head_verify", "rules", {"rules": torch.zeros(3, 4)}),
+    ("lm_head_verify", "rules", {"rules": None, "lengths": None}),
+    ("lm_head_verify", "lengths", {"rules": None, "first_mask": None}),
+    ("lm_head_verify", "lengths", {"lengths": None}),
+    ("lm_head_verify", "lengths", {"lengths": i32(2)}),
+    ("lm_head_verify", "scores", {"scores": torch.zeros(3, 2, 2)}),
+    ("lm_head_verify", "scores", {"scores": torch.zeros(3, 2, 3, dtype=torch.bfloat16)}),
     ("accept_and_rollback", "tokens", {"tokens": i32(6)}),
     ("accept_and_rollback", "lengths", {"lengths": i32(3, 1)}),
     ("accept_and_rollback", "finished", {"finished": i32(3)}),
@@ -176,6 +202,10 @@ BAD = [
     ("accept_and_rollback", "eos", {"eos": -2}),
     ("accept_and_rollback", "max_length", {"max_length": 7}),
     ("accept_and_rollback", "max_length", {"max_length": 0}),
+    ("accept_and_rollback", "log_probs", {"log_probs": None}),
+    ("accept_and_rollback", "log_probs", {"scores": None}),
+    ("accept_and_rollback", "log_probs", {"log_probs": torch.zeros(3, 5)}),
+    ("accept_and_rollback", "scores", {"scores": torch.zeros(3, 1, 3)}),
     ("compact_kv", "kv", {"kv": torch.zeros(3)}),
     ("compact_kv", "rows", {"rows": torch.zeros(3, dtype=torch.int64)}),
     ("compact_kv", "source", {"source": i32(3)}),
@@ -203,6 +233,10 @@ BAD = [
         {"weights": random_decoder(heads=2, head_dim=4, vocabulary=7, blocks=0).flatten(), "groups": 0},
     ),
     ("decoder_step", "groups", {"groups": 3}),
+    ("decoder_step", "first_mask", {"first_mask": torch.zeros(6)}),
+    ("decoder_step", "rules", {"rules": None}),
+    ("decoder_step", "rules", {"rules": i32(4, 4)}),
+    ("decoder_step", "log_probs", {"log_probs": torch.zeros(3, 7)}),
 ]
 
 

@@ -3,6 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from kvspn.ops import K_INF
+from kvspn.ops.rules import Rule, disturb, pack_rules
 
 
 def by_sorting(logits, drafts):
@@ -121,3 +122,108 @@ def test_row_invariance(ops, dtype, set_threads):
             choices, ranks = ops.lm_head_verify(pair, weight, draft[b : b + 1, j : j + 1], mask, **norm)
             assert torch.equal(choices[0], argmax[b, j : j + 2])
             assert torch.equal(ranks[0, 0], rank[b, j])
+
+
+def i32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def test_rules_disturb_choice_and_rank(ops, dtype):
+    """Each row by its own temperature, seed and index, as the formula has it."""
+    x, weight = torch.randn(3, 3, 16).to(dtype), torch.randn(200, 16).to(dtype)
+    draft = torch.randint(0, 200, (3, 2), dtype=torch.int32)
+    rules, lengths = pack_rules([Rule(), Rule(0.7, 5), Rule(3.0, 2**64 - 1)], [1, 1, 1]), i32(4, 0, 9)
+    mask = torch.zeros(200)
+    mask[::3] = -torch.inf
+    argmax, rank = ops.lm_head_verify(x, weight, draft, mask, rules=rules, lengths=lengths)
+    logits = x.float() @ weight.float().T + mask
+    counted = torch.stack(
+        [
+            torch.stack(
+                [
+                    disturb(logits[b, j], rules[b], int(lengths[b]) + j + 1, torch.arange(200))
+                    for j in range(3)
+                ]
+            )
+            for b in range(3)
+        ]
+    )
+    expected_argmax, expected_rank = by_sorting(counted, draft)
+    assert torch.equal(argmax, expected_argmax)
+    forbidden = mask[draft.long()] == -torch.inf
+    assert torch.equal(rank[~forbidden], expected_rank[~forbidden])
+
+
+def test_ids_are_the_tokens_of_rows(ops):
+    """A part of the vocabulary: as if all others were forbidden, to masks and noise alike."""
+    x, weight = torch.randn(3, 1, 16), torch.randn(90, 16)
+    ids = torch.randperm(90)[:37].sort().values.int()
+    mask, first_mask = torch.randn(2, 90)
+    none = torch.zeros(3, 0, dtype=torch.int32)
+    rules, lengths = pack_rules([Rule(), Rule(1.0, 5), Rule(2.0, 6)], [5, 3, 9]), i32(4, 4, 8)
+    others = torch.full((90,), -torch.inf).index_fill(0, ids.long(), 0)
+    whole, _ = ops.lm_head_verify(
+        x, weight, none, mask + others, first_mask=first_mask + others, rules=rules, lengths=lengths
+    )
+    part, _ = ops.lm_head_verify(
+        x, weight[ids.long()], none, mask, ids=ids, first_mask=first_mask, rules=rules, lengths=lengths
+    )
+    assert torch.equal(part, whole)
+    plain, _ = ops.lm_head_verify(x, weight[ids.long()], none, ids=ids)
+    assert torch.equal(plain, ops.lm_head_verify(x, weight, none, others)[0])
+    assert set(plain.flatten().tolist()) <= set(ids.tolist())
+
+
+def test_the_first_mask_is_for_the_first_token(ops):
+    """Of each row, wherever that lies; in place of the mask."""
+    x, weight = torch.randn(3, 3, 8), torch.randn(40, 8)
+    mask, first_mask = torch.randn(2, 40) * 3
+    rules, lengths = pack_rules([Rule()] * 3, [5, 7, 1]), i32(4, 4, 4)  # Query 0, query 2, none.
+    draft = torch.randint(0, 40, (3, 2), dtype=torch.int32)
+    for common in (mask, None):
+        found = ops.lm_head_verify(
+            x, weight, draft, common, first_mask=first_mask, rules=rules, lengths=lengths
+        )
+        added = torch.zeros(3, 3, 40) if common is None else common.repeat(3, 3, 1)
+        added[0, 0] = added[1, 2] = first_mask
+        assert all(map(torch.equal, found, by_sorting(x @ weight.T + added, draft)))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_scores(ops, temperature, set_threads):
+    """The log-sum-exp of masked logits, and of these those of choice and draft; to the bit a row's own."""
+    x, weight = torch.randn(2, 3, 16), torch.randn(3000, 16)
+    draft = i32([5, 2999], [-1, 7])
+    mask = torch.zeros(3000)
+    mask[7] = -torch.inf
+    rules, lengths = pack_rules([Rule(temperature, 1), Rule(temperature, 2)], [1, 1]), i32(3, 5)
+    choosing = {"rules": rules, "lengths": lengths}
+    scores = torch.full((2, 3, 3), torch.nan)
+    set_threads(2)
+    argmax, rank = ops.lm_head_verify(x, weight, draft, mask, scores=scores, **choosing)
+    assert all(map(torch.equal, ops.lm_head_verify(x, weight, draft, mask, **choosing), (argmax, rank)))
+    logits = x @ weight.T + mask
+    torch.testing.assert_close(scores[..., 0], logits.logsumexp(-1))
+    torch.testing.assert_close(scores[..., 1], logits.gather(-1, argmax[..., None].long())[..., 0])
+    expected = torch.full((2, 3), -torch.inf)
+    expected[0, :2] = torch.stack([logits[0, 0, 5], logits[0, 1, 2999]])
+    torch.testing.assert_close(scores[..., 2], expected)
+    set_threads(1)
+    one = torch.empty(1, 2, 3)
+    ops.lm_head_verify(
+        x[1:, 1:], weight, draft[1:, 1:], mask, scores=one, rules=rules[1:], lengths=lengths[1:] + 1
+    )
+    assert torch.equal(one[0], scores[1, 1:])
+
+
+def test_scores_of_a_row_without_a_token(ops):
+    scores = torch.zeros(1, 1, 3)
+    argmax, _ = ops.lm_head_verify(
+        torch.ones(1, 1, 4),
+        torch.ones(9, 4),
+        torch.zeros(1, 0, dtype=torch.int32),
+        torch.full((9,), -torch.inf),
+        scores=scores,
+    )
+    assert argmax.tolist() == [[-1]]
+    assert scores[0, 0, 1:].tolist() == [-torch.inf, -torch.inf]

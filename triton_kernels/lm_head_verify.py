@@ -169,7 +169,9 @@ def combine_kernel(
         to = scores + (row // queries).to(tl.int64) * scores_b + row % queries * scores_q
         tl.store(to, top + tl.log(total))
         tl.store(to + 1, tl.max(taken, axis=0))
-        tl.store(to + 2, tl.load(own_logit + row, mask=judges, other=float("-inf")))
+        guess = _draft_of(draft, draft_b, row, rows, queries)
+        judged = (guess >= 0) & (guess < v)
+        tl.store(to + 2, tl.load(own_logit + row, mask=judged, other=float("-inf")))
     token = chosen
     if ids is not None:
         token = tl.load(ids + chosen, mask=chosen >= 0, other=-1)

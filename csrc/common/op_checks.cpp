@@ -132,7 +132,8 @@ void check(const kvspn_verify_params& p) {
     check_norm(p.norm_weight, p.norm_bias, p.eps, inputs);
     check_optional("rules", p.rules, {Dtype::int32}, {batch, 4});
     check_optional("lengths", p.lengths, {Dtype::int32}, {batch});
-    require(given(p.rules) == given(p.lengths), "lengths must be given with rules, and with them alone");
+    require(given(p.rules) == given(p.lengths),
+            "lengths must be given with rules and with them alone, got one of the two");
     require(given(p.rules) || !given(p.first_mask), "rules must be given with first_mask, got none");
     check_optional("scores", p.scores, {Dtype::fp32}, {batch, queries, 3});
 }
@@ -161,7 +162,7 @@ void check(const kvspn_accept_params& p) {
     check_given("draft", p.draft, {Dtype::int32}, {rows, queries - 1});
     check_given("rank", p.rank, {Dtype::int32}, {rows, queries - 1});
     require(given(p.scores) == given(p.log_probs),
-            "log_probs must be given with scores, and with them alone");
+            "log_probs must be given with scores and with them alone, got one of the two");
     check_optional("scores", p.scores, {Dtype::fp32}, {rows, queries, 3});
     check_optional("log_probs", p.log_probs, {Dtype::fp32}, {rows, p.tokens.shape[1]});
     require(p.k >= 1, "k must be at least 1, got ", p.k);

@@ -38,7 +38,7 @@ def check(
     integer("eos", eos, -1, K_INF)
     integer("max_length", max_length, 1, shapes["N"])
     if (scores is None) != (log_probs is None):
-        raise ValueError("log_probs must be given with scores, and with them alone")
+        raise ValueError("log_probs must be given with scores and with them alone, got one of the two")
     if scores is not None and log_probs is not None:
         shapes.tensor("scores", scores, "B Q 3", FP32)
         shapes.tensor("log_probs", log_probs, "B N", FP32)

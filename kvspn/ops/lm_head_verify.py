@@ -47,7 +47,7 @@ def check(
             shapes.tensor(name, values, "V" if ids is None else "M", FP32)
     check_norm(shapes, norm_weight, norm_bias, eps)
     if (rules is None) != (lengths is None):
-        raise ValueError("lengths must be given with rules, and with them alone")
+        raise ValueError("lengths must be given with rules and with them alone, got one of the two")
     if rules is None and first_mask is not None:
         raise ValueError("rules must be given with first_mask, got None")
     if rules is not None and lengths is not None:
