@@ -66,8 +66,8 @@ def launch_accept_and_rollback(
         *(tokens, lengths, finished, stats, draft, argmax, rank, scores, log_probs),
         *(k, eos, max_length, queries),
         *(each.stride(0) for each in (tokens, stats, draft, argmax, rank)),
-        *((0, 0) if scores is None else scores.stride()[:2]),
-        0 if log_probs is None else log_probs.stride(0),
+        *((None, None) if scores is None else scores.stride()[:2]),
+        None if log_probs is None else log_probs.stride(0),
         BLOCK_Q=triton.next_power_of_2(queries),
         num_warps=1,
     )

@@ -208,7 +208,7 @@ def launch_lm_head_verify(
     own, own_logit = floats(rows) if judged else None, floats(rows) if judged and scores is not None else None
     choosing = (mask, first_mask, rules, lengths, ids)
     operands = (scale, norm_weight, norm_bias, rows, queries, v, eps)
-    rules_b = 0 if rules is None else rules.stride(0)
+    rules_b = None if rules is None else rules.stride(0)
     strides = (flat.stride(0), weight.stride(0), *scale_layout(scale, k), draft.stride(0), rules_b)
     row_blocks = triton.cdiv(rows, ROWS)
     if own is not None:
@@ -228,7 +228,7 @@ def launch_lm_head_verify(
         ROWS=ROWS,
         **blocks,
     )
-    scores_strides = (0, 0) if scores is None else scores.stride()[:2]
+    scores_strides = (None, None) if scores is None else scores.stride()[:2]
     # Where nothing is judged, own_logit is never read.
     own_logit = parts if own_logit is None else own_logit
     launch(

@@ -134,8 +134,8 @@ def translate(
         ) as progress:
             for path in audio:
                 warnings: list[str] = []
-                prefix = f"{path}: " if len(audio) > 1 else ""
-                shown = _Shown(prefix if live else None)
+                label = f"{path}: " if len(audio) > 1 else ""
+                shown = _Shown(label if live else None)
                 try:
                     samples = load_audio(
                         sys.stdin.buffer if str(path) == "-" else path, strict=strict, on_loss=warnings.append
@@ -173,7 +173,7 @@ def translate(
                 if live:
                     typer.echo(typer.style(_summary(result), dim=True), err=True)
                 elif not as_json:
-                    typer.echo(prefix + result.text)
+                    typer.echo(label + result.text)
     finally:  # also where Ctrl-C ends it
         if as_json:
             print_json(documents)
@@ -184,14 +184,14 @@ def translate(
 class _Shown:
     """Text on the terminal as it comes."""
 
-    def __init__(self, prefix: str | None) -> None:
-        """prefix: what goes before a file's text; None to show nothing."""
-        self._prefix = prefix
+    def __init__(self, label: str | None) -> None:
+        """label: what goes before a file's text; None to show nothing."""
+        self._label = label
         self._open = False  # in the middle of a line
 
     def __call__(self, text: str) -> None:
-        if self._prefix is not None:
-            typer.echo(text if self._open else self._prefix + text, nl=False)
+        if self._label is not None:
+            typer.echo(text if self._open else self._label + text, nl=False)
             self._open = True
 
     def end(self) -> None:
