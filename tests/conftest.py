@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import kvspn.ops
+from kvspn.ops.decoder_step import REFERENCE
 from support import emulated
 from support.skips import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
 
@@ -20,15 +21,7 @@ from support.skips import pytest_sessionfinish, pytest_terminal_summary  # noqa:
 if not torch.cuda.is_available():
     emulated.load()
 
-OPS = (
-    "append_kv",
-    "flat_kv_attention",
-    "fused_linear",
-    "lm_head_verify",
-    "accept_and_rollback",
-    "compact_kv",
-    "decoder_step",
-)
+OPS = tuple(name for name in kvspn.ops.__all__ if name.islower())
 
 
 def _reference(name: str) -> Callable[..., Any]:
@@ -54,16 +47,21 @@ if _TRITON and not torch.cuda.is_available():
 
         import kvspn.triton_kernels
 
-    BACKENDS["triton"] = SimpleNamespace(**{name: getattr(kvspn.triton_kernels, name) for name in OPS})
+    BACKENDS["triton"] = SimpleNamespace(
+        **{name: getattr(kvspn.triton_kernels, name) for name in OPS if hasattr(kvspn.triton_kernels, name)}
+    )
 if emulated.OPS_PATH.exists() and not torch.cuda.is_available():
     BACKENDS["cuda"] = emulated.ops()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`ops`: of each backend that has the op that the test file is named after, or all of them."""
+    """`ops`: of each backend that has the op that the test file is named after, or else those of a step."""
     if "ops" in metafunc.fixturenames:
-        needed = {metafunc.module.__name__.rpartition("test_ops_")[2]} & set(OPS) or set(OPS)
+        needed = {metafunc.module.__name__.rpartition("test_ops_")[2]} & set(OPS) or {
+            *vars(REFERENCE),
+            "decoder_step",
+        }
         found = {name: ops for name, ops in BACKENDS.items() if needed <= set(vars(ops))}
         metafunc.parametrize("ops", found.values(), ids=found)
 

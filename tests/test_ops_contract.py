@@ -1,5 +1,6 @@
 """What every op owes its callers: clear refusals, opcheck, and a place in a compiled graph."""
 
+import inspect
 import re
 from importlib.util import find_spec
 
@@ -76,7 +77,7 @@ def sample(op, dtype=torch.float32):
 def int8_sample(op):
     """The same on int8 caches; None for an op without any."""
     arguments = sample(op)
-    if "kv" not in arguments:
+    if "kv_scale" not in inspect.signature(getattr(ops, op)).parameters:
         return None
     for name in ("kv", "cross_kv"):
         if name in arguments:
@@ -84,15 +85,7 @@ def int8_sample(op):
     return {name: value for name, value in arguments.items() if not name.startswith("tail")}
 
 
-OPS = [
-    "append_kv",
-    "flat_kv_attention",
-    "fused_linear",
-    "lm_head_verify",
-    "accept_and_rollback",
-    "compact_kv",
-    "decoder_step",
-]
+OPS = [name for name in ops.__all__ if name.islower()]
 int8, uint8 = torch.zeros(5, 8, dtype=torch.int8), torch.zeros(5, 4, dtype=torch.uint8)
 fp8 = torch.zeros(5, 8, dtype=torch.float8_e4m3fn)
 f64, expanded = torch.zeros(3, dtype=torch.float64), torch.zeros(3, 2, 2, 8)[..., ::2]
