@@ -38,13 +38,15 @@ __device__ __forceinline__ int id_of(uint64_t key) {
 }
 
 // What a logit counts as under a row's rule; heard: of those that are scored, or null. Not inlined: the loop
-// over the vocabulary, for which this is the exception, has no register to spare.
-static __device__ __attribute__((noinline)) float hear(Heard* heard, float logit, const RowRule& rule,
-                                                       int index, int token) {
+// over the vocabulary, for which this is the exception, has no register to spare. The rule comes by its
+// words: by reference it would have to be in memory.
+static __device__ __attribute__((noinline)) float hear(Heard* heard, float logit, float temperature,
+                                                       uint32_t seed_low, uint32_t seed_high, int index,
+                                                       int token) {
     float counted = logit;
-    if (rule.temperature > 0) {
-        const float number = uniform(rule.seed[0], rule.seed[1], uint32_t(index), uint32_t(token));
-        counted = logit / rule.temperature - logf(-logf(number));
+    if (temperature > 0) {
+        const float number = uniform(seed_low, seed_high, uint32_t(index), uint32_t(token));
+        counted = logit / temperature - logf(-logf(number));
     }
     if (!heard) return counted;
     if (logit > heard->largest) {
@@ -128,29 +130,32 @@ __device__ __forceinline__ void verify(const Stage& s, const Source& source, con
                 const float mask = judge.mask(draft, first + r);
                 logit = masked(dot<W, kAligned>(s, draft, x + r * columns, columns), mask);
                 if (scored && !block_index() && lane() == 0) *judge.draft_logit(first + r) = logit;
-                if (ruled)
-                    logit = hear(nullptr, logit, judge.rule(first + r), judge.index(first + r),
-                                 judge.token(draft));
+                if (ruled) {
+                    const RowRule rule = judge.rule(first + r);
+                    logit = hear(nullptr, logit, rule.temperature, rule.seed[0], rule.seed[1],
+                                 judge.index(first + r), judge.token(draft));
+                }
             }
             if (lane() == 0) tally.draft[r] = draft, tally.draft_logit[r] = logit;
         }
         sync_block();
     };
     auto begin = [&](int n, int r) { return judge.mask(n, r); };
-    project<W, R, kAligned>(s, source, rows, memory, shared_floats, start, begin,
-                            [&](int n, int r, float value, float mask) {
-                                value = masked(value, mask);
-                                if (ruled || scored) {
-                                    const bool keeps = scored && lane() % (32 / R) == 0;
-                                    value = hear(keeps ? &tally.heard[warp()][r - tile_first] : nullptr,
-                                                 value, judge.rule(r), judge.index(r), judge.token(n));
-                                }
-                                const uint64_t key = key_of(value, n);
-                                best = key > best ? key : best;
-                                const int draft = tally.draft[r - tile_first];
-                                const float logit = tally.draft_logit[r - tile_first];
-                                above += draft >= 0 && (value > logit || (value == logit && n < draft));
-                            });
+    project<W, R, kAligned>(
+        s, source, rows, memory, shared_floats, start, begin, [&](int n, int r, float value, float mask) {
+            value = masked(value, mask);
+            if (ruled || scored) {
+                const bool keeps = scored && lane() % (32 / R) == 0;
+                const RowRule rule = judge.rule(r);
+                value = hear(keeps ? &tally.heard[warp()][r - tile_first] : nullptr, value, rule.temperature,
+                             rule.seed[0], rule.seed[1], judge.index(r), judge.token(n));
+            }
+            const uint64_t key = key_of(value, n);
+            best = key > best ? key : best;
+            const int draft = tally.draft[r - tile_first];
+            const float logit = tally.draft_logit[r - tile_first];
+            above += draft >= 0 && (value > logit || (value == logit && n < draft));
+        });
     finish();
 }
 
