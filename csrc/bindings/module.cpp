@@ -257,7 +257,6 @@ class Engine {
         chosen_ = std::move(chosen);
     }
 
-    // One argument fewer than run: pybind11 keeps six without allocating.
     void step(int k, int eos, int max_length, bool draft) { run(k, eos, max_length, draft, 1); }
 
     void verify(const py::object& draft_tokens, int k, int eos, int max_length) {

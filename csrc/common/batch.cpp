@@ -5,6 +5,7 @@
 #include "common/error.h"
 
 namespace kvspn {
+
 Batch check_batch(const kvspn_batch& b, const Weights& weights) {
     const int64_t layers = int64_t(weights.layers.size()), heads = weights.heads, width = weights.head_dim;
     check_tensor("kv", b.kv, {Dtype::fp32, Dtype::bf16, Dtype::fp16, Dtype::int8},

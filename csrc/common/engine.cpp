@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "common/error.h"
 
@@ -50,9 +51,11 @@ void Engine::set_rule(int row, const kvspn_rule& rule) {
     check_row(row);
     require(std::isfinite(rule.temperature) && rule.temperature >= 0,
             "temperature must be 0 or a positive number, got ", rule.temperature);
-    RowRule& own = rules_[size_t(row)];
+    RowRule own = rules_[size_t(row)];
     own.temperature = rule.temperature;
     own.seed[0] = uint32_t(rule.seed), own.seed[1] = uint32_t(rule.seed >> 32);
+    if (!std::memcmp(&own, &rules_[size_t(row)], sizeof own)) return;  // A device need not wait for it.
+    rules_[size_t(row)] = own;
     write_rule(row);
 }
 

@@ -17,21 +17,24 @@ struct Judge {
     const RowRule* rule;
     int32_t index;  // of the row, that the token would have
 
-    // Up to kStrip logits, of which `first` is the first, join the row's best. part: of theirs, where it is
-    // asked for.
-    void hear(const float* logits, int first, int count, Best& best, Partition* part) const {
+    // Logits, of which `first` is the first, join the row's best. parts: those of their strips, where they
+    // are asked for.
+    void hear(const float* logits, int first, int count, Best& best, Partition* parts) const {
         const bool sampled = rule->temperature > 0;
-        if (!sampled && !part && !ids)
+        if (!sampled && !parts && !(ids && mask))
             return kernels.judge(logits, mask ? mask + first : nullptr, first, count, best);
         float masked[kStrip], disturbed[kStrip];
-        for (int i = 0; i < count; ++i)
-            masked[i] = mask ? logits[i] + mask[ids ? ids[first + i] : first + i] : logits[i];
-        if (part) *part = kernels.partition(masked, count);
-        if (sampled)
-            kernels.disturb(masked, *rule, index, ids ? ids + first : nullptr, first, count, disturbed);
-        const int32_t before = best.id;
-        kernels.judge(sampled ? disturbed : masked, nullptr, first, count, best);
-        if (best.id != before) best.logit = masked[best.id - first];
+        for (int last = first + count; first < last; first += kStrip, logits += kStrip) {
+            count = std::min(kStrip, last - first);
+            for (int i = 0; i < count; ++i)
+                masked[i] = mask ? logits[i] + mask[ids ? ids[first + i] : first + i] : logits[i];
+            if (parts) *parts++ = kernels.partition(masked, count);
+            if (sampled)
+                kernels.disturb(masked, *rule, index, ids ? ids + first : nullptr, first, count, disturbed);
+            const int32_t before = best.id;
+            kernels.judge(sampled ? disturbed : masked, nullptr, first, count, best);
+            if (best.id != before) best.logit = masked[best.id - first];
+        }
     }
 
     // The draft's own logit comes first, so that one reading of the others tells argmax and rank.

@@ -1,5 +1,4 @@
 // fused_linear and lm_head_verify on the CPU, from weights as the caller holds them.
-#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -134,9 +133,7 @@ void lm_head_verify(const kvspn_verify_params& p) {
             const int32_t draft = judged ? *at(p.draft, b, q) : -1;
             Best best;
             if (draft >= 0 && draft < vocabulary) judge.expect(draft, logits[draft], best);
-            for (int from = 0; from < vocabulary; from += kStrip)
-                judge.hear(logits + from, from, std::min(kStrip, vocabulary - from), best,
-                           scored ? &partitions[size_t(from / kStrip)] : nullptr);
+            judge.hear(logits, 0, vocabulary, best, scored ? partitions.data() : nullptr);
             if (best.nan) best.id = -1;
             const bool ranked = best.id >= 0 && best.draft >= 0;
             *at(p.argmax, b, q) = ids && best.id >= 0 ? ids[best.id] : best.id;

@@ -87,8 +87,8 @@ struct OpJudge {
         const bool first = op.p.first_mask.data && index(r) == rule(r).first;
         const kvspn_tensor& from = first ? op.p.first_mask : op.p.mask;
         const int id = token(n);
-        if (!from.data || id < 0 || id >= from.shape[0]) return 0.f;
-        return static_cast<const float*>(from.data)[id];
+        const bool outside = op.p.ids.data && (id < 0 || id >= from.shape[0]);
+        return from.data && !outside ? static_cast<const float*>(from.data)[id] : 0.f;
     }
     __device__ __forceinline__ bool ruled() const { return op.p.rules.data; }
     __device__ __forceinline__ bool scored() const { return op.parts; }

@@ -14,7 +14,7 @@ struct Slots {
     int32_t count;
     int32_t row[kMaxBatch], position[kMaxBatch], encoded[kMaxBatch];  // encoded: positions of the encoder
     RowRule rule[kMaxBatch];                                          // of the batch's rows
-    bool sampled;                                                     // whether a row is
+    bool sampled, begins;  // whether a row is; whether the pass may choose a row's first token
 };
 
 // A block's memory; activations lie behind it.
@@ -43,10 +43,13 @@ __device__ __forceinline__ void collect(const Model& m, const Pass& pass, Slots&
         sync_block();
         if (thread_index() == 0) {
             int count = 0;
-            slots.sampled = false;
+            slots.sampled = slots.begins = false;
             for (int b = 0; b < m.batch; ++b) {
                 if (slots.position[b] < 0) continue;
-                slots.sampled |= slots.rule[b].temperature > 0;
+                const RowRule& rule = slots.rule[b];
+                slots.sampled |= rule.temperature > 0;
+                slots.begins |=
+                    rule.first > slots.position[b] && rule.first <= slots.position[b] + kMostQueries;
                 slots.row[count] = b, slots.encoded[count] = slots.encoded[b];
                 slots.position[count++] = slots.position[b];
             }
@@ -155,7 +158,8 @@ struct StageJudge {
     const Stage& s;
     const Pass& pass;
     const Slots& slots;
-    const float *const masks = m.control->mask, *const first_masks = m.control->first_mask;
+    const float *const masks = m.control->mask, *const first_masks =
+                                                    slots.begins ? m.control->first_mask : nullptr;
     __device__ __forceinline__ int token(int n) const { return s.draft && m.draft_ids ? m.draft_ids[n] : n; }
     __device__ __forceinline__ const RowRule& rule(int r) const {
         return slots.rule[slots.row[r / pass.queries]];

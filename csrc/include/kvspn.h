@@ -104,8 +104,8 @@ typedef struct kvspn_step_params {
      * is no token, all verified in one pass; on a CUDA device with unit strides in a row, and there until
      * the step has run. For one step alone. Or NULL. */
     const kvspn_tensor* draft_tokens;
-    const float*
-        first_mask; /* [V], in place of mask for the first token behind what was prefilled; or NULL */
+    /* [V], in place of mask for the first token behind what was prefilled; or NULL. */
+    const float* first_mask;
     /* FP32 [B, N], contiguous: beside each token that the step adds to `tokens` goes the logarithm of its
      * probability under the masked logits, at temperature 1. Or NULL. */
     const kvspn_tensor* log_probs;
@@ -309,8 +309,8 @@ typedef struct kvspn_verify_params {
     kvspn_tensor ids;
     kvspn_tensor first_mask; /* as mask, in its place where a choice is a row's first; optional, with rules */
     /* int32 [B, 4]: of each row the index of the first token that is chosen, the bits of the temperature, the
-     * seed's low and high half. With lengths int32 [B]: query i chooses token lengths[b] + i + 1. Optional.
-     */
+     * seed's low and high half. With lengths int32 [B]: query i chooses token lengths[b] + i + 1.
+     * Optional. */
     kvspn_tensor rules, lengths;
     /* FP32 [B, Q, 3]: the log-sum-exp of each row's masked logits, and those of its choice and of its draft.
      * Optional. */

@@ -9,10 +9,10 @@ from typing import Any
 from transformers import WhisperTokenizer
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
+from kvspn.models.prompts import TASKS
 from kvspn.models.validation import ModelError, reason
 
 END, START, NO_TIMESTAMPS = "<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"
-TASKS = ("transcribe", "translate")
 TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>, the last tokens of a vocabulary; many a tokenizer leaves them out
 ENGLISH_ONLY = 51_864
 """The vocabulary of OpenAI's English-only models: GPT-2's, a token shorter than the multilingual one."""
