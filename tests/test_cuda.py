@@ -7,7 +7,6 @@ from ctypes import byref
 
 import numpy as np
 import pytest
-import test_c_abi
 import torch
 
 from kvspn.engines import engine
@@ -15,7 +14,7 @@ from kvspn.ops import K_INF
 from kvspn.ops.append_kv import quantise
 from kvspn.weights import DecoderWeights
 from kvspn.weights.random import random_decoder
-from support import emulated
+from support import abi, emulated
 from support.caches import contents, poison, random_states, tokens_of
 
 pytestmark = pytest.mark.skipif(
@@ -230,25 +229,25 @@ def test_engines_on_streams(configure, monkeypatch, mode, kv):
 
 
 def test_every_call_of_the_c_abi_keeps_to_its_stream():
-    lib = test_c_abi.library(emulated.PATH)
-    status, made = test_c_abi.create(lib, test_c_abi.random_weights(), test_c_abi.params(device=1))
-    assert status == test_c_abi.OK
-    values, stream = test_c_abi.arrays(), emulated.stream()
-    states = test_c_abi.Tensor.of("states", np.ones((4, 16), np.float32))
-    steps = test_c_abi.generate(first_mask=np.zeros(29, np.float32), max_steps=2, on_step=lambda _: 0)
+    lib = abi.library(emulated.PATH)
+    status, made = abi.create(lib, abi.random_weights(), abi.params(device=1))
+    assert status == abi.OK
+    values, stream = abi.arrays(), emulated.stream()
+    states = abi.Tensor.of("states", np.ones((4, 16), np.float32))
+    steps = abi.generate(first_mask=np.zeros(29, np.float32), max_steps=2, on_step=lambda _: 0)
     emulated.streams_used()
     for call, arguments in (
         ("set_stream", (stream,)),
-        ("bind", (byref(test_c_abi.batch(values)),)),
+        ("bind", (byref(abi.batch(values)),)),
         ("encode", (0, byref(states))),
         ("prefill", (0, 2)),
-        ("step", (byref(test_c_abi.step()),)),
+        ("step", (byref(abi.step()),)),
         ("generate", (byref(steps),)),
-        ("read_statistics", (0, byref(test_c_abi.Statistics(40)))),
+        ("read_statistics", (0, byref(abi.Statistics(40)))),
         ("rollback", (0, 2)),
         ("reset", ()),
     ):
-        assert getattr(lib, f"kvspn_engine_{call}")(made, *arguments) == test_c_abi.OK, lib.kvspn_last_error()
+        assert getattr(lib, f"kvspn_engine_{call}")(made, *arguments) == abi.OK, lib.kvspn_last_error()
         assert emulated.streams_used() == (set() if call == "set_stream" else {stream}), call
     lib.kvspn_engine_destroy(made)
 
@@ -304,19 +303,19 @@ def test_a_row_with_an_absurd_length_is_left_alone(configure):
 
 def test_a_row_whose_length_is_past_its_tokens_is_left_alone():
     """A batch may hold fewer tokens than its cache has places."""
-    lib = test_c_abi.library(emulated.PATH)
-    status, made = test_c_abi.create(lib, test_c_abi.random_weights(), test_c_abi.params(device=1))
-    assert status == test_c_abi.OK
-    values = test_c_abi.arrays(rows=2)
+    lib = abi.library(emulated.PATH)
+    status, made = abi.create(lib, abi.random_weights(), abi.params(device=1))
+    assert status == abi.OK
+    values = abi.arrays(rows=2)
     values["tokens"] = np.full((2, 8), 3, np.int32)
-    assert lib.kvspn_engine_bind(made, byref(test_c_abi.batch(values))) == test_c_abi.OK
-    states = test_c_abi.Tensor.of("states", np.ones((4, 16), np.float32))
+    assert lib.kvspn_engine_bind(made, byref(abi.batch(values))) == abi.OK
+    states = abi.Tensor.of("states", np.ones((4, 16), np.float32))
     for row in range(2):
-        assert lib.kvspn_engine_encode(made, row, byref(states)) == test_c_abi.OK
+        assert lib.kvspn_engine_encode(made, row, byref(states)) == abi.OK
     for length in (8, 11):
         values["lengths"][0] = length
         before = {name: value[0].copy() for name, value in values.items() if name not in ("kv", "cross_kv")}
-        assert lib.kvspn_engine_step(made, byref(test_c_abi.step(max_length=8))) == test_c_abi.OK
+        assert lib.kvspn_engine_step(made, byref(abi.step(max_length=8))) == abi.OK
         for name, value in before.items():
             assert np.array_equal(values[name][0], value), name
     assert values["stats"][1, 0] == 2

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_c_abi as abi
 import torch
 
 from kvspn.engines import backends, engine
 from kvspn.weights.decoder import named_tensors
 from kvspn.weights.random import random_decoder
+from support import abi
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(backends()["native"] is not None, reason="the extension is not built")
@@ -193,7 +193,7 @@ def program(tmp_path_factory):
 
 MANY_THREADS = """
 import resource
-import test_c_abi as abi
+from support import abi
 from kvspn import _native
 lib, weights = abi.library(_native.__file__), abi.random_weights()
 pages = int(open("/proc/self/statm").read().split()[0])
