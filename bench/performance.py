@@ -73,7 +73,8 @@ takes beside memory, such as putting torch's threads to work, shows in the short
 
 Weight formats, caches and other draft networks on the same base, each on the unseen sentences at k = 1 and
 recorded beside it as miniature-....json (`kvspn evaluate --set unseen --k 1`, with `--weights`, `--kv` or
-`--model`):
+`--model`), on one day, when an output's first token was not drafted yet: fp32 as shipped had 89.3% and 1.74
+then.
 
 {variants}
 
