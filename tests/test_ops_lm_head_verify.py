@@ -156,11 +156,12 @@ def test_rules_disturb_choice_and_rank(ops, dtype):
 
 def test_ids_are_the_tokens_of_rows(ops):
     """A part of the vocabulary: as if all others were forbidden, to masks and noise alike."""
-    x, weight = torch.randn(3, 1, 16), torch.randn(90, 16)
+    x, weight = 0.1 * torch.randn(9, 1, 16), torch.randn(90, 16)  # Noise decides.
     ids = torch.randperm(90)[:37].sort().values.int()
     mask, first_mask = torch.randn(2, 90)
-    none = torch.zeros(3, 0, dtype=torch.int32)
-    rules, lengths = pack_rules([Rule(), Rule(1.0, 5), Rule(2.0, 6)], [5, 3, 9]), i32(4, 4, 8)
+    none = torch.zeros(9, 0, dtype=torch.int32)
+    rules = pack_rules([Rule(), *(Rule(1.0, seed) for seed in range(8))], [5, 5, 9, *range(6)])
+    lengths = i32(*[4] * 9)
     others = torch.full((90,), -torch.inf).index_fill(0, ids.long(), 0)
     whole, _ = ops.lm_head_verify(
         x, weight, none, mask + others, first_mask=first_mask + others, rules=rules, lengths=lengths

@@ -20,6 +20,7 @@ from pathlib import Path
 import tomllib
 
 ROOT = Path(__file__).parents[2]
+HOMES = {"kvspn/triton_kernels": "triton_kernels", "kvspn/measure/records": "bench/results"}
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache")
 
 
@@ -72,6 +73,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "kvspn"
         shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
+        for home, package in HOMES.items():  # An installation that is editable would have the tree's own.
+            (copy / home).symlink_to(copy / package)
         for kind in sorted({mutation["build"] for mutation in chosen if "build" in mutation}):
             build(kind, copy)
         for mutation in chosen:
