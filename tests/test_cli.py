@@ -598,6 +598,14 @@ def test_evaluate_a_part_in_a_worker_process(tmp_path: Path, root: Path) -> None
     assert set(row["per_direction"]) == {f"en-{target}" for target in TEXTS}
 
 
+def test_evaluate_says_that_a_draft_network_is_untrained(tmp_path: Path) -> None:
+    model = save_model(tmp_path, kvspn_draft_trained=False)
+    options = ["--k", "1", "--set", "hard", "--workers", "1"]
+    result = kvspn_("evaluate", *options, "--model", model)
+    assert result.exit_code == 0 and result.stderr.count("the draft network is untrained") == 1
+    assert "untrained" not in kvspn_("evaluate", *options).stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -62,6 +62,7 @@ _OPTIONS = {
     "target_language": "--to",
     "language": "--from",
     "formats": "--weights",
+    "peers": "--peers",
 }
 
 

@@ -1,4 +1,4 @@
-"""`kvspn evaluate`: BLEU and acceptance on the shipped test sets."""
+"""`kvspn evaluate`: BLEU and acceptance on the shipped test sets; error rates on recordings of your own."""
 
 from __future__ import annotations
 
@@ -27,11 +27,25 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from kvspn.cli.common import KV, Backend, Model, Weights, open_translator, parse_k, silence_transformers
+from kvspn.cli.common import (
+    KV,
+    Backend,
+    Model,
+    Task,
+    Weights,
+    open_translator,
+    parse_k,
+    print_table,
+    print_warning,
+    silence_transformers,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from kvspn.assets import SpokenSentence
     from kvspn.speech.evaluation import ClipDecoder, Output, Row
+    from kvspn.speech.peers import Recogniser
+    from kvspn.speech.recognition import System
     from kvspn.speech.translator import Translator
 
     Outputs = Mapping[int | str, Sequence[Output]]
@@ -60,8 +74,9 @@ def evaluate(
             metavar="K,K,...",
             parser=_parse_ks,
             help="Values of k, with commas: whole numbers from 1, or inf.",
+            show_default="1,2,3,inf",
         ),
-    ] = "1,2,3,inf",
+    ] = None,
     sets: Annotated[
         list[TestSet] | None,
         typer.Option(
@@ -74,8 +89,35 @@ def evaluate(
         int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N clips of each set.")
     ] = None,
     workers: Annotated[
-        int, typer.Option("--workers", min=1, metavar="N", help="Processes that share the clips.")
-    ] = 2,
+        int | None,
+        typer.Option(
+            "--workers", min=1, metavar="N", help="Processes that share the clips.", show_default="2"
+        ),
+    ] = None,
+    speech: Annotated[
+        Path | None,
+        typer.Option(
+            "--speech",
+            metavar="MANIFEST",
+            help="Instead of the shipped sets: JSON lines with path, language and text of each clip. "
+            "--weights may then be several, with commas.",
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", metavar="NAME", help="Of --speech: only clips of this split, or folder."),
+    ] = None,
+    languages: Annotated[
+        list[str] | None,
+        typer.Option("--language", metavar="CODE", help="Of --speech: only clips in these languages."),
+    ] = None,
+    task: Annotated[
+        Task | None, typer.Option("--task", help="With --speech.", show_default="transcribe")
+    ] = None,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="With --speech: also transformers and faster-whisper.")
+    ] = False,
     model: Model = None,
     backend: Backend = None,
     weights: Weights = None,
@@ -91,18 +133,64 @@ def evaluate(
 
     Every clip is decoded into all six languages, by plain greedy decoding and with KVSPN at each k; the
     spoken language is given.
+
+    With --speech: word or character error rates on recordings, each weight format on the same encoder
+    states, greedy and without timestamps; with --task translate BLEU against their translations.
     """
+    if output is not None and not output.absolute().parent.is_dir():
+        raise ValueError(f"{output}: no such folder to write to")
+    opened = (model, backend, weights, kv)
+    if speech is not None:
+        _refuse("must be left out with --speech", {"--k": ks, "--set": sets, "--workers": workers})
+        said = Task.TRANSCRIBE if task is None else task
+        _evaluate_speech(speech, split, languages or [], limit, said.value, peers, opened, output)
+    else:
+        alone = {"--split": split, "--language": languages, "--task": task, "--peers": peers}
+        _refuse("needs --speech", alone)
+        _evaluate_sets(
+            sets or list(TestSet), ks or _parse_ks("1,2,3,inf"), limit, workers or 2, opened, output
+        )
+
+
+def _refuse(why: str, options: Mapping[str, object]) -> None:
+    for name, value in options.items():
+        if value:
+            raise typer.BadParameter(f"{name} {why}")
+
+
+def _evaluate_sets(
+    sets: list[TestSet],
+    ks: list[int | str],
+    limit: int | None,
+    workers: int,
+    opened: Opened,
+    output: Path | None,
+) -> None:
     from kvspn.assets import read_manifest
     from kvspn.speech.evaluation import score
 
-    if output is not None and not output.absolute().parent.is_dir():
-        raise ValueError(f"{output}: no such folder to write to")
-    names = [each.value for each in sets or TestSet]
-    chosen = {name: read_manifest(name)[:limit] for name in names}
-    opened = (model, backend, weights, kv)
+    chosen = {each.value: read_manifest(each.value)[:limit] for each in sets}
     translator = open_translator(*opened)
+    if translator.model.kvspn is not None and not translator.model.drafts:
+        print_warning(
+            "the draft network is untrained (kvspn_draft_trained is false): its figures say nothing"
+        )
     rows: list[Row] = []
-    progress = Progress(
+    progress = _progress()
+    with _decoder(translator, opened, ks, workers) as decode, progress:
+        for name, clips in chosen.items():
+            rows += score(name, progress.track(decode(clips), len(clips), description=name))
+    Console().print(_table(rows))
+    if output is not None:
+        document = {
+            "rows": [asdict(row) for row in rows],
+            "machine": _machine(translator, opened[0], translator.weights or "fp32"),
+        }
+        output.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+
+
+def _progress() -> Progress:
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -111,13 +199,84 @@ def evaluate(
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
-    with _decoder(translator, opened, ks, workers) as decode, progress:
-        for name, clips in chosen.items():
-            rows += score(name, progress.track(decode(clips), len(clips), description=name))
-    Console().print(_table(rows))
+
+
+def _evaluate_speech(
+    manifest: Path,
+    split: str | None,
+    languages: list[str],
+    limit: int | None,
+    task: str,
+    peers: bool,
+    opened: Opened,
+    output: Path | None,
+) -> None:
+    from importlib.util import find_spec
+
+    from kvspn.speech.manifest import ManifestError, read_recordings
+
+    if find_spec("jiwer") is None:
+        raise typer.BadParameter("--speech needs jiwer: pip install 'kvspn[evaluate]' brings it")
+    model, backend, weights, kv = opened
+    try:
+        clips = read_recordings(manifest, split, languages)[:limit]
+        formats = list(dict.fromkeys((weights or "fp32").split(",")))
+        translator = open_translator(model, backend, formats[0], kv)
+        from kvspn.speech.recognition import Formats, check_recordings, judge, recognise
+
+        check_recordings(clips, translator, task)
+    except ManifestError as error:
+        raise typer.BadParameter(f"--speech {error}") from error
+    decoded = Formats(translator, formats, task)
+    others, margin = _peers(translator, task) if peers else ({}, None)
+    with _progress() as progress:
+        outputs = list(progress.track(recognise(clips, decoded, others), len(clips), description=task))
+    systems = judge(clips, outputs, translator.decode, task, margin)
+    _print_systems(systems)
     if output is not None:
-        document = {"rows": [asdict(row) for row in rows], "machine": _machine(translator, model)}
-        output.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+        document = {
+            "task": task,
+            "split": split,
+            "systems": [asdict(system) for system in systems],
+            "machine": _machine(translator, model, formats),
+        }
+        write_json(output, document)
+
+
+def _peers(translator: Translator, task: str) -> tuple[dict[str, Recogniser], Any]:
+    """Those that are here, by name and format, and how to have margins; a line for each that is not."""
+    from kvspn.measure.peers import Skipped, load
+    from kvspn.speech.peers import PEERS, as_whisper
+
+    whisper = as_whisper(translator.model)
+    prepared: dict[str, Recogniser] = {}
+    margin = None
+    for name in PEERS:
+        try:
+            module = load(name, "kvspn.speech.peers")
+        except Skipped as reason:
+            print_warning(reason)
+            continue
+        for fmt in module.FORMATS:
+            peer = module.prepare(whisper, translator.processor, fmt, task)
+            prepared[f"{name.replace('_', '-')} {fmt}"] = peer
+            margin = getattr(peer, "margin", margin)
+    return prepared, margin
+
+
+def _print_systems(systems: list[System]) -> None:
+    first = systems[0].languages
+    headings = ["system", *(f"{language}, {score.measure}" for language, score in first.items()), "mean"]
+    rows = [
+        [system.name, *(f"{score.value:.2f}" for score in system.languages.values()), f"{system.mean:.2f}"]
+        for system in systems
+    ]
+    if all(score.identical is not None for score in first.values()):
+        headings.append("as transformers")
+        clips = sum(score.clips for score in first.values())
+        for row, system in zip(rows, systems, strict=True):
+            row.append(f"{clips - len(system.differences)} of {clips}")
+    print_table(headings, rows)
 
 
 @contextmanager
@@ -171,14 +330,14 @@ def _table(rows: list[Row]) -> Table:
     return table
 
 
-def _machine(translator: Translator, model: Path | None) -> dict[str, Any]:
+def _machine(translator: Translator, model: Path | None, weights: str | list[str]) -> dict[str, Any]:
     from kvspn.measure.machine import cpu, gpu, versions
 
     return {
         "model": "mini (bundled)" if model is None else model.name,
         "parameters": translator.model.num_parameters(),
         "backend": translator.backend,
-        "weights": translator.weights or "fp32",
+        "weights": weights,
         "kv": translator.kv,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),

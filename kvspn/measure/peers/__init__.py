@@ -29,8 +29,9 @@ _PACKAGES = {  # what each needs beside torch
     "ctranslate2": "ctranslate2",
     "openvino": "openvino onnx",
     "onnxruntime": "onnxruntime onnx",
+    "faster_whisper": "faster-whisper",
 }
-PEERS = tuple(_PACKAGES)
+PEERS = ("transformers", "ctranslate2", "openvino", "onnxruntime")
 
 # The relative error of logits (Frobenius) that a weight format explains; other rows' logits are off by 1.4.
 TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1, "int8": 0.25, "int4": 0.6}
@@ -43,10 +44,10 @@ class Skipped(Exception):
     """A peer that cannot run here; the text says why, and how it could."""
 
 
-def load(name: str) -> ModuleType:
-    """The module of a peer; raises Skipped."""
+def load(name: str, package: str = __name__) -> ModuleType:
+    """The module of a peer, of those in a package; raises Skipped."""
     try:
-        return import_module(f"kvspn.measure.peers.{name}")
+        return import_module(f"{package}.{name}")
     except ImportError as error:
         raise Skipped(f"{name}: skipped ({error}): pip install {_PACKAGES[name]} brings it") from error
 
