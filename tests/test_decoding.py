@@ -176,8 +176,8 @@ def test_forced_rejections(task, hits):
     task = Task(task.weights, task.states[:1], task.prompt[:1], task.options)
     known, accepted, drafted = greedy.sequences[0], [], []
 
-    def propose(w, newest, caches, *_):
-        after = int(caches.lengths) + 1
+    def propose(w, newest, state, *_):
+        after = int(state.caches.lengths) + 1
         right = known[after] if after < len(known) else 0
         hit = hits[len(drafted)]
         drafted.append(hit)

@@ -160,7 +160,8 @@ def test_draft_against_a_dense_formula(options):
     mask = torch.zeros(29)
     mask[::4] = -torch.inf
     caches = step_module.Caches(kv, lengths, cross_kv, cross_lengths)
-    guesses = step_module.propose(w, newest, caches, step_module.StepRule(mask, 1, -1, 12))
+    state = step_module.StepState(caches, newest, torch.zeros(3).bool(), torch.zeros(3, 3).int())
+    guesses = step_module.propose(w, newest, state, step_module.StepRule(mask, 1, -1, 12))
     for b, (length, cross_length) in enumerate(zip(lengths.tolist(), cross_lengths.tolist(), strict=True)):
         logits = dense_draft_logits(
             w, int(newest[b]), length, kv[:, :, b, :, :length], cross_kv[:, :, b, :, :cross_length]

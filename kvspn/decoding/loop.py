@@ -14,7 +14,7 @@ from kvspn.decoding.drafts import GivenDrafts
 from kvspn.decoding.statistics import DecodeStats
 from kvspn.engines import Engine
 from kvspn.ops import K_INF
-from kvspn.ops.rules import Rule, check_rule, row_seed
+from kvspn.ops.rules import Rule, Timestamps, check_rule, row_seed
 
 Streamer = Callable[[int, list[int]], None]
 
@@ -56,6 +56,7 @@ def decode(
     begin_mask: Tensor | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    timestamps: Timestamps | None = None,
     log_probs: bool = False,
     streamer: Streamer | None = None,
 ) -> DecodeResult:
@@ -77,6 +78,7 @@ def decode(
             guess takes a plain step beside one that has.
         temperature: 0 for greedy decoding; else tokens are drawn from the softmax of logits / temperature.
         seed: 0 .. 2^64 - 1, of the draws: each row has its own, ``kvspn.ops.rules.row_seed(seed, row)``.
+        timestamps: the grammar of timestamps that every row keeps to, its tokens in the vocabulary.
         log_probs: whether the result tells those of the generated tokens.
         streamer: called as streamer(row, new_token_ids) after each step for each row that grew. For a
             TextStreamer of transformers and a batch of one, pass
@@ -90,8 +92,8 @@ def decode(
     limits = [max_length] * len(prompt) if isinstance(max_length, int) else list(max_length)
     _check_stops(prompt, ends, limits)
     guesses = GivenDrafts(draft_tokens, len(prompt))
-    check_rule("", Rule(temperature, seed))
-    rules = [Rule(temperature, row_seed(seed, row)) for row in range(len(prompt))]
+    check_rule("", Rule(temperature, seed, timestamps))
+    rules = [Rule(temperature, row_seed(seed, row), timestamps) for row in range(len(prompt))]
     with engine.lock:
         engine.start(
             encoder_states,

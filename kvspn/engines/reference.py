@@ -48,7 +48,9 @@ class ReferenceEngine(CachedEngine):
             self.lengths[here] += ids.shape[1]
 
     def _choose(self, rules: Sequence[Rule], first: Sequence[int]) -> None:
-        plain = self._first_mask is None and not any(rule.temperature for rule in rules)
+        plain = self._first_mask is None and all(
+            rule.temperature == 0 and rule.timestamps is None for rule in rules
+        )
         self._rules = None if plain else pack_rules(rules, first).to(self._embed.device)
 
     def _step(self, k: int, draft: bool, draft_tokens: Tensor | None = None) -> None:

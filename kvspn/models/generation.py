@@ -31,12 +31,15 @@ class GenerateOutput(ModelOutput):
     sequences: int64 [B, T], generated tokens with the end token, padded on the right; without the prompt.
     languages: the source language of each row, as given or detected.
     language_probabilities: of each row every language's, the likeliest first; None unless asked for.
+    log_probs: of each row those of its tokens: the logarithms of their probabilities among what may be
+        chosen, at temperature 1; None unless asked for.
     stats: figures of each row; `total` those of the batch.
     """
 
     sequences: Tensor | None = None
     languages: list[str] | None = None
     language_probabilities: list[dict[str, float]] | None = None
+    log_probs: list[list[float]] | None = None
     stats: list[DecodeStats] | None = None
     total: DecodeStats | None = None
 
@@ -95,7 +98,9 @@ class GenerationMixin:
         target_language: str | Sequence[str] | None = None,
         prompt_ids: Tensor | Sequence[int] | None = None,
         prefix_ids: Tensor | Sequence[int] | None = None,
+        return_timestamps: bool | None = None,
         language_probabilities: bool = False,
+        log_probs: bool = False,
         k: int | float | str = 1,
         draft: bool | None = None,
         draft_tokens: Tensor | Sequence[Sequence[int]] | None = None,
@@ -128,8 +133,12 @@ class GenerationMixin:
             prompt_ids: [P], text that went before, from the processor's `get_prompt_ids`, as in Whisper.
             prefix_ids: [P], how the output begins, after the prompt; the sequences begin behind it. (See
                 `kvspn.models.prompts.text_before` for both from text.)
+            return_timestamps: whether the tokens tell the times of segments, by Whisper's grammar of timestamps
+                (see `kvspn.ops.rules.Timestamps`); every 20 ms has a token behind that of no timestamps. With
+                a prefix the text begins at 0.00.
             language_probabilities: whether to say how likely each language was, where none is given: of the
                 model's own weights, by one position through its decoder beside the engine's detection.
+            log_probs: whether to tell those of the tokens, without a second pass.
             k: a draft is accepted if among the base model's k likeliest tokens; 1 gives exactly the greedy
                 output, "inf" accepts all.
             draft: False for plain greedy decoding; by default True where the model has a draft network that
@@ -168,6 +177,7 @@ class GenerationMixin:
                 "language": language,
                 "task": task,
                 "max_new_tokens": max_new_tokens,
+                "return_timestamps": return_timestamps,
                 "do_sample": do_sample,
                 "temperature": temperature,
                 "seed": seed,
@@ -200,6 +210,13 @@ class GenerationMixin:
         context = self._text("prompt_ids", prompt_ids, self.config.max_target_positions // 2)
         prefix = self._text("prefix_ids", prefix_ids, self.config.max_target_positions // 2)
         rule = settings.sampling(said)
+        eos = said.get("eos_token_id", self.config.eos_token_id)
+        ends = settings.token_ids("eos_token_id", eos, self.config.vocab_size)
+        timestamps = settings.timestamps(said, self.config.vocab_size, ends[0], len(prefix) and 1 + len(prefix))
+        if timestamps is not None:
+            none = said["no_timestamps_token_id"]
+            said["suppress_tokens"] = [*said.get("suppress_tokens", ()), none]
+            prefix = [timestamps.begin, *prefix] if prefix else []
         mask, first_mask = (self._mask(name, said) for name in ("suppress_tokens", "begin_suppress_tokens"))
         if engine is None:
             engine = packed_engine(self, batch, max(map(len, states)), backend)
@@ -216,12 +233,13 @@ class GenerationMixin:
             starts = [
                 [
                     *(*context, start),
-                    *prompts.after_start(said, language_ids, source, target, wanted, taught),
+                    *prompts.after_start(
+                        said, language_ids, source, target, wanted, taught, timestamps is not None
+                    ),
                     *prefix,
                 ]
                 for source, target in zip(languages, targets or languages, strict=True)
             ]
-            eos = said.get("eos_token_id", self.config.eos_token_id)
             limits = self._limits(list(map(len, starts)), max_new_tokens, said)
             if streamer is not None:
                 streamer.put(torch.tensor(starts))
@@ -229,7 +247,7 @@ class GenerationMixin:
                 engine,
                 given,
                 starts,
-                eos=settings.token_ids("eos_token_id", eos, self.config.vocab_size),
+                eos=ends,
                 max_length=limits,
                 k=k,
                 draft=self.drafts if draft is None else draft,
@@ -238,6 +256,8 @@ class GenerationMixin:
                 begin_mask=first_mask,
                 temperature=rule.temperature,
                 seed=rule.seed,
+                timestamps=timestamps,
+                log_probs=log_probs,
                 streamer=None if streamer is None else lambda row, new: streamer.put(torch.tensor(new)),
             )
             if streamer is not None:
@@ -255,6 +275,7 @@ class GenerationMixin:
             sequences=sequences,
             languages=languages,
             language_probabilities=likely,
+            log_probs=result.log_probs,
             stats=result.rows,
             total=result.total,
         )

@@ -67,8 +67,10 @@ def after_start(
     target: str,
     task: str | None,
     taught: Sequence[str] | None,
+    timed: bool,
 ) -> list[int]:
-    """The prompt after the start token: language, task, and that no timestamps are wanted.
+    """The prompt after the start token: language, task, and unless it is `timed`, that no timestamps are
+    wanted.
 
     To translate, the target language follows the task in the paper's prompt (arXiv 2508.11189, section 2). A
     Whisper (`taught` is empty) has its own, of the task alone; asked for it by name, it takes English speech,
@@ -76,7 +78,7 @@ def after_start(
 
     Raises ValueError for a target that the model was never taught.
     """
-    end = [said["no_timestamps_token_id"]]
+    end = [] if timed else [said["no_timestamps_token_id"]]
     if not known:
         return end
     check_target(target, source, taught)

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from kvspn.checks import boolean
-from kvspn.ops.rules import Rule, check_rule
+from kvspn.ops.rules import Rule, Timestamps, check_rule
 
 HONOURED = frozenset(
     {
@@ -21,11 +21,13 @@ HONOURED = frozenset(
         "is_multilingual",
         "lang_to_id",
         "language",
+        "max_initial_timestamp_index",
         "max_length",
         "max_new_tokens",
         "no_timestamps_token_id",
         "pad_token_id",
         "return_dict_in_generate",
+        "return_timestamps",
         "seed",
         "suppress_tokens",
         "task",
@@ -34,13 +36,12 @@ HONOURED = frozenset(
     }
 )
 
-# They change no token without timestamps: speed, names, Whisper's own bookkeeping.
+# They change no token: speed, names, Whisper's own bookkeeping.
 WITHOUT_EFFECT = frozenset(
     {
         "alignment_heads",
         "bos_token_id",
         "disable_compile",
-        "max_initial_timestamp_index",
         "median_filter_width",
         "prev_sot_token_id",
         "transformers_version",
@@ -108,6 +109,25 @@ def sampling(said: Mapping[str, Any]) -> Rule:
     if not sampled and "seed" in said:
         raise ValueError(f"seed must be left out without do_sample=True, got {said['seed']}")
     return Rule(float(temperature), said.get("seed", 0)) if sampled else Rule()
+
+
+def timestamps(said: Mapping[str, Any], vocab_size: int, end: int, prefix: int) -> Timestamps | None:
+    """The grammar of timestamps where `return_timestamps` asks for them: their tokens follow that of none.
+
+    Args:
+        end: the end-of-text token.
+        prefix: tokens of the text that are given with the prompt.
+
+    Raises:
+        TypeError, ValueError: naming return_timestamps, also for a model that has no timestamps.
+    """
+    boolean("return_timestamps", said.get("return_timestamps", False))
+    if not said.get("return_timestamps"):
+        return None
+    begin = said["no_timestamps_token_id"] + 1
+    if not end < begin < vocab_size:
+        raise ValueError("return_timestamps must be False: the model's vocabulary has no timestamps")
+    return Timestamps(begin, end, said.get("max_initial_timestamp_index"), prefix)
 
 
 def code(language: str) -> str:

@@ -252,13 +252,13 @@ def step(ops: Any, w: DecoderWeights, state: StepState, rule: StepRule) -> None:
     newest = tokens.gather(1, caches.lengths[:, None].long())
     draft = newest[:, :0]
     if rule.use_draft:
-        draft = propose(w, newest, caches, rule, ops)
+        draft = propose(w, newest, state, rule, ops)
     elif rule.draft_tokens is not None:
         draft = torch.where(rule.draft_tokens < len(w.embed_tokens), rule.draft_tokens, -1)
     x = base_pass(w, torch.cat([newest, draft], dim=1), caches, finished, ops)
     scores = None if rule.log_probs is None else rule.log_probs.new_empty(*x.shape[:2], 3)
     argmax, rank = ops.lm_head_verify(
-        x, w.head.weight, draft, rule.mask, w.head.scale, *w.norm, **_choosing(rule, caches), scores=scores
+        x, w.head.weight, draft, rule.mask, w.head.scale, *w.norm, **_choosing(rule, state), scores=scores
     )
     ops.accept_and_rollback(
         *(tokens, caches.lengths, finished, stats, draft, argmax, rank, rule.k, rule.eos, rule.max_length),
@@ -267,10 +267,12 @@ def step(ops: Any, w: DecoderWeights, state: StepState, rule: StepRule) -> None:
     )
 
 
-def _choosing(rule: StepRule, caches: Caches) -> dict[str, Tensor | None]:
+def _choosing(rule: StepRule, state: StepState) -> dict[str, Tensor | None]:
     """What lm_head_verify is told of the rows' rules."""
-    lengths = None if rule.rules is None else caches.lengths
-    return {"first_mask": rule.first_mask, "rules": rule.rules, "lengths": lengths}
+    if rule.rules is None:
+        return {}
+    chosen = {"lengths": state.caches.lengths, "tokens": state.tokens}
+    return {"first_mask": rule.first_mask, "rules": rule.rules, **chosen}
 
 
 def base_pass(
@@ -296,10 +298,10 @@ def base_pass(
 
 
 def propose(
-    w: DecoderWeights, newest: Tensor, caches: Caches, rule: StepRule, ops: Any = REFERENCE
+    w: DecoderWeights, newest: Tensor, state: StepState, rule: StepRule, ops: Any = REFERENCE
 ) -> Tensor:
     """The draft network's guess int32 [B, 1] of what follows the newest token int32 [B, 1]; -1: none."""
-    kv, lengths, cross_kv, cross_lengths, kv_scale, cross_kv_scale = caches
+    kv, lengths, cross_kv, cross_lengths, kv_scale, cross_kv_scale = state.caches
     x = embed(w, newest, lengths)
     if w.encoder_stride > 1:
         cross_lengths = (cross_lengths + (w.encoder_stride - 1)) // w.encoder_stride
@@ -315,7 +317,7 @@ def propose(
     head, norm = w.draft_output, w.draft_norm or (None, None)
     none = newest[:, :0]
     choice: Tensor = ops.lm_head_verify(
-        x, head.weight, none, rule.mask, head.scale, *norm, ids=w.draft_ids, **_choosing(rule, caches)
+        x, head.weight, none, rule.mask, head.scale, *norm, ids=w.draft_ids, **_choosing(rule, state)
     )[0]
     return choice
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from kvspn.checks import FLOATS, FP32, INT32, Shapes
 from kvspn.ops._library import register
 from kvspn.ops.fused_linear import check_norm, project
-from kvspn.ops.rules import RULE_WORDS, disturb
+from kvspn.ops.rules import RULE_WORDS, constrain, disturb
 from kvspn.weights.linear import check_weight, dequantise
 
 K_INF = 2**31 - 1  # the k that accepts every draft
@@ -27,6 +27,7 @@ def check(
     first_mask: Tensor | None = None,
     rules: Tensor | None = None,
     lengths: Tensor | None = None,
+    tokens: Tensor | None = None,
     scores: Tensor | None = None,
 ) -> None:
     shapes = Shapes()
@@ -46,13 +47,15 @@ def check(
         if values is not None:
             shapes.tensor(name, values, "V" if ids is None else "M", FP32)
     check_norm(shapes, norm_weight, norm_bias, eps)
-    if (rules is None) != (lengths is None):
-        raise ValueError("lengths must be given with rules and with them alone, got one of the two")
+    for name, given in (("lengths", lengths), ("tokens", tokens)):
+        if (rules is None) != (given is None):
+            raise ValueError(f"{name} must be given with rules and with them alone, got one of the two")
     if rules is None and first_mask is not None:
         raise ValueError("rules must be given with first_mask, got None")
-    if rules is not None and lengths is not None:
+    if rules is not None and lengths is not None and tokens is not None:
         shapes.tensor("rules", rules, f"B {RULE_WORDS}", INT32)
         shapes.tensor("lengths", lengths, "B", INT32)
+        shapes.tensor("tokens", tokens, "B N", INT32)
     if scores is not None:
         shapes.tensor("scores", scores, "B Q 3", FP32)
 
@@ -70,6 +73,7 @@ def reference(
     first_mask: Tensor | None = None,
     rules: Tensor | None = None,
     lengths: Tensor | None = None,
+    tokens: Tensor | None = None,
     scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits of Q rows, never stored: the argmax of each row and the rank of each draft.
@@ -86,9 +90,11 @@ def reference(
         ids: int32 [V], with Q = 1: the tokens that the rows of weight stand for, as those of a draft
             vocabulary do. argmax is then one of these, and the masks are of all tokens.
         first_mask: as mask, in its place where a choice is its row's first; with rules.
-        rules: int32 [B, 4], packed by ``kvspn.ops.rules.pack_rules``: a row with a temperature is sampled.
-            Its logits count as ``kvspn.ops.rules.disturb`` makes them, for argmax and rank alike.
+        rules: int32 [B, 8], packed by ``kvspn.ops.rules.pack_rules``: a row with a temperature is sampled,
+            and one with timestamps keeps to their grammar. Its logits count as ``kvspn.ops.rules.constrain``
+            and then ``disturb`` make them, for argmax and rank alike.
         lengths: int32 [B], with rules: row j chooses the token at the index lengths[b] + j + 1 of row b.
+        tokens: int32 [B, N], with rules: of row b the first lengths[b] + 1, which the grammar goes by.
         scores: fp32 [B, Q, 3], written: the log-sum-exp of each row's masked logits, and of these those of
             its choice and of its draft, without noise. A difference is the logarithm of a probability.
 
@@ -96,8 +102,8 @@ def reference(
         argmax: int32 [B, Q]; of equal logits the smallest id. -1 where a row has no token to choose: with NaN
             among its logits, or none above -inf.
         rank: int32 [B, Q-1], the number of tokens with a larger logit, plus those equal with a smaller id;
-            so rank < 1 means "is the argmax". A draft outside 0 .. V-1, or in a row without a token, has
-            rank K_INF, under no k.
+            so rank < 1 means "is the argmax". A draft that is suppressed (its logit is -inf), outside
+            0 .. V-1, or in a row without a token, has rank K_INF, under no k.
 
     Logits are fp32 and never rounded.
 
@@ -107,25 +113,29 @@ def reference(
     matrix = dequantise(weight, scale)
     argmax = draft.new_empty(x.shape[:2])
     rank = torch.full_like(draft, K_INF)
-    tokens = torch.arange(len(matrix), device=x.device) if ids is None else ids.long()
+    choices = torch.arange(len(matrix), device=x.device) if ids is None else ids.long()
     for b, drafts in enumerate(draft.tolist()):
         for j, row in enumerate(x[b]):
             logits = project(row, matrix, None, norm_weight, norm_bias, eps)
             added, counted = mask, logits
             if rules is not None and lengths is not None:
-                index = int(lengths[b]) + j + 1
-                if first_mask is not None and index == int(rules[b, 0]):
+                index, first = int(lengths[b]) + j + 1, int(rules[b, 0])
+                if first_mask is not None and index == first:
                     added = first_mask
             if added is not None:
-                logits = counted = logits + (added if ids is None else added[tokens])
-            if rules is not None:
-                counted = disturb(logits, rules[b], index, tokens)
+                logits = counted = logits + (added if ids is None else added[choices])
+            if rules is not None and tokens is not None:
+                begin = max(first - int(rules[b, 7]), 0)
+                before = [*tokens[b, begin : index - j].tolist(), *drafts[:j]]
+                logits = constrain(logits, rules[b], before, choices)
+                counted = disturb(logits, rules[b], index, choices)
             chosen = bool(counted.max() > -torch.inf)  # the largest of what holds NaN is NaN
-            argmax[b, j] = tokens[counted.argmax()] if chosen else -1
+            argmax[b, j] = choices[counted.argmax()] if chosen else -1
             judged = j < len(drafts) and 0 <= drafts[j] < len(logits)
             if chosen and judged:
                 own = counted[drafts[j]]
-                rank[b, j] = (counted > own).sum() + (counted[: drafts[j]] == own).sum()
+                if own > -torch.inf:
+                    rank[b, j] = (counted > own).sum() + (counted[: drafts[j]] == own).sum()
             if scores is not None:
                 scores[b, j, 0] = logits.logsumexp(0)
                 scores[b, j, 1] = logits[counted.argmax()] if chosen else -torch.inf
@@ -146,6 +156,7 @@ def fake(
     first_mask: Tensor | None = None,
     rules: Tensor | None = None,
     lengths: Tensor | None = None,
+    tokens: Tensor | None = None,
     scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return draft.new_empty(x.shape[:2]), torch.empty_like(draft)
@@ -154,7 +165,8 @@ def fake(
 lm_head_verify = register(
     "lm_head_verify(Tensor x, Tensor weight, Tensor draft, Tensor? mask=None, Tensor? scale=None, "
     "Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-5, Tensor? ids=None, "
-    "Tensor? first_mask=None, Tensor? rules=None, Tensor? lengths=None, Tensor(a!)? scores=None) "
+    "Tensor? first_mask=None, Tensor? rules=None, Tensor? lengths=None, Tensor? tokens=None, "
+    "Tensor(a!)? scores=None) "
     "-> (Tensor argmax, Tensor rank)",
     check=check,
     fake=fake,

@@ -11,7 +11,28 @@ from torch import Tensor
 
 from kvspn.checks import integer
 
-RULE_WORDS = 4  # int32 of a packed rule
+RULE_WORDS = 8  # int32 of a packed rule
+_LAST = 2**31 - 1  # no token, and above all
+
+
+class Timestamps(NamedTuple):
+    """The grammar of Whisper's timestamps ("Robust speech recognition via large-scale weak supervision",
+    arXiv 2212.04356, section 2.3; the rules are those of its published decoder).
+
+    A row's first token is a timestamp. Timestamps stand in pairs, the end of a segment and the start of the
+    next, and never decrease; a segment is not empty. Where all timestamps together are likelier than every
+    token of text, the token is a timestamp.
+
+    begin: token of 0.00 s; all from there on are timestamps. text_end: the end-of-text token; what is below
+        is text, and what lies from it to ``begin`` may follow a segment's end. max_initial: the first token
+        is at most ``begin`` + this; None for no limit. prefix: so many tokens at the prompt's end are the
+        text's own, its first timestamp among them.
+    """
+
+    begin: int
+    text_end: int
+    max_initial: int | None = None
+    prefix: int = 0
 
 
 class Rule(NamedTuple):
@@ -19,36 +40,79 @@ class Rule(NamedTuple):
 
     temperature: 0 for the largest logit; else a draw from the softmax of logits / temperature.
     seed: 0 .. 2^64 - 1; the row's noise, the same for whatever batch, drafts or k it is decoded with.
+    timestamps: the grammar that tokens keep to; None for none.
     """
 
     temperature: float = 0.0
     seed: int = 0
+    timestamps: Timestamps | None = None
 
 
 def check_rule(name: str, rule: Rule) -> None:
     """Raise TypeError or ValueError, naming the rule's field, unless it is one."""
-    temperature, seed = rule
+    temperature, seed, timestamps = rule
     name = f"{name}." if name else ""
     if not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
         raise TypeError(f"{name}temperature must be a number, got {type(temperature).__name__}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"{name}temperature must be 0 or a positive number, got {temperature}")
     integer(f"{name}seed", seed, 0, 2**64 - 1)
+    if timestamps is None:
+        return
+    if not isinstance(timestamps, Timestamps):
+        raise TypeError(f"{name}timestamps must be Timestamps or None, got {type(timestamps).__name__}")
+    integer(f"{name}timestamps.begin", timestamps.begin, 1, _LAST)
+    integer(f"{name}timestamps.text_end", timestamps.text_end, 0, timestamps.begin)
+    if timestamps.max_initial is not None:
+        integer(f"{name}timestamps.max_initial", timestamps.max_initial, 0, _LAST)
+    integer(f"{name}timestamps.prefix", timestamps.prefix, 0, _LAST)
 
 
 def pack_rules(rules: Sequence[Rule], first: Sequence[int]) -> Tensor:
-    """Rules, and the index of each row's first token that is chosen -> int32 [B, 4].
+    """Rules, and the index of each row's first token that is chosen -> int32 [B, 8].
 
-    A row holds that index, the bits of the temperature, and the low and the high half of the seed, as
-    ``RowRule`` of csrc/common/rule.h.
+    A row holds that index, the bits of the temperature, the low and the high half of the seed, the token of
+    0.00 s (0 for no grammar), the end of text, the last token of a first timestamp, and the length of the
+    prefix, as ``RowRule`` of csrc/common/rule.h.
     """
-    packed = torch.empty(len(rules), RULE_WORDS, dtype=torch.int32)
-    for row, ((temperature, seed), index) in enumerate(zip(rules, first, strict=True)):
+    packed = torch.zeros(len(rules), RULE_WORDS, dtype=torch.int32)
+    for row, ((temperature, seed, timestamps), index) in enumerate(zip(rules, first, strict=True)):
         halves = torch.tensor([seed & 0xFFFFFFFF, seed >> 32]).to(torch.int32)
         packed[row, 0] = index
         packed[row, 1:2] = torch.tensor([temperature], dtype=torch.float32).view(torch.int32)
-        packed[row, 2:] = halves
+        packed[row, 2:4] = halves
+        if timestamps is not None:
+            begin, text_end, most, prefix = timestamps
+            last = _LAST if most is None else min(begin + most, _LAST)
+            packed[row, 4:] = torch.tensor([begin, text_end, last, prefix])
     return packed
+
+
+def constrain(logits: Tensor, rule: Tensor, before: Sequence[int], tokens: Tensor) -> Tensor:
+    """Logits [V] of ``tokens`` int [V] -> with -inf added where the :class:`Timestamps` of a packed rule
+    forbid the token; ``before``: the row's text so far, from the first that belongs to it."""
+    begin, text_end, last_first = rule[4:7].tolist()
+    if not begin:
+        return logits
+    text, lowest, highest = _window(begin, text_end, last_first, before)
+    times = tokens >= begin
+    allowed = torch.where(times, (tokens >= lowest) & (tokens <= highest), tokens >= text)
+    logits = logits + torch.where(allowed, 0.0, -torch.inf)
+    if times.any() and not times.all() and logits[times].logsumexp(0) > logits[~times].max():
+        logits = logits + torch.where(times, 0.0, -torch.inf)
+    return logits
+
+
+def _window(begin: int, text_end: int, last_first: int, before: Sequence[int]) -> tuple[int, int, int]:
+    """The first token of text, and the first and last timestamp, that may come after those ``before``."""
+    if not before:
+        return begin, begin, last_first
+    newest = max((token for token in before if token >= begin), default=None)
+    if before[-1] < begin:
+        return 0, begin if newest is None else newest + 1, _LAST
+    if len(before) == 1 or before[-2] >= begin:
+        return 0, _LAST, _LAST - 1  # a segment has begun
+    return text_end, begin if newest is None else newest, _LAST
 
 
 def disturb(logits: Tensor, rule: Tensor, index: int, tokens: Tensor) -> Tensor:
@@ -61,7 +125,7 @@ def disturb(logits: Tensor, rule: Tensor, index: int, tokens: Tensor) -> Tensor:
     temperature = rule[1:2].view(torch.float32)
     if not temperature > 0:
         return logits
-    low, high = (int(half) & 0xFFFFFFFF for half in rule[2:])
+    low, high = (int(half) & 0xFFFFFFFF for half in rule[2:4])
     return logits / temperature - (-uniform(low, high, index, tokens).log()).log()
 
 
