@@ -135,7 +135,9 @@ def test_rules_disturb_choice_and_rank(ops, dtype):
     rules, lengths = pack_rules([Rule(), Rule(0.7, 5), Rule(3.0, 2**64 - 1)], [1, 1, 1]), i32(4, 0, 9)
     mask = torch.zeros(200)
     mask[::3] = -torch.inf
-    argmax, rank = ops.lm_head_verify(x, weight, draft, mask, rules=rules, lengths=lengths)
+    argmax, rank = ops.lm_head_verify(
+        x, weight, draft, mask, rules=rules, lengths=lengths, tokens=i32([0], [0], [0])
+    )
     logits = x.float() @ weight.float().T + mask
     counted = torch.stack(
         [
@@ -164,10 +166,25 @@ def test_ids_are_the_tokens_of_rows(ops):
     lengths = i32(*[4] * 9)
     others = torch.full((90,), -torch.inf).index_fill(0, ids.long(), 0)
     whole, _ = ops.lm_head_verify(
-        x, weight, none, mask + others, first_mask=first_mask + others, rules=rules, lengths=lengths
+        x,
+        weight,
+        none,
+        mask + others,
+        first_mask=first_mask + others,
+        rules=rules,
+        lengths=lengths,
+        tokens=i32(*[[0]] * len(x)),
     )
     part, _ = ops.lm_head_verify(
-        x, weight[ids.long()], none, mask, ids=ids, first_mask=first_mask, rules=rules, lengths=lengths
+        x,
+        weight[ids.long()],
+        none,
+        mask,
+        ids=ids,
+        first_mask=first_mask,
+        rules=rules,
+        lengths=lengths,
+        tokens=i32(*[[0]] * len(x)),
     )
     assert torch.equal(part, whole)
     plain, _ = ops.lm_head_verify(x, weight[ids.long()], none, ids=ids)
@@ -183,7 +200,14 @@ def test_the_first_mask_is_for_the_first_token(ops):
     draft = torch.randint(0, 40, (3, 2), dtype=torch.int32)
     for common in (mask, None):
         found = ops.lm_head_verify(
-            x, weight, draft, common, first_mask=first_mask, rules=rules, lengths=lengths
+            x,
+            weight,
+            draft,
+            common,
+            first_mask=first_mask,
+            rules=rules,
+            lengths=lengths,
+            tokens=i32(*[[0]] * len(x)),
         )
         added = torch.zeros(3, 3, 40) if common is None else common.repeat(3, 3, 1)
         added[0, 0] = added[1, 2] = first_mask
@@ -198,7 +222,7 @@ def test_scores(ops, temperature, set_threads):
     mask = torch.zeros(3000)
     mask[7] = -torch.inf
     rules, lengths = pack_rules([Rule(temperature, 1), Rule(temperature, 2)], [1, 1]), i32(3, 5)
-    choosing = {"rules": rules, "lengths": lengths}
+    choosing = {"rules": rules, "lengths": lengths, "tokens": i32([0], [0])}
     scores = torch.full((2, 3, 3), torch.nan)
     set_threads(2)
     argmax, rank = ops.lm_head_verify(x, weight, draft, mask, scores=scores, **choosing)
@@ -212,7 +236,14 @@ def test_scores(ops, temperature, set_threads):
     set_threads(1)
     one = torch.empty(1, 2, 3)
     ops.lm_head_verify(
-        x[1:, 1:], weight, draft[1:, 1:], mask, scores=one, rules=rules[1:], lengths=lengths[1:] + 1
+        x[1:, 1:],
+        weight,
+        draft[1:, 1:],
+        mask,
+        scores=one,
+        rules=rules[1:],
+        lengths=lengths[1:] + 1,
+        tokens=i32([0]),
     )
     assert torch.equal(one[0], scores[1, 1:])
 

@@ -191,6 +191,7 @@ def launch_lm_head_verify(
     first_mask: Tensor | None = None,
     rules: Tensor | None = None,
     lengths: Tensor | None = None,
+    tokens: Tensor | None = None,
     scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`kvspn.ops.lm_head_verify`, unchecked."""

@@ -244,8 +244,9 @@ class Engine {
         without_gil([&] { return kvspn_engine_prefill(engine_.get(), row, count); });
     }
 
-    void set_rule(int row, float temperature, uint64_t seed) {
-        const kvspn_rule rule{sizeof rule, temperature, seed};
+    void set_rule(int row, float temperature, uint64_t seed, int begin, int text_end, int max_initial,
+                  int prefix) {
+        const kvspn_rule rule{sizeof rule, temperature, seed, begin, text_end, max_initial, prefix};
         check(kvspn_engine_set_rule(engine_.get(), row, &rule));
     }
 
@@ -366,7 +367,8 @@ PYBIND11_MODULE(_native, m) {
         .def("encode", &Engine::encode, py::arg("row"), py::arg("states"))
         .def("prefill", &Engine::prefill, py::arg("row"), py::arg("count"))
         .def("set_rule", &Engine::set_rule, py::arg("row"), py::kw_only(), py::arg("temperature"),
-             py::arg("seed"))
+             py::arg("seed"), py::arg("timestamp_begin"), py::arg("text_end"), py::arg("max_initial"),
+             py::arg("prefix"))
         .def("choose", &Engine::choose, py::kw_only(), py::arg("mask") = py::none(),
              py::arg("first_mask") = py::none(), py::arg("log_probs") = py::none())
         .def("step", &Engine::step, py::kw_only(), py::arg("k"), py::arg("eos"), py::arg("max_length"),

@@ -54,6 +54,20 @@ void Engine::set_rule(int row, const kvspn_rule& rule) {
     RowRule own = rules_[size_t(row)];
     own.temperature = rule.temperature;
     own.seed[0] = uint32_t(rule.seed), own.seed[1] = uint32_t(rule.seed >> 32);
+    own.times = own.text_end = own.last_first = own.prefix = 0;
+    if (rule.timestamp_begin) {
+        require(rule.timestamp_begin > 0 && rule.timestamp_begin < weights_.vocabulary,
+                "timestamp_begin must be 0 for none, or 1 to ", weights_.vocabulary - 1, ", got ",
+                rule.timestamp_begin);
+        require(rule.text_end >= 0 && rule.text_end <= rule.timestamp_begin, "text_end must be 0 to ",
+                rule.timestamp_begin, ", got ", rule.text_end);
+        require(rule.max_initial >= -1, "max_initial must be at least -1, got ", rule.max_initial);
+        require(rule.prefix >= 0, "prefix must be at least 0, got ", rule.prefix);
+        own.times = rule.timestamp_begin, own.text_end = rule.text_end, own.prefix = rule.prefix;
+        own.last_first = rule.max_initial < 0
+                             ? kLastToken
+                             : int32_t(std::min<int64_t>(int64_t(own.times) + rule.max_initial, kLastToken));
+    }
     if (!std::memcmp(&own, &rules_[size_t(row)], sizeof own)) return;  // A device need not wait for it.
     rules_[size_t(row)] = own;
     write_rule(row);

@@ -3,6 +3,7 @@
 
 #include "common/error.h"
 #include "common/ops.h"
+#include "common/rule.h"
 #include "common/tensor.h"
 
 namespace kvspn {
@@ -130,10 +131,13 @@ void check(const kvspn_verify_params& p) {
     check_optional("mask", p.mask, {Dtype::fp32}, {tokens});
     check_optional("first_mask", p.first_mask, {Dtype::fp32}, {given(p.mask) ? p.mask.shape[0] : tokens});
     check_norm(p.norm_weight, p.norm_bias, p.eps, inputs);
-    check_optional("rules", p.rules, {Dtype::int32}, {batch, 4});
+    check_optional("rules", p.rules, {Dtype::int32}, {batch, int64_t(sizeof(RowRule)) / 4});
     check_optional("lengths", p.lengths, {Dtype::int32}, {batch});
-    require(given(p.rules) == given(p.lengths),
-            "lengths must be given with rules and with them alone, got one of the two");
+    check_optional("tokens", p.tokens, {Dtype::int32}, {batch, kAny});
+    for (auto& [name, tensor] :
+         {std::pair<const char*, const kvspn_tensor&>{"lengths", p.lengths}, {"tokens", p.tokens}})
+        require(given(p.rules) == given(tensor), name,
+                " must be given with rules and with them alone, got one of the two");
     require(given(p.rules) || !given(p.first_mask), "rules must be given with first_mask, got none");
     check_optional("scores", p.scores, {Dtype::fp32}, {batch, queries, 3});
 }

@@ -1,4 +1,5 @@
-// How a row's next token is chosen, as data that lies beside it on the device; and the noise of sampling.
+// How a row's next token is chosen, as data that lies beside it on the device: the noise of sampling, and the
+// grammar of Whisper's timestamps.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +16,39 @@ namespace kvspn {
 struct RowRule {
     int32_t first;  // index of the first token that is chosen, to which the first mask belongs
     float temperature;
-    uint32_t seed[2];  // of the row, the low half in front
+    uint32_t seed[2];    // of the row, the low half in front
+    int32_t times;       // the token of 0.00 s; 0: no grammar
+    int32_t text_end;    // the end-of-text token: what lies between it and `times` may follow a segment's end
+    int32_t last_first;  // the first token is at most this timestamp
+    int32_t prefix;      // tokens of the prompt, at its end, that belong to the text
 };
-static_assert(sizeof(RowRule) == 16, "kvspn_verify_params holds it as four int32");
+static_assert(sizeof(RowRule) == 32, "kvspn_verify_params holds it as eight int32");
+
+constexpr int32_t kLastToken = 0x7fffffff;  // above all tokens
+
+// The text of a row so far: how many tokens, the newest two, and the largest timestamp, or -1.
+struct History {
+    int32_t count = 0, newest = -1, before = -1, time = -1;
+};
+KVSPN_INLINE void push(History& history, int32_t token, const RowRule& rule) {
+    ++history.count, history.before = history.newest, history.newest = token;
+    if (token >= rule.times && token > history.time) history.time = token;
+}
+
+// What may come next: tokens from `text` to rule.times, and timestamps lowest ... highest.
+struct Window {
+    int32_t text, lowest, highest;
+};
+KVSPN_INLINE Window window_of(const RowRule& rule, const History& history) {
+    if (history.count <= 0) return {rule.times, rule.times, rule.last_first};
+    if (history.newest < rule.times) return {0, history.time < 0 ? rule.times : history.time + 1, kLastToken};
+    if (history.count == 1 || history.before >= rule.times)  // A segment has begun.
+        return {0, kLastToken, kLastToken - 1};
+    return {rule.text_end, history.time, kLastToken};
+}
+KVSPN_INLINE bool allows(const RowRule& rule, const Window& window, int32_t token) {
+    return token < rule.times ? token >= window.text : token >= window.lowest && token <= window.highest;
+}
 
 // A number of (0, 1) in steps of 2^-23: the first word of Philox4x32-10 at the counter (token, index, 0, 0)
 // (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011).

@@ -116,33 +116,40 @@ void lm_head_verify(const kvspn_verify_params& p) {
     };
     const bool scored = given(p.scores);
     const Parts parts(p.stream, product.rows);
+    const int strips = (vocabulary + kStrip - 1) / kStrip;
     parts.run([&](int part) {
-        std::vector<Partition> partitions(scored ? size_t(vocabulary + kStrip - 1) / kStrip : 0);
+        std::vector<Partition> partitions(scored || given(p.rules) ? size_t(kKinds) * strips : 0);
         for (int r = part; r < product.rows; r += parts.count()) {
             const float* logits = product.row(r);
             const int b = r / queries, q = r % queries;
             RowRule rule{};
-            Judge judge{product.kernels, mask, ids, &rule, 0};
+            Judge judge{product.kernels, mask, ids, &rule, 0, {}, vocabulary};
             if (given(p.rules)) {
                 std::memcpy(&rule, static_cast<const int32_t*>(p.rules.data) + b * p.rules.strides[0],
                             sizeof rule);
-                judge.index = static_cast<const int32_t*>(p.lengths.data)[b * p.lengths.strides[0]] + q + 1;
+                const int32_t length = static_cast<const int32_t*>(p.lengths.data)[b * p.lengths.strides[0]];
+                judge.index = length + q + 1;
                 if (first_mask && judge.index == rule.first) judge.mask = first_mask;
+                History history;
+                for (int64_t t = std::max(rule.first - rule.prefix, 0);
+                     rule.times && t <= std::min<int64_t>(length, p.tokens.shape[1] - 1); ++t)
+                    push(history, *at(p.tokens, b, int(t)), rule);
+                for (int i = 0; i < q; ++i) push(history, *at(p.draft, b, i), rule);
+                judge.window = window_of(rule, history);
             }
             const bool judged = q + 1 < queries;
             const int32_t draft = judged ? *at(p.draft, b, q) : -1;
-            Best best;
+            Best best[kKinds];
             if (draft >= 0 && draft < vocabulary) judge.expect(draft, logits[draft], best);
-            judge.hear(logits, 0, vocabulary, best, scored ? partitions.data() : nullptr);
-            if (best.nan) best.id = -1;
-            const bool ranked = best.id >= 0 && best.draft >= 0;
-            *at(p.argmax, b, q) = ids && best.id >= 0 ? ids[best.id] : best.id;
-            if (judged) *at(p.rank, b, q) = ranked ? best.above : std::numeric_limits<int32_t>::max();
+            judge.hear(logits, 0, vocabulary, best, scored || rule.times ? partitions.data() : nullptr);
+            const Best found = judge.decide(best, partitions.data(), scored);
+            const bool ranked = found.id >= 0 && found.draft >= 0;
+            *at(p.argmax, b, q) = ids && found.id >= 0 ? ids[found.id] : found.id;
+            if (judged) *at(p.rank, b, q) = ranked ? found.above : KVSPN_K_INF;
             if (!scored) continue;
             float* scores =
                 static_cast<float*>(p.scores.data) + b * p.scores.strides[0] + q * p.scores.strides[1];
-            scores[0] = join(partitions.data(), int(partitions.size()));
-            scores[1] = best.logit, scores[2] = best.draft_logit;
+            scores[0] = found.log_sum_exp, scores[1] = found.logit, scores[2] = found.draft_logit;
         }
     });
 }

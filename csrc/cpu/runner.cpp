@@ -70,15 +70,17 @@ void CpuRunner::reserve(int64_t rows) {
     require(rows <= kMostElements / (int64_t(threads) * wide_stride_), "kv must have fewer rows beside ",
             wide_stride_, " columns and ", threads, " threads, got passes of ", rows);
     const size_t each = size_t(rows), all = size_t(threads) * each;
+    const size_t all_strips = size_t(std::max(strips(weights_.head), strips(weights_.draft_head)));
     Memory x(each * width_stride_ * sizeof(float)), wide(each * wide_stride_ * sizeof(float)),
         attended(each * wide_stride_ * sizeof(float)), hidden(each * wide_stride_ * sizeof(float)),
         normed(all * width_stride_ * sizeof(float)), quantised(all * wide_stride_ * sizeof(int16_t)),
-        scales(all * sizeof(float)), logits(all * kStrip * sizeof(float)), best(all * sizeof(Best)),
-        ids(each * sizeof(int32_t)), parts(each * strips(weights_.head) * sizeof(Partition));
+        scales(all * sizeof(float)), logits(all * kStrip * sizeof(float)), best(all * kKinds * sizeof(Best)),
+        ids(each * sizeof(int32_t)), parts(each * kKinds * all_strips * sizeof(Partition)),
+        windows(each * sizeof(Window));
     x_ = std::move(x), wide_ = std::move(wide), attended_ = std::move(attended), hidden_ = std::move(hidden);
     normed_ = std::move(normed), quantised_ = std::move(quantised), scales_ = std::move(scales);
     logits_ = std::move(logits), best_ = std::move(best), ids_ = std::move(ids);
-    parts_ = std::move(parts);
+    parts_ = std::move(parts), windows_ = std::move(windows);
     reserved_ = int(rows);
 }
 
@@ -199,6 +201,7 @@ void CpuRunner::walk(int thread, int first, int last) {
                 if (thread == 0) {
                     if (!stage.draft && first < plan_.base) take_drafts();
                     embed();
+                    open_windows();
                 }
                 break;
             case Kind::linear:
@@ -227,7 +230,7 @@ void CpuRunner::take_drafts() {
     rows_ = 0;
     for (int i = 0; i < slot_count_; ++i) {
         Slot& slot = slots_[size_t(i)];
-        const int32_t draft = best_.as<Best>()[i].id;
+        const int32_t draft = best_.as<Best>()[kKinds * i].id;
         slot.first = rows_, slot.drafts = draft >= 0;
         ids[rows_++] = batch_.tokens[int64_t(slot.row) * batch_.token_capacity + slot.position];
         if (draft < 0 || slot.position + 1 == batch_.self.capacity) continue;
@@ -368,85 +371,107 @@ void CpuRunner::attend(int thread, const Stage& stage) {
     }
 }
 
+// The tokens that may come behind each row of x, where its rule has timestamps.
+void CpuRunner::open_windows() {
+    for (int i = 0; i < slot_count_; ++i) {
+        const Slot& slot = slots_[size_t(i)];
+        const RowRule& rule = rules_[size_t(slot.row)];
+        if (!rule.times) continue;
+        const int32_t* tokens = batch_.tokens + int64_t(slot.row) * batch_.token_capacity;
+        History history;
+        for (int at = std::max(rule.first - rule.prefix, 0); at <= slot.position; ++at)
+            push(history, tokens[at], rule);
+        for (int q = 0; q < slot.queries; ++q) {
+            if (q) push(history, ids_.as<int32_t>()[slot.first + q], rule);
+            windows_.as<Window>()[slot.first + q] = window_of(rule, history);
+        }
+    }
+}
+
 // What the logits of a slot's query are held against.
-Judge CpuRunner::judge(const Slot& slot, int query, const int32_t* ids) const {
+Judge CpuRunner::judge(const Stage& stage, const Slot& slot, int query) const {
     const RowRule& rule = rules_[size_t(slot.row)];
     const int index = slot.position + query + 1;
     const bool first = params_->first_mask && index == rule.first;
-    return {kernels_, first ? params_->first_mask : params_->mask, ids, &rule, index};
+    return {kernels_,
+            first ? params_->first_mask : params_->mask,
+            stage.draft ? weights_.draft_ids : nullptr,
+            &rule,
+            index,
+            windows_.as<Window>()[slot.first + query],
+            stage.matrix->outputs};
 }
 
-// Logits strip by strip -> best_[row]: the argmax and the rank of the draft that the row judges.
+// Logits strip by strip -> best_[kKinds * row]: the argmax and the rank of the draft that the row judges.
 void CpuRunner::verify(int thread, const Stage& stage) {
     const Matrix& head = *stage.matrix;
-    const int32_t* ids = stage.draft ? weights_.draft_ids : nullptr;
     const int threads = team_.size(), most = reserved_;
     const bool scored = params_->log_probs && !stage.draft;
     float* logits = logits_.as<float>() + int64_t(thread) * most * kStrip;
-    Best* best = best_.as<Best>() + int64_t(thread) * most;
+    const auto best = [&](int of, int r) { return best_.as<Best>() + (int64_t(of) * most + r) * kKinds; };
+    const auto parts = [&](int r) { return parts_.as<Partition>() + int64_t(r) * kKinds * strips(head); };
+    const auto each_row = [&](auto visit) {
+        for (int i = 0; i < slot_count_; ++i)
+            for (int q = 0; q < slots_[i].queries; ++q)
+                visit(slots_[i].first + q, judge(stage, slots_[i], q), q + 1 < slots_[i].queries);
+    };
     const Rows rows = input(thread, stage.norm, x_.as<float>(), head);
-    for (int i = 0; i < slot_count_; ++i) {
-        for (int q = 0; q < slots_[i].queries; ++q) {
-            const int r = slots_[i].first + q;
-            best[r] = {};
-            if (q + 1 == slots_[i].queries) continue;
-            const int draft = ids_.as<int32_t>()[r + 1];
-            Rows row = rows.from(r);
-            row.count = 1;
-            kernels_.linear(head, row, draft, draft + 1, logits - draft, 1, false);
-            judge(slots_[i], q, ids).expect(draft, *logits, best[r]);
-        }
-    }
+    each_row([&](int r, const Judge& judge, bool judges) {
+        std::fill_n(best(thread, r), kKinds, Best{});
+        if (!judges) return;
+        const int draft = ids_.as<int32_t>()[r + 1];
+        Rows row = rows.from(r);
+        row.count = 1;
+        kernels_.linear(head, row, draft, draft + 1, logits - draft, 1, false);
+        judge.expect(draft, *logits, best(thread, r));
+    });
     auto [first, last] = share(head.outputs, thread, threads, kStrip);
     for (int from = first; from < last; from += kStrip) {
         const int to = std::min(from + kStrip, last);
         kernels_.linear(head, rows, from, to, logits - from, kStrip, false);
-        for (int i = 0; i < slot_count_; ++i) {
-            for (int q = 0; q < slots_[i].queries; ++q) {
-                const int r = slots_[i].first + q;
-                Partition* parts = parts_.as<Partition>() + int64_t(r) * strips(head);
-                judge(slots_[i], q, ids)
-                    .hear(logits + int64_t(r) * kStrip, from, to - from, best[r],
-                          scored ? parts + from / kStrip : nullptr);
-            }
-        }
+        each_row([&](int r, const Judge& judge, bool) {
+            const bool parted = scored || judge.rule->times;
+            judge.hear(logits + int64_t(r) * kStrip, from, to - from, best(thread, r),
+                       parted ? parts(r) + from / kStrip : nullptr);
+        });
     }
     team_.barrier();
     if (thread) return;
-    Best* result = best_.as<Best>();
-    for (int r = 0; r < rows_; ++r) {
-        for (int t = 1; t < threads; ++t) {
-            const Best& other = best_.as<Best>()[int64_t(t) * most + r];
-            result[r].above += other.above;
-            result[r].nan |= other.nan;
-            if (other.value > result[r].value) {
-                result[r].value = other.value, result[r].logit = other.logit;
-                result[r].id = other.id;
+    each_row([&](int r, const Judge& judge, bool) {
+        Best* result = best(0, r);
+        for (int kind = 0; kind < judge.kinds(); ++kind) {
+            for (int t = 1; t < threads; ++t) {
+                const Best& other = best(t, r)[kind];
+                result[kind].above += other.above;
+                result[kind].nan |= other.nan;
+                if (other.value > result[kind].value) {
+                    result[kind].value = other.value, result[kind].logit = other.logit;
+                    result[kind].id = other.id;
+                }
             }
         }
-        if (result[r].nan) result[r].id = -1;
-        if (ids && result[r].id >= 0) result[r].id = ids[result[r].id];
-        if (scored)
-            result[r].log_sum_exp = join(parts_.as<Partition>() + int64_t(r) * strips(head), strips(head));
-    }
+        *result = judge.decide(result, parts(r), scored);
+        if (judge.ids && result->id >= 0) result->id = judge.ids[result->id];
+    });
 }
 
 struct CpuRunner::SlotRow {
     const Slot& slot;
-    const Best* best;    // of the row's queries
+    const Best* bests;   // of the row's queries, kKinds each
     const int32_t* ids;  // and their tokens
     int32_t* tokens;     // of the row
     float* log_probs;    // and theirs; or null
     // What the cache has no place for was not verified, and does not stand.
     bool verified(int i) const { return i + 1 < slot.queries; }
     int32_t draft(int i) const { return verified(i) ? ids[i + 1] : 0; }
-    int32_t rank(int i) const { return verified(i) && best[i].id >= 0 ? best[i].above : KVSPN_K_INF; }
-    int32_t choice(int i) const { return best[i].id; }
+    const Best& best(int i) const { return bests[kKinds * i]; }
+    int32_t rank(int i) const { return verified(i) && best(i).id >= 0 ? best(i).above : KVSPN_K_INF; }
+    int32_t choice(int i) const { return best(i).id; }
     void emit(int32_t i, int64_t at, int32_t token) const {
         tokens[at] = token;
         if (log_probs)
             log_probs[at] =
-                (best[i].draft == token ? best[i].draft_logit : best[i].logit) - best[i].log_sum_exp;
+                (best(i).draft == token ? best(i).draft_logit : best(i).logit) - best(i).log_sum_exp;
     }
 };
 
@@ -456,7 +481,8 @@ void CpuRunner::accept() {
         const Slot& slot = slots_[size_t(i)];
         const int64_t start = int64_t(slot.row) * batch_.token_capacity;
         const SlotRow row{
-            slot, best_.as<Best>() + slot.first, ids_.as<int32_t>() + slot.first, batch_.tokens + start,
+            slot, best_.as<Best>() + kKinds * slot.first, ids_.as<int32_t>() + slot.first,
+            batch_.tokens + start,
             params_->log_probs ? static_cast<float*>(params_->log_probs->data) + start : nullptr};
         batch_.finished[slot.row] = kvspn::accept(row, slot.drafts, rule, batch_.self.lengths[slot.row],
                                                   batch_.stats + 3 * int64_t(slot.row));

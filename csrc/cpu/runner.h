@@ -43,7 +43,8 @@ class CpuRunner : public Runner {
     bool find_slots();
     void walk(int thread, int first, int last);
     void take_drafts();
-    Judge judge(const Slot& slot, int query, const int32_t* ids) const;
+    Judge judge(const Stage& stage, const Slot& slot, int query) const;
+    void open_windows();
     void embed();
     Rows input(int thread, const Norm* norm, const float* x, const Matrix& matrix);
     void linear(int thread, const Stage& stage);
@@ -68,7 +69,8 @@ class CpuRunner : public Runner {
     int slot_count_ = 0, rows_ = 0;                       // of the present pass
     int reserved_ = 0;                                    // rows of a pass that there is memory for
     int width_stride_, wide_stride_, scores_stride_ = 0;  // elements
-    Memory x_, wide_, attended_, hidden_, normed_, quantised_, scales_, scores_, logits_, best_, parts_;
+    Memory x_, wide_, attended_, hidden_, normed_, quantised_, scales_, scores_, logits_, best_, parts_,
+        windows_;
     Memory ids_;  // int32, the tokens of the rows of x: of a slot the newest, then its drafts
 
     std::vector<Timing>* timings_ = nullptr;  // of the present profile()

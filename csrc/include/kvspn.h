@@ -119,6 +119,14 @@ typedef struct kvspn_rule {
     uint32_t struct_size;
     float temperature; /* 0: greedy */
     uint64_t seed;
+    /* The grammar of Whisper's timestamps: the token of 0.00 s, from which on all are timestamps; 0: none. A
+     * row begins with one, at most this plus max_initial (-1: any); they stand in pairs and never decrease;
+     * and where all together are likelier than every token of text, the token is one of them. */
+    int32_t timestamp_begin;
+    int32_t text_end; /* the end-of-text token; what is below is text */
+    int32_t max_initial;
+    int32_t
+        prefix; /* so many tokens at the prompt's end are the text's own, its first timestamp among them */
 } kvspn_rule;
 
 typedef struct kvspn_generate_params {
@@ -308,13 +316,15 @@ typedef struct kvspn_verify_params {
      * mask is then of all tokens, and argmax names one of these. Optional. */
     kvspn_tensor ids;
     kvspn_tensor first_mask; /* as mask, in its place where a choice is a row's first; optional, with rules */
-    /* int32 [B, 4]: of each row the index of the first token that is chosen, the bits of the temperature, the
-     * seed's low and high half. With lengths int32 [B]: query i chooses token lengths[b] + i + 1.
-     * Optional. */
+    /* int32 [B, 8]: of each row the index of the first token that is chosen, the bits of the temperature, the
+     * seed's low and high half; then of timestamps (see kvspn_rule) the first, or 0 for none, text_end, the
+     * last that a row may begin with, and prefix. With lengths int32 [B], query i chooses token
+     * lengths[b] + i + 1, and tokens int32 [B, N], the rows so far. Optional. */
     kvspn_tensor rules, lengths;
     /* FP32 [B, Q, 3]: the log-sum-exp of each row's masked logits, and those of its choice and of its draft.
      * Optional. */
     kvspn_tensor scores;
+    kvspn_tensor tokens;
 } kvspn_verify_params;
 
 KVSPN_API kvspn_status kvspn_lm_head_verify(const kvspn_verify_params* params);

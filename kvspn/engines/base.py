@@ -202,6 +202,8 @@ class CachedEngine(Engine):
             raise ValueError(f"rules must hold {len(prompt)} rows, got {len(rules)}")
         for row, rule in enumerate(rules):
             check_rule(f"rules[{row}]", rule)
+            if rule.timestamps is not None:
+                integer(f"rules[{row}].timestamps.begin", rule.timestamps.begin, 1, len(self._embed) - 1)
         boolean("log_probs", log_probs)
         self._eos, self._max_length, self._mask, self._scored = eos, max_length, mask, log_probs
         self._first_mask = begin_mask if mask is None or begin_mask is None else mask + begin_mask

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvspn import _native
 from kvspn.engines.base import CachedEngine
-from kvspn.ops.rules import Rule
+from kvspn.ops.rules import Rule, Timestamps
 from kvspn.weights import DecoderWeights
 from kvspn.weights.decoder import named_tensors
 
@@ -77,8 +77,17 @@ class NativeEngine(CachedEngine):
         mask, first_mask = masks
         log_probs = self.log_probs if self._scored else None
         self._engine.choose(mask=mask, first_mask=first_mask, log_probs=log_probs)
-        for row, (temperature, seed) in enumerate(rules):
-            self._engine.set_rule(row, temperature=temperature, seed=seed)
+        for row, (temperature, seed, timestamps) in enumerate(rules):
+            begin, text_end, max_initial, prefix = timestamps or Timestamps(0, 0)
+            self._engine.set_rule(
+                row,
+                temperature=temperature,
+                seed=seed,
+                timestamp_begin=begin,
+                text_end=text_end,
+                max_initial=-1 if max_initial is None else max_initial,
+                prefix=prefix,
+            )
 
     def _step(self, k: int, draft: bool, draft_tokens: Tensor | None = None) -> None:
         if draft_tokens is None:

@@ -133,9 +133,9 @@ class GenerationMixin:
             prompt_ids: [P], text that went before, from the processor's `get_prompt_ids`, as in Whisper.
             prefix_ids: [P], how the output begins, after the prompt; the sequences begin behind it. (See
                 `kvspn.models.prompts.text_before` for both from text.)
-            return_timestamps: whether the tokens tell the times of segments, by Whisper's grammar of timestamps
-                (see `kvspn.ops.rules.Timestamps`); every 20 ms has a token behind that of no timestamps. With
-                a prefix the text begins at 0.00.
+            return_timestamps: whether the tokens tell the times of segments, by Whisper's grammar (see
+                `kvspn.ops.rules.Timestamps`); every 20 ms has a token behind that of no timestamps. With a
+                prefix the text begins at 0.00.
             language_probabilities: whether to say how likely each language was, where none is given: of the
                 model's own weights, by one position through its decoder beside the engine's detection.
             log_probs: whether to tell those of the tokens, without a second pass.
@@ -212,7 +212,9 @@ class GenerationMixin:
         rule = settings.sampling(said)
         eos = said.get("eos_token_id", self.config.eos_token_id)
         ends = settings.token_ids("eos_token_id", eos, self.config.vocab_size)
-        timestamps = settings.timestamps(said, self.config.vocab_size, ends[0], len(prefix) and 1 + len(prefix))
+        timestamps = settings.timestamps(
+            said, self.config.vocab_size, ends[0], len(prefix) and 1 + len(prefix)
+        )
         if timestamps is not None:
             none = said["no_timestamps_token_id"]
             said["suppress_tokens"] = [*said.get("suppress_tokens", ()), none]

@@ -102,8 +102,8 @@ def reference(
         argmax: int32 [B, Q]; of equal logits the smallest id. -1 where a row has no token to choose: with NaN
             among its logits, or none above -inf.
         rank: int32 [B, Q-1], the number of tokens with a larger logit, plus those equal with a smaller id;
-            so rank < 1 means "is the argmax". A draft that is suppressed (its logit is -inf), outside
-            0 .. V-1, or in a row without a token, has rank K_INF, under no k.
+            so rank < 1 means "is the argmax". A draft that is suppressed (its logit is -inf) has rank V; one
+            outside 0 .. V-1, or in a row without a token, K_INF, under no k.
 
     Logits are fp32 and never rounded.
 
@@ -134,8 +134,8 @@ def reference(
             judged = j < len(drafts) and 0 <= drafts[j] < len(logits)
             if chosen and judged:
                 own = counted[drafts[j]]
-                if own > -torch.inf:
-                    rank[b, j] = (counted > own).sum() + (counted[: drafts[j]] == own).sum()
+                ahead = (counted > own).sum() + (counted[: drafts[j]] == own).sum()
+                rank[b, j] = ahead if own > -torch.inf else len(counted)
             if scores is not None:
                 scores[b, j, 0] = logits.logsumexp(0)
                 scores[b, j, 1] = logits[counted.argmax()] if chosen else -torch.inf
