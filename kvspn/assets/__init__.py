@@ -1,7 +1,8 @@
 """What ships with the package: the miniature model, and speech to demonstrate and measure it.
 
 mini/                           model folder of the miniature
-speech/{demo,unseen,hard}/      manifest.json and the clips that it names
+speech/{demo,unseen,hard}/      manifest.json and the clips that it names, synthetic
+speech/real/                    clips of Common Voice, CC0, and manifest.jsonl: speakers, sources, texts
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ class SpokenSentence:
 def bundled_model() -> Path:
     """The miniature's folder."""
     return ROOT / "mini"
+
+
+def real_speech() -> Path:
+    """The manifest of clips of real people (`kvspn.speech.manifest`)."""
+    return ROOT / "speech" / "real" / "manifest.jsonl"
 
 
 def missing_part(folder: Path) -> str | None:

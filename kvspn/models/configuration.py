@@ -67,6 +67,9 @@ class WhisperM2MConfig(WhisperConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        # By this name transformers' pipeline tells a Whisper, cuts long audio and joins the texts. The
+        # class keeps its own, which is saved and which the Auto classes go by.
+        self.model_type = "whisper"
         if self.activation_function != "gelu":
             raise ValueError(f"activation_function must be 'gelu', got {self.activation_function!r}")
         if not self.kvspn_blocks:
@@ -81,11 +84,3 @@ class WhisperM2MConfig(WhisperConfig):
         ):
             if value < 1 or divisor < 1 or value % divisor:
                 raise ValueError(f"{name} must be a multiple of {what} ({divisor}), got {value}")
-
-    @property
-    def inputs_to_logits_ratio(self) -> int:
-        """Only transformers' pipeline asks for it, where it would cut audio and merge the texts wrongly."""
-        raise ValueError(
-            "chunk_length_s is for CTC models: leave it out, and give clips that fit the model's window; "
-            "kvspn.speech.translator translates any length"
-        )

@@ -28,7 +28,8 @@ def check_window(extractor: WhisperFeatureExtractor, audio: Audio) -> None:
     if longest > limit:
         raise ValueError(
             f"audio must be at most {limit / extractor.sampling_rate:g} seconds long, the model's window, "
-            f"got {longest / extractor.sampling_rate:.1f}; kvspn.speech.translator translates any length"
+            f"got {longest / extractor.sampling_rate:.1f}; a pipeline cuts it with chunk_length_s, "
+            "and kvspn.speech.translator translates any length"
         )
 
 

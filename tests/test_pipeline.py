@@ -1,0 +1,107 @@
+"""transformers' speech recognition pipeline takes a kvspn model for a Whisper: what it gives or refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutomaticSpeechRecognitionPipeline,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    pipeline,
+)
+
+from kvspn.models import WhisperM2MConfig
+from kvspn.models.folder import open_model
+from support.tiny import WINDOW_SECONDS, save_model, save_whisper, sound
+
+Pipeline = AutomaticSpeechRecognitionPipeline
+SAID = {"language": "de", "task": "transcribe", "max_new_tokens": 10, "num_beams": 1}
+SHORT, OTHER, LONG = sound(1.5), sound(WINDOW_SECONDS, 1), sound(7.3, 2)
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, Pipeline]:
+    """Of the same Whisper: kvspn's model, and transformers' own."""
+    folder = save_whisper(tmp_path_factory.mktemp("whisper"))
+    model, processor = open_model(folder, torch.float32)
+    ours = {"tokenizer": processor.tokenizer, "feature_extractor": processor.feature_extractor}
+    theirs = {**ours, "feature_extractor": WhisperFeatureExtractor.from_pretrained(folder)}
+    whisper = WhisperForConditionalGeneration.from_pretrained(folder)
+    kind = "automatic-speech-recognition"
+    return pipeline(kind, model=model, **ours), pipeline(kind, model=whisper, **theirs)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("audio", "options"),
+    [
+        (SHORT, {}),
+        ([SHORT, OTHER, SHORT], {"batch_size": 2}),
+        (LONG, {"chunk_length_s": WINDOW_SECONDS}),
+        ([LONG, SHORT], {"chunk_length_s": 1.5, "stride_length_s": (0.5, 0.25), "batch_size": 3}),
+        (SHORT, {"generate_kwargs": {**SAID, "task": "translate"}}),
+        (SHORT, {"generate_kwargs": {**SAID, "max_new_tokens": 3}}),
+    ],
+    ids=["one", "a batch", "long", "long in batches", "a task", "a limit"],
+)
+def test_texts_are_those_of_transformers(pipelines: Any, audio: Any, options: dict[str, Any]) -> None:
+    ours, theirs = (each(audio, **{"generate_kwargs": dict(SAID), **options}) for each in pipelines)
+    assert ours == theirs
+    assert all(each["text"] for each in (ours if isinstance(ours, list) else [ours]))
+
+
+def test_long_audio_is_heard_to_its_end(pipelines: Any) -> None:
+    """The text of chunks without overlap is that of the chunks."""
+    heard: Callable[..., Any] = pipelines[0]
+    options = {"generate_kwargs": SAID}
+    chunks = [heard(LONG[i : i + 32_000], **options)["text"] for i in range(0, len(LONG), 32_000)]
+    whole = heard(LONG, chunk_length_s=WINDOW_SECONDS, stride_length_s=0, **options)["text"]
+    assert len(chunks) == 4 and whole.endswith(chunks[-1])
+
+
+@pytest.mark.parametrize(
+    ("audio", "options", "message"),
+    [
+        (LONG, {}, "audio must be at most 2 seconds long.*cuts it with chunk_length_s"),
+        (LONG, {"chunk_length_s": 3}, "audio must be at most 2 seconds long, the model's window, got 3.0"),
+        (SHORT, {"return_language": True}, "return_segments must be left out"),
+        (SHORT, {"return_timestamps": "word"}, "must be left out, as generate\\(\\) does not honour it"),
+        (SHORT, {"generate_kwargs": {"num_beams": 3}}, "num_beams must be 1 or left out"),
+        (SHORT, {"generate_kwargs": {"language": "xx"}}, "language must be one of"),
+        (SHORT, {"generate_kwargs": {"task": "sing"}}, "task must be one of"),
+        (SHORT, {"generate_kwargs": {"repetition_penalty": 1.2}}, "repetition_penalty must be"),
+        (SHORT, {"generate_kwargs": {"k": 0}}, "k must be"),
+    ],
+)
+def test_what_is_not_honoured_is_refused(
+    pipelines: Any, audio: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipelines[0](audio, **options)
+
+
+def test_drafts_and_a_target_language(tmp_path: Path) -> None:
+    """A whisperM2M in its folder; k reaches the draft network."""
+    recognise = pipeline("automatic-speech-recognition", model=str(save_model(tmp_path)))
+    heard = {
+        k: recognise(
+            LONG, chunk_length_s=2, generate_kwargs={"language": "en", "target_language": "de", "k": k}
+        )
+        for k in (1, "inf")
+    }
+    plain = recognise(
+        LONG, chunk_length_s=2, generate_kwargs={"language": "en", "target_language": "de", "draft": False}
+    )
+    assert heard[1] == plain != heard["inf"]
+
+
+def test_the_name_that_the_pipeline_sees_is_not_saved(tmp_path: Path) -> None:
+    config = WhisperM2MConfig()
+    assert config.model_type == "whisper" and WhisperM2MConfig.model_type == "whisper_m2m"
+    config.save_pretrained(tmp_path)
+    assert '"model_type": "whisper_m2m"' in (tmp_path / "config.json").read_text()
