@@ -17,7 +17,7 @@ from transformers import (
 
 from kvspn.models import WhisperM2MConfig
 from kvspn.models.folder import open_model
-from support.tiny import WINDOW_SECONDS, save_model, save_whisper, sound, tokenizer, whisper
+from support.tiny import WINDOW_SECONDS, save_model, save_whisper, sound
 
 Pipeline = AutomaticSpeechRecognitionPipeline
 SAID = {"language": "de", "task": "transcribe", "max_new_tokens": 10, "num_beams": 1}
@@ -66,19 +66,14 @@ def test_long_audio_is_heard_to_its_end(pipelines: Any) -> None:
 
 def test_times_of_segments(tmp_path: Path) -> None:
     """Those of the tokens."""
-    words = tokenizer()
-    words.add_tokens([f"<|{i / 50:.2f}|>" for i in range(50 * WINDOW_SECONDS + 1)])
-    save_whisper(tmp_path)
-    words.save_pretrained(tmp_path)
-    whisper(words).save_pretrained(tmp_path)
-    model, processor = open_model(tmp_path, torch.float32)
+    model, processor = open_model(save_whisper(tmp_path, timestamps=True), torch.float32)
     parts = {"tokenizer": processor.tokenizer, "feature_extractor": processor.feature_extractor}
     recognise = pipeline("automatic-speech-recognition", model=model, **parts)
     said = {"language": "de", "task": "transcribe"}
     short = recognise(SHORT, return_timestamps=True, generate_kwargs=said)
     features = processor(SHORT, sampling_rate=16_000).input_features
     tokens = model.generate(features, return_timestamps=True, **said)[0].tolist()
-    zero = words.convert_tokens_to_ids("<|0.00|>")
+    zero = processor.tokenizer.convert_tokens_to_ids("<|0.00|>")
     times = [(token - zero) / 50 for token in tokens if token >= zero]
     assert short["chunks"] and short["chunks"][0]["timestamp"][0] == pytest.approx(times[0])
     assert short["text"] == "".join(chunk["text"] for chunk in short["chunks"])

@@ -98,9 +98,11 @@ def whisper(tokenizer: WhisperTokenizer, decoder_layers: int = 4) -> WhisperForC
     )
 
 
-def save_whisper(folder: Path, decoder_layers: int = 4) -> Path:
-    """A random Whisper's folder."""
+def save_whisper(folder: Path, decoder_layers: int = 4, timestamps: bool = False) -> Path:
+    """A random Whisper's folder, its vocabulary with or without a timestamp every 20 ms."""
     words = tokenizer()
+    if timestamps:
+        words.add_tokens([f"<|{i / 50:.2f}|>" for i in range(50 * WINDOW_SECONDS + 1)])
     whisper(words, decoder_layers).save_pretrained(folder)
     words.save_pretrained(folder)
     WhisperFeatureExtractor(chunk_length=WINDOW_SECONDS).save_pretrained(folder)
