@@ -10,23 +10,28 @@ if TYPE_CHECKING:
     from kvspn.engines import engine
     from kvspn.engines.cache import StepCache
     from kvspn.models import WhisperM2MConfig, WhisperM2MForConditionalGeneration, WhisperM2MProcessor
+    from kvspn.speech.whisper_model import BatchedInferencePipeline, WhisperModel
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "BatchedInferencePipeline",
     "StepCache",
     "WhisperM2MConfig",
     "WhisperM2MForConditionalGeneration",
     "WhisperM2MProcessor",
+    "WhisperModel",
     "__version__",
     "engine",
 ]
 
 _HOME = {
+    "BatchedInferencePipeline": "kvspn.speech.whisper_model",
     "StepCache": "kvspn.engines.cache",
     "WhisperM2MConfig": "kvspn.models",
     "WhisperM2MForConditionalGeneration": "kvspn.models",
     "WhisperM2MProcessor": "kvspn.models",
+    "WhisperModel": "kvspn.speech.whisper_model",
     "engine": "kvspn.engines",
 }
 

@@ -277,7 +277,7 @@ def test_an_untrained_draft_network_is_not_used(untrained: Path) -> None:
 def test_the_command_line_says_that_the_draft_network_is_untrained(untrained: Path, tmp_path: Path) -> None:
     soundfile.write(clip := tmp_path / "clip.wav", tiny.sound(1.0), 16_000)
     with pytest.warns(UserWarning, match="the draft network is untrained"):
-        result = kvspn_("translate", clip, "--to", "de", "--model", untrained, "--json")
+        result = kvspn_("translate", clip, "--to", "de", "--model", untrained, "--output", "json")
     assert result.exit_code == 0
     assert json.loads(result.stdout)[0]["stats"]["drafted"] == 0
 

@@ -209,28 +209,35 @@ def kvspn_(*arguments: object) -> Any:
 def test_tasks_on_the_command_line(whisper: Path, tmp_path: Path) -> None:
     soundfile.write(clip := tmp_path / "clip.wav", tiny.sound(1), 16_000)
 
-    def run(*options: str) -> tuple[int, str, str]:
-        result = kvspn_("translate", clip, "--model", whisper, *options)
+    def run(command: str, *options: str) -> tuple[int, str, str]:
+        result = kvspn_(command, clip, "--model", whisper, *options)
         return result.exit_code, result.stdout, result.stderr
 
-    code, text, _ = run("--task", "translate", "--from", "german", "--json")
+    code, text, _ = run("translate", "--from", "german", "--output", "json")
     document = json.loads(text)[0]
     assert (code, document["source"], document["target"]) == (0, "de", "en")
     assert document["language_probabilities"] == []
-    assert run("--to", "en", "--from", "de")[1] == f"{document['text']}\n"
-    _, text, _ = run("--task", "transcribe", "--json")
+    assert run("translate", "--to", "en", "--from", "de")[1] == f"{document['text']}\n"
+    _, text, _ = run("transcribe", "--output", "json")
     document = json.loads(text)[0]
     (likely,) = document["language_probabilities"]
     assert next(iter(likely)) == document["source"] == document["target"]
     assert 0.9 < sum(likely.values()) < 1.01
-    assert run("--task", "transcribe", "--prompt", "Wo", "--hotwords", "gare", "--prefix", "Où")[0] == 0
-    for options, message in (
-        ((), "give --to LANGUAGE, or --task transcribe or translate"),
-        (("--task", "transcribe", "--to", "de"), "--to must not be given with --task transcribe; got de"),
-        (("--task", "sing"), "sing"),
-        (("--to", "zh", "--from", "de"), "--to must be en, the one that a Whisper translates to, or"),
+    assert run("transcribe", "--prompt", "Wo", "--hotwords", "gare", "--prefix", "Où")[0] == 0
+    for command, options, message in (
+        ("transcribe", ("--output", "doc"), "doc"),
+        (
+            "transcribe",
+            ("--output", "srt"),
+            "--output must be txt or json for this model, which has no timest",
+        ),
+        (
+            "translate",
+            ("--to", "zh", "--from", "de"),
+            "--to must be en, the one that a Whisper translates to",
+        ),
     ):
-        code, text, error = run(*options)
+        code, text, error = run(command, *options)
         assert code
         assert not text
         assert message in error

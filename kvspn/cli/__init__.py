@@ -23,6 +23,7 @@ from kvspn.cli.plan import plan
 from kvspn.cli.profile import profile
 from kvspn.cli.quantize import quantize
 from kvspn.cli.train import app as train
+from kvspn.cli.transcribe import transcribe
 from kvspn.cli.translate import translate
 
 
@@ -80,7 +81,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with: kvspn demo",
 )
-for command in (translate, demo, evaluate):
+for command in (transcribe, translate, demo, evaluate):
     app.command(rich_help_panel="Use a model")(command)
 app.add_typer(train, name="train", rich_help_panel="Make a model")
 app.command(rich_help_panel="Make a model")(convert)

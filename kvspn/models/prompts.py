@@ -92,14 +92,18 @@ def after_start(
 
 
 def text_before(
-    tokenizer: Any, positions: int, prompt: str | None, hotwords: str | None, prefix: str | None
+    tokenizer: Any,
+    positions: int,
+    prompt: str | Sequence[int] | None,
+    hotwords: str | None,
+    prefix: str | None,
 ) -> tuple[list[int], list[int]]:
     """What `generate` takes as `prompt_ids` and `prefix_ids`, as OpenAI's code and faster-whisper make them.
 
     Args:
         positions: of the decoder. The last `positions` / 2 - 1 tokens of the prompt are kept, the first as
             many of a prefix, and of hotwords, which leave the prompt less.
-        prompt: text that went before, such as names in their spelling.
+        prompt: text that went before, such as names in their spelling; or its tokens.
         hotwords: words to expect, before the prompt; without effect beside a prefix.
         prefix: how the text begins.
     """
@@ -110,7 +114,8 @@ def text_before(
         return tokenizer.encode(f" {words}", add_special_tokens=False) if words else []
 
     words = [] if prefix else encode(hotwords)[:most]
-    context = [*words, *encode(prompt)[-(most - len(words)) :]] if len(words) < most else words
+    before = encode(prompt) if prompt is None or isinstance(prompt, str) else prompt
+    context = [*words, *before[-(most - len(words)) :]] if len(words) < most else words
     if context:
         context.insert(0, tokenizer.get_vocab()["<|startofprev|>"])
     return context, encode(prefix)[:most]

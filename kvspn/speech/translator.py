@@ -21,6 +21,9 @@ from kvspn.models.folder import ModelError, open_model
 from kvspn.models.prompts import check_target, text_before
 from kvspn.models.settings import code
 from kvspn.speech.audio import SAMPLING_RATE, split_audio
+from kvspn.speech.segments import Segment
+from kvspn.speech.transcription import Task, transcribe
+from kvspn.speech.windows import Choice, Heard, Windows
 
 UNSPACED = frozenset({"zh", "yue", "ja", "th", "lo", "my"})
 """Languages written without spaces between words."""
@@ -31,7 +34,8 @@ class Translation:
     """One clip's translation.
 
     sources: the language spoken in each chunk; target: the text's, where it is the same a transcription's.
-    probabilities: of each chunk every language's, the likeliest first; empty unless asked for.
+    probabilities: of each chunk every language's, the likeliest first; empty unless asked for. segments: of
+    a model with timestamps.
     tokens: the generated ones, chunk after chunk, with the end tokens. chunks: figures of each chunk; total:
     those of all together.
     """
@@ -43,6 +47,7 @@ class Translation:
     chunks: list[DecodeStats]
     total: DecodeStats
     probabilities: list[dict[str, float]] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
 
     @property
     def source(self) -> str:
@@ -52,6 +57,9 @@ class Translation:
 
 class Translator:
     """Translates clip after clip on the same engine.
+
+    With a model that has timestamps it moves through a recording as Whisper does (`transcription.py`); for
+    one without, the miniature, it cuts what is longer than a window at pauses.
 
     Raises:
         ModelError: a model whose languages are not known, or whose window the preprocessor does not fit.
@@ -85,7 +93,8 @@ class Translator:
         self.backend = backend or default_backend(model.device)
         self.weights = weights
         self.kv = kv
-        self.engine = model.engine(1, positions, self.backend, weights, kv)
+        self.windows = Windows(model, processor, backend=self.backend, weights=weights, kv=kv)
+        self.engine = self.windows.engine(1)
 
     @classmethod
     def from_folder(
@@ -142,19 +151,19 @@ class Translator:
         """Translates one clip, or transcribes it where `target` is its language or None.
 
         Args:
-            samples: float32 [N], mono at 16 kHz (see `kvspn.speech.audio.load_audio`); what is longer than
-                the model's window is cut at pauses and translated chunk by chunk.
+            samples: float32 [N], mono at 16 kHz (see `kvspn.speech.audio.load_audio`), of any length.
             target: the language to translate to, its code or name. A Whisper knows English alone.
-            source: the language spoken; None detects it in each chunk.
+            source: the language spoken; None detects it, without timestamps in each chunk.
             task: "transcribe", or "translate", to English where there is no target.
-            prompt: text that went before, for every chunk: topic, spelling, style.
+            prompt: text that went before: topic, spelling, style. Without timestamps it is told every chunk.
             hotwords: words to expect, likewise; without effect beside a prefix.
             prefix: how the text of the first chunk begins; it is not repeated in the text.
             probabilities: whether to say how likely each language was, where it is detected.
             k: a draft is accepted if among the base model's k likeliest tokens; "inf" accepts all.
             draft: False for plain greedy decoding, as always where no draft network has been trained.
             on_text: called with each new piece of text; the pieces together are the whole text.
-            on_chunk: called with the number of chunks done and their total.
+            on_chunk: called with the number of chunks, with timestamps of seconds, that are done, and their
+                total.
 
         Raises:
             ValueError: an unknown language or one that the model was never taught to translate to, a bad k,
@@ -168,6 +177,11 @@ class Translator:
         chunks = split_audio(samples, self.window)
         if not chunks:
             raise ValueError("samples must hold speech, got only silence")
+        if self.windows.has_timestamps:
+            choice = Choice(k=k, draft=draft)
+            return self._segments(
+                *(samples, target, source, task, prompt, hotwords, prefix, choice, on_text, on_chunk)
+            )
         pieces: list[str] = []
         sources: list[str] = []
         tokens: list[int] = []
@@ -211,6 +225,60 @@ class Translator:
         total = DecodeStats.total(stats, sum(each.seconds for each in stats))
         written = target or max(sources, key=sources.count)
         return Translation("".join(pieces), sources, written, tokens, stats, total, likely)
+
+    def _segments(
+        self,
+        samples: np.ndarray,
+        target: str | None,
+        source: str | None,
+        task: str | None,
+        prompt: str | None,
+        hotwords: str | None,
+        prefix: str | None,
+        choice: Choice,
+        on_text: Callable[[str], object],
+        on_chunk: Callable[[int, int], object],
+    ) -> Translation:
+        """The whole by timestamps, its language detected once."""
+        windows = self.windows
+        features = windows.features(samples)
+        likely: list[dict[str, float]] = []
+        if source is None:
+            likely.append(windows.likely(windows.encode(features[:, : windows.frames])))
+            source = next(iter(likely[0]))
+        heard: list[Heard] = []
+        seconds = -(-len(samples) // SAMPLING_RATE)
+
+        def count(window: Heard, seek: int) -> None:
+            heard.append(window)
+            on_chunk(min(seconds, seek // windows.frames_per_second), seconds)
+
+        wanted = Task(
+            source,
+            task or ("translate" if target not in (None, source) else "transcribe"),
+            target,
+            windows.ids(prompt) if prompt and prompt.strip() else [],
+            choice,
+            windows.frames,
+            prefix=prefix,
+            hotwords=hotwords,
+        )
+        segments: list[Segment] = []
+        for segment in transcribe(windows, features, wanted, count):
+            on_text(segment.text if segments else segment.text.lstrip())
+            segments.append(segment)
+        end = [self.model.config.eos_token_id]
+        stats = [window.stats for window in heard]
+        return Translation(
+            "".join(segment.text for segment in segments).strip(),
+            [source] * len(heard),
+            target or source,
+            [token for window in heard for token in [*window.tokens, *end * window.whole]],
+            stats,
+            DecodeStats.total(stats, sum(each.seconds for each in stats)),
+            likely,
+            segments,
+        )
 
     def decode(self, tokens: list[int]) -> str:
         """The text of generated tokens; special ones are left out."""

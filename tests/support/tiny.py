@@ -80,7 +80,9 @@ def random_whisper(
     return model
 
 
-def whisper(tokenizer: WhisperTokenizer, decoder_layers: int = 4) -> WhisperForConditionalGeneration:
+def whisper(
+    tokenizer: WhisperTokenizer, decoder_layers: int = 4, target_positions: int = 16
+) -> WhisperForConditionalGeneration:
     """A random Whisper for the tokenizer, with a window of 2 s."""
     torch.manual_seed(0)
     ids = tokenizer.convert_tokens_to_ids
@@ -94,16 +96,16 @@ def whisper(tokenizer: WhisperTokenizer, decoder_layers: int = 4) -> WhisperForC
         suppressed=[ids(token) for token in SPECIAL_TOKENS[1:]],
         decoder_layers=decoder_layers,
         source_positions=50 * WINDOW_SECONDS,
-        target_positions=16,
+        target_positions=target_positions,
     )
 
 
 def save_whisper(folder: Path, decoder_layers: int = 4, timestamps: bool = False) -> Path:
-    """A random Whisper's folder, its vocabulary with or without a timestamp every 20 ms."""
+    """A random Whisper's folder; `timestamps`: one every 20 ms in its vocabulary, and 64 positions."""
     words = tokenizer()
     if timestamps:
         words.add_tokens([f"<|{i / 50:.2f}|>" for i in range(50 * WINDOW_SECONDS + 1)])
-    whisper(words, decoder_layers).save_pretrained(folder)
+    whisper(words, decoder_layers, 64 if timestamps else 16).save_pretrained(folder)
     words.save_pretrained(folder)
     WhisperFeatureExtractor(chunk_length=WINDOW_SECONDS).save_pretrained(folder)
     return folder

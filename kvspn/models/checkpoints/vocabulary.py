@@ -86,7 +86,7 @@ def generation_settings(tokenizer: WhisperTokenizer, vocab_size: int) -> dict[st
 
 
 def not_speech(tokenizer: WhisperTokenizer) -> list[int]:
-    """The tokens that OpenAI's decoding suppresses by default: annotations, and the prompt's own tokens."""
+    """The tokens that OpenAI's decoding suppresses by default: annotations, and `prompt_tokens`."""
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
@@ -97,10 +97,15 @@ def not_speech(tokenizer: WhisperTokenizer) -> list[int]:
         for ids in (encode(symbol), encode(f" {symbol}")):
             if len(ids) == 1 or symbol in _NOTES:
                 found.add(ids[0])
-    prompt = (
+    return sorted(found.union(prompt_tokens(tokenizer)))
+
+
+def prompt_tokens(tokenizer: WhisperTokenizer) -> list[int]:
+    """The prompt's own tokens, of which none belongs in a text."""
+    words = (
         START,
         *(f"<|{task}|>" for task in TASKS),
         *("<|startofprev|>", "<|startoflm|>", "<|nospeech|>", "<|nocaptions|>"),
     )
     tokens: Mapping[str, int] = tokenizer.get_vocab()
-    return sorted(found | {tokens[token] for token in prompt if token in tokens})
+    return sorted(tokens[token] for token in words if token in tokens)

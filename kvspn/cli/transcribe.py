@@ -1,0 +1,50 @@
+"""`kvspn transcribe`: audio files to text in the language that is spoken, or subtitles."""
+
+from __future__ import annotations
+
+from kvspn.cli.common import KV, Backend, K, Model, Threads, Weights
+from kvspn.cli.listen import As, Audio, Folder, Hotwords, NoDraft, Prefix, Prompt, Source, Strict, listen
+
+
+def transcribe(
+    audio: Audio,
+    source: Source = "auto",
+    prompt: Prompt = None,
+    hotwords: Hotwords = None,
+    prefix: Prefix = None,
+    k: K = "1",
+    no_draft: NoDraft = False,
+    model: Model = None,
+    backend: Backend = None,
+    weights: Weights = None,
+    kv: KV = None,
+    threads: Threads = None,
+    strict: Strict = False,
+    output: As = None,
+    folder: Folder = None,
+) -> None:
+    """Transcribe speech, with times where the model has timestamps.
+
+    A file that fails stops no other; the exit status is the number of those that did, 100 at most.
+
+    Example: kvspn transcribe talk.mp3 --model whisper-base --output srt
+    """
+    listen(
+        audio,
+        None,
+        "transcribe",
+        source,
+        output,
+        folder,
+        prompt=prompt,
+        hotwords=hotwords,
+        prefix=prefix,
+        k=k,
+        no_draft=no_draft,
+        model=model,
+        backend=backend,
+        weights=weights,
+        kv=kv,
+        threads=threads,
+        strict=strict,
+    )

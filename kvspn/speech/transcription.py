@@ -1,0 +1,159 @@
+"""A recording of any length to segments, window after window, as OpenAI's Whisper moves through it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvspn.speech.segments import Piece, Segment, split
+from kvspn.speech.windows import Choice, Heard, Windows, is_silence
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is wanted of a recording, as `kvspn.WhisperModel.transcribe` says it.
+
+    target: the language to translate to; None is the one that is spoken. initial_prompt: tokens. window:
+    frames that are listened to at once. clips: where to listen, in seconds, as start and end.
+    """
+
+    language: str
+    task: str
+    target: str | None
+    initial_prompt: Sequence[int]
+    choice: Choice
+    window: int
+    prefix: str | None = None
+    hotwords: str | None = None
+    condition_on_previous_text: bool = True
+    prompt_reset_on_temperature: float = 0.5
+    multilingual: bool = False
+    clips: Sequence[tuple[float, float]] = ((0.0, math.inf),)
+
+
+def transcribe(
+    windows: Windows,
+    features: Tensor,
+    task: Task,
+    on_window: Callable[[Heard, int], object] = lambda heard, seek: None,
+) -> Iterator[Segment]:
+    """The segments of a recording, each as soon as its window is decoded.
+
+    A window of the model's width is decoded with timestamps; its whole segments stand, and the next window
+    begins where the last of them ends. The text so far is the prompt of the next window, unless a high
+    temperature was needed, which says that it is not to be relied on.
+
+    Args:
+        features: [mel bins, frames] of the recording, from `windows.features`.
+        on_window: called with what was made of each window, and the frame at which the next begins.
+    """
+    rate = windows.frames_per_second
+    frames = features.shape[1]
+    before = list(task.initial_prompt)
+    count = 0
+    language = task.language
+    for start, end in task.clips:
+        seek, last = round(start * rate), min(frames, round(end * rate)) if end < math.inf else frames
+        while seek < last:
+            size = min(task.window, last - seek)
+            states = windows.encode(features[:, seek : seek + size])
+            if task.multilingual:
+                language = next(iter(windows.likely(states)))
+            prefix = task.prefix if seek == 0 else None
+            prompt = windows.prompt(
+                *(language, task.task, task.target, before, task.hotwords, prefix),
+                without_timestamps=task.choice.without_timestamps,
+            )
+            (heard,) = windows.hear([states], [prompt], task.choice, seed=seek)
+            if is_silence(heard, task.choice):
+                seek += size
+                on_window(heard, seek)
+                continue
+            segments, forward = _segments(windows, heard, seek, seek / rate, size / rate)
+            if not heard.whole and forward == size / rate:
+                _warn_cut(segments, seek / rate, size / rate)
+            seek += max(1, round(forward * rate))
+            for segment in segments:
+                before += segment.tokens
+                count += 1
+                segment.id = count
+                yield segment
+            on_window(heard, seek)
+            if not task.condition_on_previous_text or heard.temperature > task.prompt_reset_on_temperature:
+                before = []
+
+
+def transcribe_batch(
+    windows: Windows, parts: Sequence[tuple[float, float, Tensor]], batch_size: int, task: Task
+) -> Iterator[Segment]:
+    """The segments of clips that fit a window, several decoded together, none knowing of the others.
+
+    Args:
+        parts: of each clip its start and length in seconds, and its features [mel bins, frames].
+    """
+    rate = windows.frames_per_second
+    count = 0
+    for first in range(0, len(parts), batch_size):
+        rows = parts[first : first + batch_size]
+        states = [windows.encode(features) for *_, features in rows]
+        spoken = [next(iter(windows.likely(each))) if task.multilingual else task.language for each in states]
+        prompts = [
+            windows.prompt(
+                *(language, task.task, task.target, task.initial_prompt, task.hotwords, None),
+                without_timestamps=task.choice.without_timestamps,
+            )
+            for language in spoken
+        ]
+        found = windows.hear(states, prompts, task.choice, seed=first, rows=min(batch_size, len(parts)))
+        for (offset, seconds, _), heard in zip(rows, found, strict=True):
+            segments, forward = _segments(windows, heard, round(offset * rate), offset, seconds, rest=True)
+            if not heard.whole and forward == seconds:
+                _warn_cut(segments, offset, seconds)
+            for segment in segments:
+                count += 1
+                segment.id = count
+                yield segment
+
+
+def _segments(
+    windows: Windows, heard: Heard, seek: int, offset: float, seconds: float, rest: bool = False
+) -> tuple[list[Segment], float]:
+    """The segments of a window that begins at `offset` seconds, ids left open, and the seconds that they
+    account for. `rest`: whether what the window's end cut off is a segment too."""
+    pieces, forward = split(heard.tokens, windows.begin, seconds)
+    done = sum(len(piece.tokens) for piece in pieces)
+    if rest and done < len(heard.tokens):
+        pieces.append(Piece(forward, seconds, heard.tokens[done:]))
+        forward = seconds
+    found = []
+    for start, end, tokens in pieces:
+        text = windows.text(tokens)
+        if start < end and text.strip():
+            segment = Segment(
+                id=0,
+                seek=seek,
+                start=round(offset + start, 3),
+                end=round(offset + end, 3),
+                text=text,
+                tokens=tokens,
+                avg_logprob=heard.avg_logprob,
+                compression_ratio=heard.compression_ratio,
+                no_speech_prob=heard.no_speech_prob,
+                words=None,
+                temperature=heard.temperature,
+            )
+            found.append(segment)
+    return found, forward
+
+
+def _warn_cut(segments: Sequence[Segment], offset: float, seconds: float) -> None:
+    """What a limit of tokens left unheard is not passed over in silence."""
+    tokens = sum(len(segment.tokens) for segment in segments)
+    warnings.warn(
+        f"the text of {offset:.2f} to {offset + seconds:.2f} seconds is cut short after {tokens} tokens",
+        stacklevel=3,
+    )

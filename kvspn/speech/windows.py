@@ -1,0 +1,354 @@
+"""One window of a recording to tokens: features, language, speech or none, decoding with fallback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvspn.decoding import DecodeStats, decode
+from kvspn.engines import Engine
+from kvspn.models import WhisperM2MForConditionalGeneration, WhisperM2MProcessor, prompts, settings
+from kvspn.models.checkpoints.vocabulary import not_speech, prompt_tokens
+from kvspn.models.languages import language_probabilities
+from kvspn.ops.rules import Timestamps
+from kvspn.speech.segments import STEP, compression_ratio
+
+_BLOCK = 3_000  # frames of which a spectrum is taken at once: 30 s
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a window's tokens are chosen by, as `kvspn.WhisperModel.transcribe` says it.
+
+    k: a draft is accepted if among the base model's k likeliest tokens. draft: whether to draft, where there
+    is a draft network that has been trained.
+    """
+
+    temperatures: Sequence[float] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    best_of: int = 5
+    compression_ratio_threshold: float | None = 2.4
+    log_prob_threshold: float | None = -1.0
+    no_speech_threshold: float | None = 0.6
+    suppress_blank: bool = True
+    suppress_tokens: Sequence[int] | None = (-1,)
+    without_timestamps: bool = False
+    max_initial_timestamp: float = 1.0
+    max_new_tokens: int | None = None
+    k: int | float | str = 1
+    draft: bool = True
+
+
+class Prompt(NamedTuple):
+    """What stands before a window's text: to the start of the transcript, what follows, and of that how many
+    tokens are the text's own beginning."""
+
+    before: list[int]
+    after: list[int]
+    prefix: int
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What was made of a window.
+
+    tokens: generated ones without the end token; `whole`: whether there was one, else a limit came first.
+    The figures: as in `kvspn.speech.segments.Segment`; `stats`: of all attempts together.
+    """
+
+    tokens: list[int]
+    text: str
+    whole: bool
+    avg_logprob: float
+    compression_ratio: float
+    no_speech_prob: float
+    temperature: float
+    stats: DecodeStats
+
+
+class Windows:
+    """Hears windows of a recording with one model, on engines of its own."""
+
+    def __init__(
+        self, model: WhisperM2MForConditionalGeneration, processor: WhisperM2MProcessor, **engine: Any
+    ) -> None:
+        """engine: what `model.engine` is told: backend, weights, kv."""
+        self.model = model
+        self.tokenizer = processor.tokenizer
+        self.extractor = processor.feature_extractor
+        self._said = settings.merge(model.generation_config, None, {})
+        self.languages = prompts.language_ids(self._said)
+        self.begin = self._said["no_timestamps_token_id"] + 1
+        self.has_timestamps = model.config.vocab_size > self.begin
+        self.positions = model.config.max_target_positions
+        self.frames = self.extractor.nb_max_frames
+        self.frames_per_second = self.extractor.sampling_rate // self.extractor.hop_length
+        tokens = self.tokenizer.get_vocab()
+        self._start = self._said.get("decoder_start_token_id", model.config.decoder_start_token_id)
+        self._end = model.config.eos_token_id
+        self._no_speech = next((tokens[t] for t in ("<|nospeech|>", "<|nocaptions|>") if t in tokens), None)
+        self._options = engine
+        self._engines: dict[int, Engine] = {}
+
+    def engine(self, rows: int) -> Engine:
+        """The engine for so many rows; the last one is kept beside that for one."""
+        if rows not in self._engines:
+            for other in [n for n in self._engines if n > 1]:
+                del self._engines[other]
+            positions = self.model.config.max_source_positions
+            self._engines[rows] = self.model.engine(rows, positions, **self._options)
+        return self._engines[rows]
+
+    def features(self, samples: np.ndarray) -> Tensor:
+        """Samples [N] at the extractor's rate -> log-mel features [mel bins, N / hop, rounded up].
+
+        As Whisper's, of the whole recording at once: its loudest place sets the floor of all windows.
+        """
+        extractor = self.extractor
+        hop, half = extractor.hop_length, extractor.n_fft // 2
+        frames = -(-len(samples) // hop)
+        padded = F.pad(torch.from_numpy(samples), (0, max(0, frames * hop - len(samples))))
+        if len(padded) <= half:
+            padded = F.pad(padded, (0, half + 1 - len(padded)))
+        padded = F.pad(padded[None], (half, half), mode="reflect")[0]
+        filters = torch.from_numpy(np.asarray(extractor.mel_filters)).float().T
+        window = torch.hann_window(extractor.n_fft)
+        blocks = []
+        for first in range(0, frames, _BLOCK):
+            count = min(_BLOCK, frames - first)
+            part = padded[first * hop : (first + count - 1) * hop + extractor.n_fft]
+            spectrum = torch.stft(
+                part, extractor.n_fft, hop, window=window, center=False, return_complex=True
+            )
+            blocks.append((filters @ spectrum.abs().square()).clamp(min=1e-10).log10())
+        if not blocks:
+            return torch.zeros(len(filters), 0)
+        whole = torch.cat(blocks, dim=1)
+        return (torch.maximum(whole, whole.max() - 8) + 4) / 4
+
+    @torch.no_grad()
+    def encode(self, features: Tensor) -> Tensor:
+        """A window's features [mel bins, frames], padded with zeros as Whisper's are -> states [E, d]."""
+        padded = F.pad(features, (0, self.frames - features.shape[1]))
+        return self.model.encode(padded[None].to(self.model.device))[0]
+
+    @torch.no_grad()
+    def likely(self, states: Tensor) -> dict[str, float]:
+        """Every language's probability, the likeliest first; English alone where the model knows no other."""
+        if not self.languages:
+            return {"en": 1.0}
+        found = language_probabilities(self.model, states, self._start, list(self.languages.values()))
+        order = sorted(zip(found.tolist(), self.languages, strict=True), key=lambda each: -each[0])
+        return {code: probability for probability, code in order}
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text that begins with a word."""
+        return self.tokenizer.encode(f" {text.strip()}", add_special_tokens=False)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, white space at its ends included, timestamps and special tokens left out."""
+        return self.tokenizer.decode([token for token in tokens if token < self._end])
+
+    def prompt(
+        self,
+        language: str,
+        task: str,
+        target: str | None,
+        before: Sequence[int],
+        hotwords: str | None,
+        prefix: str | None,
+        without_timestamps: bool,
+    ) -> Prompt:
+        """A window's prompt.
+
+        Args:
+            target: the language to translate to; None is the one that is spoken.
+            before: tokens that went before; a text's, or an earlier window's, timestamps included.
+        """
+        context, prefix_ids = prompts.text_before(self.tokenizer, self.positions, before, hotwords, prefix)
+        taught = self.model.config.target_languages
+        after = prompts.after_start(
+            self._said, self.languages, language, target or language, task, taught, not without_timestamps
+        )
+        if prefix_ids and not without_timestamps:
+            prefix_ids.insert(0, self.begin)
+        return Prompt([*context, self._start], [*after, *prefix_ids], len(prefix_ids))
+
+    def hear(
+        self,
+        states: Sequence[Tensor],
+        prompts: Sequence[Prompt],
+        by: Choice,
+        seed: int,
+        rows: int = 1,
+    ) -> list[Heard]:
+        """Windows, a row of an engine each, by their states [E, d] and prompts.
+
+        Args:
+            rows: of the engine; those above the windows' number stay idle.
+
+        A single window is tried again at the next temperature where its text compresses too well or is too
+        unlikely, unless no speech is what is likely. Draws depend on `seed`, temperature and attempt alone.
+        """
+        engine = self.engine(rows)
+        with engine.lock:
+            silent = self._silence(engine, states, [prompt.before for prompt in prompts])
+            if rows > 1:
+                return self._decode(engine, prompts, silent, by, by.temperatures[0], seed)
+            tried: list[Heard] = []
+            spent: list[DecodeStats] = []
+            for i, temperature in enumerate(by.temperatures):
+                draws = range(by.best_of if temperature else 1)
+                seeds = ((seed * 100 + i) * 1000 + draw for draw in draws)
+                heard = [self._decode(engine, prompts, silent, by, temperature, each)[0] for each in seeds]
+                tried.append(max(heard, key=_likelihood))
+                spent += [each.stats for each in heard]
+                if not _failed(tried[-1], by):
+                    best = tried[-1]
+                    break
+            else:
+                best = max([each for each in tried if not _repeats(each, by)] or tried, key=_likelihood)
+            # Of several attempts the last temperature counts: the next window is told a text or not by it.
+            total = DecodeStats.total(spent, sum(each.seconds for each in spent))
+            return [replace(best, temperature=temperature, stats=total)]
+
+    def _silence(self, engine: Engine, states: Sequence[Tensor], starts: Sequence[list[int]]) -> list[float]:
+        """How likely "no speech" is after the start of each transcript; writes the states into the engine.
+
+        As a draft that is accepted whatever its rank, whose probability the step tells.
+        """
+        asked = self._end if self._no_speech is None else self._no_speech
+        idle = len(engine.tokens) - len(states)
+        found = decode(
+            engine,
+            [*states, *[states[0][:1]] * idle],
+            [*starts, *[[self._start]] * idle],
+            eos=-1,
+            max_length=[len(start) + 1 for start in starts] + [1] * idle,
+            k="inf",
+            draft=False,
+            draft_tokens=[[asked]] * len(engine.tokens),
+            log_probs=True,
+        )
+        assert found.log_probs is not None
+        return [
+            0.0 if self._no_speech is None else float(np.exp(row[0]))
+            for row in found.log_probs[: len(states)]
+        ]
+
+    def _decode(
+        self,
+        engine: Engine,
+        prompts: Sequence[Prompt],
+        silent: Sequence[float],
+        by: Choice,
+        temperature: float,
+        seed: int,
+    ) -> list[Heard]:
+        """The rows whose states are in the engine, once."""
+        starts = [[*prompt.before, *prompt.after] for prompt in prompts]
+        limits = [self._limit(len(start), by.max_new_tokens) for start in starts]
+        idle = len(engine.tokens) - len(prompts)
+        mask, first_mask = self._masks(by)
+        grammar = None
+        if not by.without_timestamps:
+            latest = round(by.max_initial_timestamp / STEP)
+            grammar = Timestamps(self.begin, self._end, latest, prompts[0].prefix)
+        found = decode(
+            engine,
+            None,
+            [*starts, *[[self._start]] * idle],
+            eos=self._end,
+            max_length=limits + [1] * idle,
+            k=by.k,
+            draft=by.draft and self.model.drafts,
+            mask=mask,
+            begin_mask=first_mask,
+            temperature=temperature,
+            seed=seed,
+            log_probs=True,
+            timestamps=grammar,
+        )
+        assert found.log_probs is not None
+        heard = []
+        rows = len(prompts)
+        for tokens, start, log_probs, no_speech, stats in zip(
+            found.sequences[:rows], starts, found.log_probs[:rows], silent, found.rows[:rows], strict=True
+        ):
+            new = tokens[len(start) :]
+            whole = new[-1:] == [self._end]
+            new = new[:-1] if whole else new
+            text = self.text(new)
+            heard.append(
+                Heard(
+                    tokens=new,
+                    text=text,
+                    whole=whole,
+                    avg_logprob=sum(log_probs) / (len(new) + 1),
+                    compression_ratio=compression_ratio(text.strip()),
+                    no_speech_prob=no_speech,
+                    temperature=temperature,
+                    stats=stats,
+                )
+            )
+        return heard
+
+    def _limit(self, prompt: int, max_new_tokens: int | None) -> int:
+        """Tokens of a row, its prompt included."""
+        if max_new_tokens is None:
+            return self.positions
+        if prompt + max_new_tokens > self.positions:
+            raise ValueError(
+                f"max_new_tokens must be at most {self.positions - prompt} beside a prompt of {prompt} "
+                f"tokens, got {max_new_tokens}"
+            )
+        return prompt + max_new_tokens
+
+    @cached_property
+    def _symbols(self) -> list[int]:
+        return not_speech(self.tokenizer)
+
+    def _masks(self, by: Choice) -> tuple[Tensor, Tensor | None]:
+        """Additive float32 [V]: for all tokens, and for the first."""
+        given = list(by.suppress_tokens or ())
+        vocabulary = self.model.config.vocab_size
+        suppressed = {*settings.token_ids("suppress_tokens", [t for t in given if t != -1], vocabulary)}
+        suppressed.update(self._symbols if -1 in given else prompt_tokens(self.tokenizer))
+        # <|notimestamps|>, or all timestamps
+        suppressed |= set(range(self.begin, vocabulary)) if by.without_timestamps else {self.begin - 1}
+        blank = [*self.tokenizer.encode(" ", add_special_tokens=False)[:1], self._end]
+        return self._mask(suppressed), self._mask(blank) if by.suppress_blank else None
+
+    def _mask(self, tokens: Any) -> Tensor:
+        mask = torch.zeros(self.model.config.vocab_size, device=self.model.device)
+        mask[list(tokens)] = -torch.inf
+        return mask
+
+
+def _likelihood(heard: Heard) -> float:
+    return heard.avg_logprob
+
+
+def _repeats(heard: Heard, by: Choice) -> bool:
+    most = by.compression_ratio_threshold
+    return most is not None and heard.compression_ratio > most
+
+
+def _failed(heard: Heard, by: Choice) -> bool:
+    """Whether a window is to be tried at another temperature."""
+    unlikely = by.log_prob_threshold is not None and heard.avg_logprob < by.log_prob_threshold
+    silence = by.no_speech_threshold is not None and heard.no_speech_prob > by.no_speech_threshold
+    return (_repeats(heard, by) or unlikely) and not (silence and unlikely)
+
+
+def is_silence(heard: Heard, by: Choice) -> bool:
+    """Whether a window is left out: "no speech" is likely, and its text is not."""
+    if by.no_speech_threshold is None or heard.no_speech_prob <= by.no_speech_threshold:
+        return False
+    return by.log_prob_threshold is None or heard.avg_logprob <= by.log_prob_threshold
