@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -95,27 +95,9 @@ def _real_speech(console: Console, backend: str | None, threads: int | None) -> 
 
 def _with_times(translator: Translator, samples: np.ndarray, task: str) -> tuple[str, str]:
     """The language detected, and the text, a line for each segment with its seconds."""
-    from kvspn.speech.audio import SAMPLING_RATE
-
-    features = translator.processor(samples, sampling_rate=SAMPLING_RATE).input_features
-    found: Any = translator.model.generate(
-        features, task=task, return_timestamps=True, return_dict_in_generate=True, engine=translator.engine
-    )
-    zero = (
-        translator.model.generation_config.no_timestamps_token_id + 1
-    )  # the token of 0.00; 20 ms to the next
-    lines, start, words = [], 0.0, list[int]()
-    for token in found.sequences[0].tolist():
-        if token < zero:
-            words.append(token)
-            continue
-        at = (token - zero) / 50
-        if words:
-            lines.append(f"{start:.2f}–{at:.2f}  {translator.decode(words).strip()}")
-        start, words = at, []
-    if rest := translator.decode(words).strip():
-        lines.append(f"{start:.2f}–  {rest}")
-    return found.languages[0], "\n".join(lines)
+    result = translator.translate(samples, task=task)
+    lines = [f"{each.start:.2f}–{each.end:.2f}  {each.text.strip()}" for each in result.segments]
+    return result.source, "\n".join(lines)
 
 
 def _side_by_side(console: Console, model: Path | None, backend: str | None, threads: int | None) -> None:
