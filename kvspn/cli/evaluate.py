@@ -228,10 +228,10 @@ def _evaluate_speech(
     except ManifestError as error:
         raise typer.BadParameter(f"--speech {error}") from error
     decoded = Formats(translator, formats, task)
-    others, margin = _peers(translator, task) if peers else ({}, None)
+    others, margins = _peers(translator, task) if peers else ({}, None)
     with _progress() as progress:
         outputs = list(progress.track(recognise(clips, decoded, others), len(clips), description=task))
-    systems = judge(clips, outputs, translator.decode, task, margin)
+    systems = judge(clips, outputs, translator.decode, task, margins)
     _print_systems(systems)
     if output is not None:
         document = {
@@ -250,7 +250,7 @@ def _peers(translator: Translator, task: str) -> tuple[dict[str, Recogniser], An
 
     whisper = as_whisper(translator.model)
     prepared: dict[str, Recogniser] = {}
-    margin = None
+    margins = None
     for name in PEERS:
         try:
             module = load(name, "kvspn.speech.peers")
@@ -260,8 +260,8 @@ def _peers(translator: Translator, task: str) -> tuple[dict[str, Recogniser], An
         for fmt in module.FORMATS:
             peer = module.prepare(whisper, translator.processor, fmt, task)
             prepared[f"{name.replace('_', '-')} {fmt}"] = peer
-            margin = getattr(peer, "margin", margin)
-    return prepared, margin
+            margins = getattr(peer, "margins", margins)
+    return prepared, margins
 
 
 def _print_systems(systems: list[System]) -> None:

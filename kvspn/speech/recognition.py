@@ -21,6 +21,8 @@ from kvspn.speech.translator import UNSPACED, Translator
 REFERENCE = "transformers fp32"
 """The system whose texts the others are compared with."""
 
+Margins = Callable[[np.ndarray, str, list[int], Sequence[list[int]]], list[float]]
+
 
 @dataclass(frozen=True)
 class Score:
@@ -137,32 +139,40 @@ def judge(
     outputs: Sequence[Mapping[str, list[int]]],
     decode: Callable[[list[int]], str],
     task: str,
-    margin: Callable[[np.ndarray, str, list[int], list[int]], float] | None,
+    margins: Margins | None,
 ) -> list[System]:
     """Every system's scores.
 
     Args:
         outputs: of each clip, by system, the tokens of its text.
-        margin: of REFERENCE's model (`kvspn.speech.peers.transformers.Greedy.margin`); None without it.
+        margins: of REFERENCE's model (`kvspn.speech.peers.transformers.Greedy.margins`); None without it.
     """
+    texts = [{name: decode(tokens).strip() for name, tokens in output.items()} for output in outputs]
+    differences: dict[str, list[Difference]] = {name: [] for name in outputs[0]}
+    if margins is not None:
+        for clip, output, heard in zip(clips, outputs, texts, strict=True):
+            own = heard[REFERENCE]
+            differing = [name for name, text in heard.items() if text != own]
+            if not differing:
+                continue
+            others = [output[name] for name in differing]
+            gaps = margins(load_audio(clip.audio), clip.language, output[REFERENCE], others)
+            for name, gap in zip(differing, gaps, strict=True):
+                differences[name].append(
+                    Difference(clip.name, clip.language, heard[name], own, round(gap, 5))
+                )
     systems = []
-    for name in outputs[0]:
-        texts = [decode(output[name]).strip() for output in outputs]
-        differences = []
-        for clip, output, text in zip(clips, outputs, texts, strict=True):
-            if margin is not None and (reference := decode(output[REFERENCE]).strip()) != text:
-                gap = margin(load_audio(clip.audio), clip.language, output[REFERENCE], output[name])
-                differences.append(Difference(clip.name, clip.language, text, reference, round(gap, 5)))
-        differing = {each.clip for each in differences}
+    for name, parted in differences.items():
         by_language: dict[str, list[tuple[Recording, str]]] = defaultdict(list)
-        for clip, text in zip(clips, texts, strict=True):
-            by_language[clip.language].append((clip, text))
+        for clip, heard in zip(clips, texts, strict=True):
+            by_language[clip.language].append((clip, heard[name]))
         scores = {}
         for language, pairs in sorted(by_language.items()):
-            same = None if margin is None else sum(clip.name not in differing for clip, _ in pairs)
+            elsewhere = sum(each.language == language for each in parted)
+            same = None if margins is None else len(pairs) - elsewhere
             scores[language] = _score(language, pairs, task, same)
         systems.append(
-            System(name, round(fmean(score.value for score in scores.values()), 2), scores, differences)
+            System(name, round(fmean(score.value for score in scores.values()), 2), scores, parted)
         )
     return systems
 

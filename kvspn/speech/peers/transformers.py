@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,19 +31,25 @@ class Greedy:
         return [token for token in found[0].tolist() if token < end]
 
     @torch.no_grad()
-    def margin(self, samples: np.ndarray, language: str, own: list[int], other: list[int]) -> float:
-        """By how much the logit of its own token exceeds that of the other's, where two texts part."""
+    def margins(
+        self, samples: np.ndarray, language: str, own: list[int], others: Sequence[list[int]]
+    ) -> list[float]:
+        """By how much the logit of its own token exceeds that of each other's, where the texts part."""
         end = self._whisper.config.eos_token_id
-        both = list(zip([*own, end], [*other, end], strict=False))
-        at = next(i for i, (a, b) in enumerate(both) if a != b)
         said = self._whisper.generation_config
         start = [self._whisper.config.decoder_start_token_id]
         if self._multilingual:
             start += [said.lang_to_id[f"<|{language}|>"], said.task_to_id[self._task]]
-        ids = torch.tensor([[*start, said.no_timestamps_token_id, *own[:at]]])
-        logits: Tensor = self._whisper(self._features(samples), decoder_input_ids=ids).logits[0, -1]
-        mine, theirs = both[at]
-        return float(logits[mine] - logits[theirs])
+        states = self._whisper.model.encoder(self._features(samples))
+        found = []
+        for other in others:
+            both = list(zip([*own, end], [*other, end], strict=False))
+            at = next(i for i, (mine, theirs) in enumerate(both) if mine != theirs)
+            ids = torch.tensor([[*start, said.no_timestamps_token_id, *own[:at]]])
+            logits: Tensor = self._whisper(encoder_outputs=states, decoder_input_ids=ids).logits[0, -1]
+            mine, theirs = both[at]
+            found.append(float(logits[mine] - logits[theirs]))
+        return found
 
     def _features(self, samples: np.ndarray) -> Tensor:
         features: Tensor = self._processor(samples, sampling_rate=16_000, return_tensors="pt").input_features
