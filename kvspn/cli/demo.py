@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     Pair = tuple[Translation, Translation]  # greedy, KVSPN
 
 _REAL_NOTE = (
-    "Six speakers of Common Voice (CC0), the language detected, greedy, fp32, by Whisper's timestamps; the "
-    "seconds of a clip, and those that a text took. The mistakes are Whisper base's own; it has no draft "
-    "network. These are among the clips that it hears well: its error rates on 408 are in docs/quality.md."
+    "Six speakers of Common Voice (CC0), the language detected, fp32, with Whisper's timestamps, greedy, at "
+    "other temperatures where a text is unlikely; the seconds of a clip, and those that a text took. The "
+    "mistakes are Whisper base's own; it has no draft network. These are among the clips that it hears well: "
+    "its error rates on 408 are in docs/quality.md."
 )
 _MINI_NOTE = (
     "A whisperM2M of 9.6 million parameters with a trained draft network, to show the method: it knows one "
