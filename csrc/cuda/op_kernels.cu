@@ -76,7 +76,13 @@ struct OpJudge {
         if (!ruled()) return {};
         const int32_t* words =
             static_cast<const int32_t*>(op.p.rules.data) + r / queries * op.p.rules.strides[0];
-        return {words[0], as_float(uint32_t(words[1])), {uint32_t(words[2]), uint32_t(words[3])}};
+        return {words[0],
+                as_float(uint32_t(words[1])),
+                {uint32_t(words[2]), uint32_t(words[3])},
+                words[4],
+                words[5],
+                words[6],
+                words[7]};
     }
     __device__ __forceinline__ int index(int r) const {
         if (!ruled()) return 0;
@@ -90,19 +96,30 @@ struct OpJudge {
         const bool outside = op.p.ids.data && (id < 0 || id >= from.shape[0]);
         return from.data && !outside ? static_cast<const float*>(from.data)[id] : 0.f;
     }
+    __device__ __forceinline__ int query(int r) const { return r % queries; }
+    __device__ __forceinline__ int text(int r, int at) const {
+        const kvspn_tensor& tokens = op.p.tokens;
+        if (at >= tokens.shape[1]) return -1;
+        return static_cast<const int32_t*>(tokens.data)[r / queries * tokens.strides[0] + at];
+    }
+    __device__ __forceinline__ int drafted(int r, int i) const {
+        return static_cast<const int32_t*>(op.p.draft.data)[r / queries * op.p.draft.strides[0] + i];
+    }
     __device__ __forceinline__ bool ruled() const { return op.p.rules.data; }
-    __device__ __forceinline__ bool scored() const { return op.parts; }
+    __device__ __forceinline__ bool scored() const { return op.p.scores.data; }
+    __device__ __forceinline__ bool parted() const { return op.parts; }
     __device__ __forceinline__ float* scores(int r) const {
         const int64_t* at = op.p.scores.strides;
         return static_cast<float*>(op.p.scores.data) + r / queries * at[0] + r % queries * at[1];
     }
     __device__ __forceinline__ int rows() const { return int(op.p.x.shape[0]) * queries; }
-    __device__ __forceinline__ Part* part(int r) const { return op.parts + block_index() * rows() + r; }
+    __device__ __forceinline__ Part* part(int block, int kind, int r) const {
+        return op.parts + (block * kKinds + kind) * rows() + r;
+    }
     __device__ __forceinline__ float* draft_logit(int r) const { return scores(r) + 2; }
     __device__ __forceinline__ int draft(int r) const {
-        const int b = r / queries, j = r % queries;
-        if (j + 1 == queries) return -1;
-        const int id = static_cast<const int32_t*>(op.p.draft.data)[b * op.p.draft.strides[0] + j];
+        if (query(r) + 1 == queries) return -1;
+        const int id = drafted(r, query(r));
         return id < op.weights.outputs ? id : -1;
     }
     __device__ __forceinline__ uint64_t* best(int r) const { return op.best + r; }
@@ -187,16 +204,18 @@ __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_consta
     }
     sync_block();
     if (!tally.draft[0]) return;
+    for (int r = warp(); judge.parted() && r < rows; r += warps()) {
+        const Score found = settle(judge, r, block_count(), op.weights.outputs);
+        if (!judge.scored() || lane()) continue;
+        judge.scores(r)[0] = found.log_sum_exp, judge.scores(r)[1] = found.logit;
+        if (judge.draft(r) < 0) judge.scores(r)[2] = -INFINITY;
+    }
+    sync_block();
     for (int r = thread_index(); r < rows; r += thread_count()) {
         const int b = r / queries, j = r % queries;
         const int chosen = id_of(fresh(op.best + r));
         static_cast<int32_t*>(p.argmax.data)[b * p.argmax.strides[0] + j] =
             chosen < 0 ? chosen : judge.token(chosen);
-        if (judge.scored()) {
-            const Score found = score(op.parts + r, rows, block_count(), fresh(op.best + r));
-            judge.scores(r)[0] = found.log_sum_exp, judge.scores(r)[1] = found.logit;
-            if (judge.draft(r) < 0) judge.scores(r)[2] = -INFINITY;
-        }
         if (j + 1 == queries) continue;
         static_cast<int32_t*>(p.rank.data)[b * p.rank.strides[0] + j] =
             chosen < 0 || judge.draft(r) < 0 ? KVSPN_K_INF : fresh(op.above + r);

@@ -162,7 +162,8 @@ void lm_head_verify(const kvspn_verify_params& p) {
     plan(device, rows, op);
     op.best = allocate_zeros<uint64_t>(p.stream, 2 * rows + 1);  // the others behind it
     op.above = reinterpret_cast<int32_t*>(op.best + rows), op.arrived = op.above + rows;
-    if (given(p.scores)) op.parts = allocate<Part>(p.stream, rows * device.multiprocessors);
+    if (given(p.scores) || given(p.rules))
+        op.parts = allocate<Part>(p.stream, rows * kKinds * device.multiprocessors);
     launch(device, op, stream);
 }
 

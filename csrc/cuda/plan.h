@@ -12,6 +12,7 @@ namespace kvspn::cuda {
 constexpr int kThreads =
     256;                   // of a block on the device, one block a multiprocessor: up to 255 registers each
 constexpr int kTile = 16;  // rows that share one reading of the weights
+constexpr int kKinds = 2;  // of tokens under a grammar of timestamps: text, and they; else all are text
 constexpr int kMoments = 2 * kTile;  // floats in front of a block's activations: mean and factor of each row
 constexpr int kMaxBatch = 256;       // rows of a batch
 constexpr int kMaxHeadBytes = 512;   // of one position's key: what a warp loads at once
@@ -88,11 +89,12 @@ struct Control {
     float* log_probs;  // [batch, ids] of the caller, or null
 };
 
-// A block's part of a row's logits: its best of them as a key, with its logit; the largest, and the sum of
-// exponentials over it.
+// A block's part of a row's logits of one kind: its best of them as a key, with its logit; the largest, and
+// the sum of exponentials over it; how many go ahead of the row's draft.
 struct Part {
     uint64_t best;
     float logit, largest, sum;
+    int32_t above;
 };
 
 // When the first block had done its part of a stage, and when it went on behind the barrier, in cycles of its
@@ -121,7 +123,8 @@ struct Model {
     uint64_t *best, *draft_best;  // [rows], [batch]: the largest logit and the smallest id that has it
     int32_t* above;               // [rows]: tokens in front of the draft
     const RowRule* rules;         // [batch]
-    Part* parts;                  // [blocks, parts_stride], of scored rows
+    Part* parts;                  // [blocks, kKinds, parts_stride], of parted rows
+    float* scores;                // [parts_stride, 2], of scored rows: log-sum-exp, logit of the choice
     float* draft_logits;          // [rows], of scored ones
     int64_t parts_stride;
     int32_t blocks;   // of a grid

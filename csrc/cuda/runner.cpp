@@ -222,8 +222,10 @@ void CudaRunner::reserve(int queries_of_row) {
     attended_ = zeros(queries * wide_stride_ * sizeof(float));
     inner_ = zeros(queries * inner_stride_ * sizeof(float));
     best_ = zeros(queries * sizeof(uint64_t)), above_ = zeros(queries * sizeof(int32_t));
-    parts_ = zeros(queries * size_t(device_.multiprocessors) * sizeof(Part));
+    parts_ = zeros(queries * size_t(device_.multiprocessors) * kKinds * sizeof(Part));
+    scores_ = zeros(queries * 2 * sizeof(float));
     draft_logits_ = zeros(queries * sizeof(float));
+    model_.scores = scores_.as<float>();
     model_.parts = parts_.as<Part>(), model_.draft_logits = draft_logits_.as<float>();
     model_.parts_stride = int64_t(queries), model_.blocks = device_.multiprocessors;
     model_.x = x_.as<float>();

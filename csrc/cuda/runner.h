@@ -146,7 +146,7 @@ class CudaRunner : public Runner {
 
     std::vector<Stage> stages_;  // of the plan, on the present batch
     Buffer placed_, control_, x_, wide_, attended_, inner_, best_, draft_best_, drafts_, above_, partials_,
-        arrived_, barrier_, states_, projected_, rules_, parts_, draft_logits_;
+        arrived_, barrier_, states_, projected_, rules_, parts_, scores_, draft_logits_;
     Pinned progress_;
     Control present_{};
     bool controlled_ = false;

@@ -14,7 +14,8 @@ struct Slots {
     int32_t count;
     int32_t row[kMaxBatch], position[kMaxBatch], encoded[kMaxBatch];  // encoded: positions of the encoder
     RowRule rule[kMaxBatch];                                          // of the batch's rows
-    bool sampled, begins;  // whether a row is; whether the pass may choose a row's first token
+    bool ruled, timed;  // whether a row is not greedy; whether one has timestamps
+    bool begins;        // whether the pass may choose a row's first token
 };
 
 // A block's memory; activations lie behind it.
@@ -43,11 +44,12 @@ __device__ __forceinline__ void collect(const Model& m, const Pass& pass, Slots&
         sync_block();
         if (thread_index() == 0) {
             int count = 0;
-            slots.sampled = slots.begins = false;
+            slots.ruled = slots.timed = slots.begins = false;
             for (int b = 0; b < m.batch; ++b) {
                 if (slots.position[b] < 0) continue;
                 const RowRule& rule = slots.rule[b];
-                slots.sampled |= rule.temperature > 0;
+                slots.timed |= rule.times > 0;
+                slots.ruled |= rule.temperature > 0 || rule.times;
                 slots.begins |=
                     rule.first > slots.position[b] && rule.first <= slots.position[b] + kMostQueries;
                 slots.row[count] = b, slots.encoded[count] = slots.encoded[b];
@@ -72,39 +74,6 @@ __device__ __forceinline__ int take_draft(const Model& m, int batch_row, int i) 
 // Where it is from the base model's embedding on.
 __device__ __forceinline__ int32_t* draft_of(const Model& m, int batch_row, int i) {
     return m.drafts + batch_row * (kMostQueries - 1) + i;
-}
-
-// x = the embedding of each token + that of its position; drafts are noted, and what the step's choices go
-// into is cleared.
-__device__ __forceinline__ void embed(const Model& m, const Stage& s, const Pass& pass, Shared& shared) {
-    const Slots& slots = shared.slots;
-    const int rows = slots.count * pass.queries;
-    for (int r = block_index(); r < rows; r += block_count()) {
-        const int slot = r / pass.queries, q = r % pass.queries, b = slots.row[slot];
-        const int at = slots.position[slot] + q;
-        const bool draft = pass.row < 0 && q;
-        int id = draft ? take_draft(m, b, q - 1) : fresh(m.ids + int64_t(b) * m.id_capacity + at);
-        if (draft && thread_index() == 0) *draft_of(m, b, q - 1) = id;
-        id = min(max(id, 0), m.tokens.count - 1);
-        // A draft past the last position is never emitted.
-        const int64_t position = min(at, m.positions.count - 1);
-        constexpr int kColumns = 4;  // of a thread, whose loads are under way together
-        for (int left = thread_index(); left < m.width; left += kColumns * thread_count()) {
-            float token[kColumns], at_position[kColumns];
-#pragma unroll
-            for (int i = 0; i < kColumns; ++i) {
-                const int c = min(left + i * thread_count(), m.width - 1);
-                token[i] = element(m.tokens, int64_t(id) * m.width + c);
-                at_position[i] = element(m.positions, position * m.width + c);
-            }
-#pragma unroll
-            for (int i = 0; i < kColumns; ++i) {
-                const int c = left + i * thread_count();
-                if (c < m.width) m.x[r * m.x_stride + c] = token[i] + at_position[i];
-            }
-        }
-        if (!s.draft && thread_index() == 0) m.best[r] = 0, m.above[r] = 0;
-    }
 }
 
 // A stage's rows of activations, which the stage before has made.
@@ -155,12 +124,12 @@ __device__ __forceinline__ void linear(const Model& m, const Stage& s, const Pas
 // The draft network's choice, or the base model's judgement of it.
 struct StageJudge {
     const Model& m;
-    const Stage& s;
+    bool of_draft;  // network
     const Pass& pass;
     const Slots& slots;
     const float *const masks = m.control->mask, *const first_masks =
                                                     slots.begins ? m.control->first_mask : nullptr;
-    __device__ __forceinline__ int token(int n) const { return s.draft && m.draft_ids ? m.draft_ids[n] : n; }
+    __device__ __forceinline__ int token(int n) const { return of_draft && m.draft_ids ? m.draft_ids[n] : n; }
     __device__ __forceinline__ const RowRule& rule(int r) const {
         return slots.rule[slots.row[r / pass.queries]];
     }
@@ -172,27 +141,82 @@ struct StageJudge {
         const float* const from = first_masks && index(r) == rule(r).first ? first_masks : masks;
         return from ? from[token(n)] : 0.f;
     }
-    __device__ __forceinline__ bool ruled() const { return slots.sampled; }
-    __device__ __forceinline__ bool scored() const { return !s.draft && m.control->log_probs; }
-    __device__ __forceinline__ Part* part(int r) const {
-        return m.parts + block_index() * m.parts_stride + r;
+    __device__ __forceinline__ int query(int r) const { return r % pass.queries; }
+    __device__ __forceinline__ int text(int r, int at) const {
+        return fresh(m.ids + int64_t(slots.row[r / pass.queries]) * m.id_capacity + at);
+    }
+    __device__ __forceinline__ int drafted(int r, int i) const {
+        return fresh(draft_of(m, slots.row[r / pass.queries], i));
+    }
+    __device__ __forceinline__ bool ruled() const { return slots.ruled; }
+    __device__ __forceinline__ bool scored() const { return !of_draft && m.control->log_probs; }
+    __device__ __forceinline__ bool parted() const { return slots.timed || scored(); }
+    __device__ __forceinline__ Part* part(int block, int kind, int r) const {
+        return m.parts + (block * kKinds + kind) * m.parts_stride + r;
     }
     __device__ __forceinline__ float* draft_logit(int r) const { return m.draft_logits + r; }
     __device__ __forceinline__ int draft(int r) const {
         const int query = r % pass.queries;
-        const bool judges = !s.draft && query + 1 < pass.queries;
-        return judges ? fresh(draft_of(m, slots.row[r / pass.queries], query)) : -1;
+        return !of_draft && query + 1 < pass.queries ? drafted(r, query) : -1;
     }
     __device__ __forceinline__ uint64_t* best(int r) const {
-        return s.draft ? m.draft_best + slots.row[r] : m.best + r;
+        return of_draft ? m.draft_best + slots.row[r] : m.best + r;
     }
     __device__ __forceinline__ int32_t* above(int r) const { return m.above + r; }
 };
 
+// Rows `first` to `last` of a pass, a warp each, where what the blocks have heard decides; the block waits.
+__device__ __forceinline__ void settle_rows(const Model& m, bool of_draft, const Pass& pass,
+                                            const Slots& slots, int first, int last) {
+    const StageJudge judge{m, of_draft, pass, slots};
+    if (!judge.parted()) return;
+    const int vocabulary = of_draft ? 0 : m.tokens.count;  // A draft network's choice has no rank.
+    for (int r = first + warp(); r < last; r += warps()) {
+        const Score found = settle(judge, r, m.blocks, vocabulary);
+        if (lane() == 0 && judge.scored())
+            m.scores[2 * r] = found.log_sum_exp, m.scores[2 * r + 1] = found.logit;
+    }
+    sync_block();
+}
+
+// x = the embedding of each token + that of its position; drafts are noted, and what the step's choices go
+// into is cleared.
+__device__ __forceinline__ void embed(const Model& m, const Stage& s, const Pass& pass, Shared& shared) {
+    const Slots& slots = shared.slots;
+    const int rows = slots.count * pass.queries;
+    for (int r = block_index(); r < rows; r += block_count()) {
+        const int slot = r / pass.queries, q = r % pass.queries, b = slots.row[slot];
+        const int at = slots.position[slot] + q;
+        const bool draft = pass.row < 0 && q;
+        if (draft && !m.control->drafts) settle_rows(m, true, Pass{}, slots, slot, slot + 1);
+        int id = draft ? take_draft(m, b, q - 1) : fresh(m.ids + int64_t(b) * m.id_capacity + at);
+        if (draft && thread_index() == 0) *draft_of(m, b, q - 1) = id;
+        id = min(max(id, 0), m.tokens.count - 1);
+        // A draft past the last position is never emitted.
+        const int64_t position = min(at, m.positions.count - 1);
+        constexpr int kColumns = 4;  // of a thread, whose loads are under way together
+        for (int left = thread_index(); left < m.width; left += kColumns * thread_count()) {
+            float token[kColumns], at_position[kColumns];
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i) {
+                const int c = min(left + i * thread_count(), m.width - 1);
+                token[i] = element(m.tokens, int64_t(id) * m.width + c);
+                at_position[i] = element(m.positions, position * m.width + c);
+            }
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i) {
+                const int c = left + i * thread_count();
+                if (c < m.width) m.x[r * m.x_stride + c] = token[i] + at_position[i];
+            }
+        }
+        if (!s.draft && thread_index() == 0) m.best[r] = 0, m.above[r] = 0;
+    }
+}
+
 template <class W, int R>
 __device__ __forceinline__ void verify(const Model& m, const Stage& s, const Pass& pass, Shared& shared,
                                        float* x) {
-    verify<W, R, true>(s, StageRows{s}, StageJudge{m, s, pass, shared.slots},
+    verify<W, R, true>(s, StageRows{s}, StageJudge{m, s.draft, pass, shared.slots},
                        shared.slots.count * pass.queries, shared.tally, x, m.shared_floats);
 }
 
@@ -291,18 +315,20 @@ struct StageRow {
         m.ids[int64_t(row) * m.id_capacity + at] = token;
         if (float* log_probs = m.control->log_probs) {
             const int r = first + i;
-            const Score found = score(m.parts + r, m.parts_stride, m.blocks, fresh(m.best + r));
             const bool drafted = i < drafts && draft(i) == token;
-            const float logit = drafted ? fresh(m.draft_logits + r) : found.logit;
-            log_probs[int64_t(row) * m.id_capacity + at] = logit - found.log_sum_exp;
+            const float logit = drafted ? fresh(m.draft_logits + r) : fresh(m.scores + 2 * r + 1);
+            log_probs[int64_t(row) * m.id_capacity + at] = logit - fresh(m.scores + 2 * r);
         }
         m.progress[int64_t(row) * (1 + m.id_capacity) + 1 + at] = token;
     }
 };
 
 // Not inlined: the kernel of all stages has no register to spare, and this is the work of a moment.
-static __device__ __attribute__((noinline)) void accept(const Model& m, int queries, const Shared& shared) {
+static __device__ __attribute__((noinline)) void accept(const Model& m, const Pass& pass,
+                                                        const Shared& shared) {
     if (block_index()) return;
+    settle_rows(m, false, pass, shared.slots, 0, shared.slots.count * pass.queries);
+    const int queries = pass.queries;
     const StopRule rule = m.control->rule;
     for (int i = thread_index(); i < shared.slots.count; i += thread_count()) {
         const int row = shared.slots.row[i];
@@ -358,7 +384,7 @@ template <Kind kind>
 __device__ __forceinline__ void run_stage(const Model& m, const Stage& s, const Pass& pass, Shared& shared,
                                           float* x) {
     if constexpr (kind == Kind::embed) embed(m, s, pass, shared);
-    if constexpr (kind == Kind::accept) accept(m, pass.queries, shared);
+    if constexpr (kind == Kind::accept) accept(m, pass, shared);
     if constexpr (kind == Kind::attend)
         with_kv(s.dtype, [&](auto type) { attend<decltype(type)>(m, s, pass, shared); });
     const bool few = shared.slots.count * pass.queries <= 2;  // one row's step, with or without a draft

@@ -2,28 +2,31 @@
 //
 // A judge tells what they are held against: mask(output, row), which is added and loaded ahead; draft(row),
 // or -1; and where the result joins those of other blocks: best(row), above(row). Where it is ruled(), also
-// what rule(row) says of index(row) and token(output); and where it is scored(), part(row) and
-// draft_logit(row), for what the block has heard and the draft's own logit.
+// the rule(row), the index(row) of the token to choose, the row's text(row, index) before it with the drafts
+// drafted(row, i) of its queries in front, and the token(output). Where it is parted(), part(block, kind,
+// row) for what a block has heard; and where it is scored(), draft_logit(row) for the draft's own logit.
 #pragma once
 
 #include "cuda/project.h"
 
 namespace kvspn::cuda {
 
-// Of some of a row's logits: the largest, the sum of exponentials over it, and of what they count as under
-// the row's rule the largest, with its logit.
+// Of some of a row's logits: the largest, and the sum of exponentials over it; and of what they count as
+// under the row's rule the largest, with its logit. The last two of text are those of all tokens.
 struct Heard {
     float largest, sum, top, logit;
 };
-__device__ __forceinline__ Heard nothing() { return {-INFINITY, 0, -INFINITY, -INFINITY}; }
 
-// A block's part of the result, and the drafts of a tile of rows.
+// A block's part of the result, and the rows of a tile with their drafts and rules.
 struct Tally {
-    uint64_t best[kThreads / 32][kTile];
-    int32_t above[kThreads / 32][kTile];
-    Heard heard[kThreads / 32][kTile];
+    uint64_t best[kKinds][kThreads / 32][kTile];
+    int32_t above[kKinds][kThreads / 32][kTile];
+    Heard heard[kKinds][kThreads / 32][kTile];
     float draft_logit[kTile];  // what it counts as
-    int32_t draft[kTile];
+    int32_t draft[kTile];      // -1: none, or a suppressed one
+    RowRule rule[kTile];
+    Window window[kTile];
+    int32_t index[kTile];
 };
 
 // Order-preserving: a larger logit, then a smaller id, is a larger key. 0: none yet.
@@ -37,26 +40,15 @@ __device__ __forceinline__ int id_of(uint64_t key) {
     return chosen ? int(0xffffffff - uint32_t(key)) : -1;
 }
 
-// What a logit counts as under a row's rule; heard: of those that are scored, or null. Not inlined: the loop
-// over the vocabulary, for which this is the exception, has no register to spare. The rule comes by its
-// words: by reference it would have to be in memory.
-static __device__ __attribute__((noinline)) float hear(Heard* heard, float logit, float temperature,
-                                                       uint32_t seed_low, uint32_t seed_high, int index,
-                                                       int token) {
-    float counted = logit;
-    if (temperature > 0) {
-        const float number = uniform(seed_low, seed_high, uint32_t(index), uint32_t(token));
-        counted = logit / temperature - logf(-logf(number));
-    }
-    if (!heard) return counted;
-    if (logit > heard->largest) {
-        heard->sum = heard->sum * expf(heard->largest - logit) + 1;
-        heard->largest = logit;
-    } else if (logit > -INFINITY) {
-        heard->sum += expf(logit - heard->largest);
-    }
-    if (counted > heard->top) heard->top = counted, heard->logit = logit;
-    return counted;
+__device__ __forceinline__ float add_mask(float logit, float mask) {
+    logit += mask;
+    return logit == logit ? logit + 0.f : NAN;
+}
+
+// -inf is added to what a row's grammar forbids.
+__device__ __forceinline__ float constrain(const Tally& tally, int row, float logit, int token) {
+    const RowRule& rule = tally.rule[row];
+    return rule.times && !allows(rule, tally.window[row], token) ? add_mask(logit, -INFINITY) : logit;
 }
 
 // Sums of exponentials, in the order of the calls.
@@ -67,73 +59,197 @@ __device__ __forceinline__ void join(float& largest, float& sum, float other_lar
     largest = top;
 }
 
-// The log-sum-exp of a row's logits and the logit of its choice, from the parts of all blocks in their order.
+// Whether a token goes ahead of the row's draft.
+__device__ __forceinline__ bool leads(const Tally& tally, int row, float counted, int n) {
+    const int draft = tally.draft[row];
+    const float own = tally.draft_logit[row];
+    return draft >= 0 && (counted > own || (counted == own && n < draft));
+}
+
+// What a logit of output n counts as under the row's rule; `keeps`: it joins what the warp has heard. Not
+// inlined: the loop over the vocabulary, for which this is the exception, has no register to spare.
+static __device__ __attribute__((noinline)) float hear(Tally& tally, int row, float logit, int n, int token,
+                                                       bool keeps) {
+    const RowRule& rule = tally.rule[row];
+    logit = constrain(tally, row, logit, token);
+    float counted = logit;
+    if (rule.temperature > 0) {
+        const float number = uniform(rule.seed[0], rule.seed[1], uint32_t(tally.index[row]), uint32_t(token));
+        counted = logit / rule.temperature - logf(-logf(number));
+    }
+    if (!keeps) return counted;
+    const bool time = rule.times && token >= rule.times;
+    Heard& heard = tally.heard[time][warp()][row];
+    if (logit > heard.largest) {
+        heard.sum = heard.sum * expf(heard.largest - logit) + 1;
+        heard.largest = logit;
+    } else if (logit > -INFINITY) {
+        heard.sum += expf(logit - heard.largest);
+    }
+    for (int kind = 0; kind <= int(time); ++kind) {
+        Heard& all = tally.heard[kind][warp()][row];
+        if (counted > all.top) all.top = counted, all.logit = logit;
+    }
+    if (time) {
+        const uint64_t key = key_of(counted, n);
+        uint64_t& best = tally.best[1][warp()][row];
+        best = key > best ? key : best;
+        tally.above[1][warp()][row] += leads(tally, row, counted, n);
+    }
+    return counted;
+}
+
+// The row's rule and the window of the token to choose, by a warp: the text so far is the row's own tokens
+// and its drafts in front.
+template <class Judge>
+__device__ __forceinline__ void open_row(const Judge& judge, int r, Tally& tally, int row) {
+    const RowRule rule = judge.rule(r);
+    const int index = judge.index(r), drafts = judge.query(r), begin = max(rule.first - rule.prefix, 0);
+    History history;
+    if (rule.times) {
+        const int end = index - drafts;
+        int time = -1;
+        for (int at = begin + lane(); at < end; at += 32) {
+            const int token = judge.text(r, at);
+            if (token >= rule.times) time = max(time, token);
+        }
+        for (int mask = 16; mask > 0; mask /= 2) time = max(time, from_lane(time, lane() ^ mask));
+        history = {max(end - begin, 0), end > begin ? judge.text(r, end - 1) : -1,
+                   end - 1 > begin ? judge.text(r, end - 2) : -1, time};
+        for (int i = 0; i < drafts; ++i) push(history, judge.drafted(r, i), rule);
+    }
+    if (lane() == 0) {
+        tally.rule[row] = rule, tally.index[row] = index;
+        tally.window[row] = window_of(rule, history);
+    }
+    sync_warp();
+}
+
+// The log-sum-exp of a row's logits and the logit of its choice.
 struct Score {
     float log_sum_exp, logit;
 };
-__device__ __forceinline__ Score score(const Part* parts, int64_t stride, int blocks, uint64_t best) {
-    float largest = -INFINITY, sum = 0, logit = -INFINITY;
-    for (int i = 0; i < blocks; ++i) {
-        const Part* part = parts + i * stride;
-        join(largest, sum, fresh(&part->largest), fresh(&part->sum));
-        if (fresh(&part->best) == best) logit = fresh(&part->logit);
+
+// What all blocks have heard of a row, by a warp, in one order for every number of rows. Where all timestamps
+// together are likelier than every token of text, the row's best is that of the timestamps, and a draft that
+// is text is suppressed.
+template <class Judge>
+__device__ __forceinline__ Score settle(const Judge& judge, int r, int blocks, int vocabulary) {
+    const int times = judge.ruled() ? judge.rule(r).times : 0;
+    const uint64_t best = fresh(judge.best(r));
+    uint64_t time_best = 0;
+    float largest[kKinds] = {-INFINITY, -INFINITY}, sum[kKinds] = {}, logit[kKinds] = {-INFINITY, -INFINITY};
+    int above = 0;
+    for (int i = lane(); i < blocks; i += 32) {
+        for (int kind = 0; kind < (times ? kKinds : 1); ++kind) {
+            const Part* part = judge.part(i, kind, r);
+            join(largest[kind], sum[kind], fresh(&part->largest), fresh(&part->sum));
+            const uint64_t own = fresh(&part->best);
+            if (kind == 0) {
+                if (own == best) logit[0] = fresh(&part->logit);
+            } else {
+                if (own > time_best) time_best = own, logit[1] = fresh(&part->logit);
+                above += fresh(&part->above);
+            }
+        }
     }
-    return {largest + logf(sum), logit};
+    for (int mask = 16; mask > 0; mask /= 2) {
+        const int other = lane() ^ mask;
+        for (int kind = 0; kind < kKinds; ++kind) {
+            const float other_largest = from_lane(largest[kind], other),
+                        other_sum = from_lane(sum[kind], other);
+            const float most = fmaxf(largest[kind], other_largest);
+            const float mine = sum[kind] == 0 ? 0 : sum[kind] * expf(largest[kind] - most);
+            const float theirs = other_sum == 0 ? 0 : other_sum * expf(other_largest - most);
+            sum[kind] = mine + theirs, largest[kind] = most;
+        }
+        logit[0] = fmaxf(logit[0], from_lane(logit[0], other));
+        const uint64_t key = uint64_t(uint32_t(from_lane(int(time_best >> 32), other))) << 32 |
+                             uint32_t(from_lane(int(uint32_t(time_best)), other));
+        const float its_logit = from_lane(logit[1], other);
+        if (key > time_best) time_best = key, logit[1] = its_logit;
+        above += from_lane(above, other);
+    }
+    const bool numbers = id_of(best) >= 0;
+    if (times && numbers && largest[1] + logf(sum[1]) > largest[0]) {
+        if (lane() == 0) {
+            const int draft = judge.draft(r);
+            const bool stands =
+                draft >= 0 && judge.token(draft) >= times && fresh(judge.above(r)) < vocabulary;
+            *judge.best(r) = time_best;
+            if (draft >= 0) *judge.above(r) = stands ? above : vocabulary;
+            if (judge.scored() && draft >= 0 && !stands) *judge.draft_logit(r) = -INFINITY;
+        }
+        return {largest[1] + logf(sum[1]), logit[1]};
+    }
+    join(largest[0], sum[0], largest[1], sum[1]);
+    return {largest[0] + logf(sum[0]), logit[0]};
 }
 
 template <class W, int R, bool kAligned, class Source, class Judge>
 __device__ __forceinline__ void verify(const Stage& s, const Source& source, const Judge& judge, int rows,
                                        Tally& tally, float* memory, int shared_floats) {
     const float* x = memory + kMoments;
-    const bool ruled = judge.ruled(), scored = judge.scored();
-    auto masked = [](float logit, float mask) {
-        logit += mask;
-        return logit == logit ? logit + 0.f : NAN;
-    };
+    const bool ruled = judge.ruled(), parted = judge.parted();
     uint64_t best = 0;
     int above = 0, tile_first = 0, tile_rows = 0;
     auto finish = [&] {  // the block's result of a tile joins those of the others
         if (!tile_rows) return;
         if (lane() % (32 / R) == 0) {
-            tally.best[warp()][lane() / (32 / R)] = best;
-            tally.above[warp()][lane() / (32 / R)] = above;
+            tally.best[0][warp()][lane() / (32 / R)] = best;
+            tally.above[0][warp()][lane() / (32 / R)] = above;
         }
         sync_block();
         const int r = thread_index();
         if (r < tile_rows) {
-            uint64_t key = 0;
-            int count = 0;
-            Heard heard = nothing();
-            for (int w = 0; w < warps(); ++w) {
-                const bool better = tally.best[w][r] > key;
-                key = better ? tally.best[w][r] : key;
-                count += tally.above[w][r];
-                if (!scored) continue;
-                if (better) heard.logit = tally.heard[w][r].logit;
-                join(heard.largest, heard.sum, tally.heard[w][r].largest, tally.heard[w][r].sum);
+            for (int kind = 0; kind < (ruled && tally.rule[r].times ? kKinds : 1); ++kind) {
+                Part part{0, -INFINITY, -INFINITY, 0, 0};
+                for (int w = 0; w < warps(); ++w) {
+                    const uint64_t key = tally.best[kind][w][r];
+                    const bool better = key > part.best;
+                    part.best = better ? key : part.best;
+                    part.above += tally.above[kind][w][r];
+                    if (!parted) continue;
+                    const Heard& heard = tally.heard[kind][w][r];
+                    if (better) part.logit = heard.logit;
+                    join(part.largest, part.sum, heard.largest, heard.sum);
+                }
+                if (parted) *judge.part(block_index(), kind, tile_first + r) = part;
+                if (kind) continue;
+                atomic_max(judge.best(tile_first + r), part.best);
+                if (part.above) atomic_add(judge.above(tile_first + r), part.above);
             }
-            if (scored) *judge.part(tile_first + r) = {key, heard.logit, heard.largest, heard.sum};
-            atomic_max(judge.best(tile_first + r), key);
-            if (count) atomic_add(judge.above(tile_first + r), count);
         }
         sync_block();
     };
     auto start = [&](int first, int count, int columns) {
         finish();
         best = 0, above = 0, tile_first = first, tile_rows = count;
-        if (scored && lane() % (32 / R) == 0) tally.heard[warp()][lane() / (32 / R)] = nothing();
+        if (parted && lane() % (32 / R) == 0)
+            for (int kind = 0; kind < kKinds; ++kind) {
+                const int r = lane() / (32 / R);
+                tally.heard[kind][warp()][r] = {-INFINITY, 0, -INFINITY, -INFINITY};
+                tally.best[kind][warp()][r] = 0, tally.above[kind][warp()][r] = 0;
+            }
         // The drafts' own logits come first, so that one reading of the head tells argmax and rank.
         for (int r = warp(); r < count; r += warps()) {
-            const int draft = judge.draft(first + r);
+            if (ruled)
+                open_row(judge, first + r, tally, r);
+            else if (lane() == 0)
+                tally.rule[r] = {};
+            sync_warp();
+            int draft = judge.draft(first + r);
             float logit = 0;
             if (draft >= 0) {
+                const int token = judge.token(draft);
                 const float mask = judge.mask(draft, first + r);
-                logit = masked(dot<W, kAligned>(s, draft, x + r * columns, columns), mask);
-                if (scored && !block_index() && lane() == 0) *judge.draft_logit(first + r) = logit;
-                if (ruled) {
-                    const RowRule rule = judge.rule(first + r);
-                    logit = hear(nullptr, logit, rule.temperature, rule.seed[0], rule.seed[1],
-                                 judge.index(first + r), judge.token(draft));
+                logit = add_mask(dot<W, kAligned>(s, draft, x + r * columns, columns), mask);
+                logit = constrain(tally, r, logit, token);
+                if (judge.scored() && !block_index() && lane() == 0) *judge.draft_logit(first + r) = logit;
+                if (ruled) logit = hear(tally, r, logit, draft, token, false);
+                if (!(logit > -INFINITY)) {  // Suppressed: all others go ahead.
+                    if (!block_index() && lane() == 0) atomic_add(judge.above(first + r), s.outputs);
+                    draft = -1;
                 }
             }
             if (lane() == 0) tally.draft[r] = draft, tally.draft_logit[r] = logit;
@@ -143,18 +259,13 @@ __device__ __forceinline__ void verify(const Stage& s, const Source& source, con
     auto begin = [&](int n, int r) { return judge.mask(n, r); };
     project<W, R, kAligned>(
         s, source, rows, memory, shared_floats, start, begin, [&](int n, int r, float value, float mask) {
-            value = masked(value, mask);
-            if (ruled || scored) {
-                const bool keeps = scored && lane() % (32 / R) == 0;
-                const RowRule rule = judge.rule(r);
-                value = hear(keeps ? &tally.heard[warp()][r - tile_first] : nullptr, value, rule.temperature,
-                             rule.seed[0], rule.seed[1], judge.index(r), judge.token(n));
-            }
+            value = add_mask(value, mask);
+            const int row = r - tile_first;
+            if (ruled || parted)
+                value = hear(tally, row, value, n, judge.token(n), parted && lane() % (32 / R) == 0);
             const uint64_t key = key_of(value, n);
             best = key > best ? key : best;
-            const int draft = tally.draft[r - tile_first];
-            const float logit = tally.draft_logit[r - tile_first];
-            above += draft >= 0 && (value > logit || (value == logit && n < draft));
+            above += leads(tally, row, value, n);
         });
     finish();
 }
