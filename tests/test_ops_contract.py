@@ -9,7 +9,7 @@ import torch
 
 from kvspn import ops
 from kvspn.ops.append_kv import quantise
-from kvspn.ops.rules import Rule, pack_rules
+from kvspn.ops.rules import Rule, Timestamps, pack_rules
 from kvspn.weights.random import random_decoder
 
 INF = torch.inf
@@ -19,7 +19,7 @@ def i32(*shape, high=3):
     return torch.randint(0, high, shape, dtype=torch.int32)
 
 
-RULES = pack_rules([Rule(), Rule(0.5, 7), Rule(2.0, 2**63)], [1, 2, 3])
+RULES = pack_rules([Rule(timestamps=Timestamps(5, 4)), Rule(0.5, 7), Rule(2.0, 2**63)], [1, 2, 3])
 SCORES = torch.zeros(3, 2, 3)
 
 
@@ -46,6 +46,7 @@ def sample(op, dtype=torch.float32):
             "first_mask": torch.ones(7),
             "rules": RULES.clone(),
             "lengths": i32(3),
+            "tokens": i32(3, 4),
             "scores": SCORES.clone(),
         }
     state = {
@@ -176,10 +177,12 @@ BAD = [
     ("lm_head_verify", "first_mask", {"first_mask": torch.zeros(8)}),
     ("lm_head_verify", "first_mask", {"first_mask": torch.zeros(7, dtype=torch.bfloat16)}),
     ("lm_head_verify", "rules", {"rules": i32(3, 3)}),
-    ("lm_head_verify", "rules", {"rules": torch.zeros(3, 4)}),
-    ("lm_head_verify", "rules", {"rules": None, "lengths": None}),
+    ("lm_head_verify", "rules", {"rules": torch.zeros(3, 8)}),
+    ("lm_head_verify", "rules", {"rules": None, "lengths": None, "tokens": None}),
     ("lm_head_verify", "lengths", {"rules": None, "first_mask": None}),
     ("lm_head_verify", "lengths", {"lengths": None}),
+    ("lm_head_verify", "tokens", {"tokens": None}),
+    ("lm_head_verify", "tokens", {"tokens": i32(2, 4)}),
     ("lm_head_verify", "lengths", {"lengths": i32(2)}),
     ("lm_head_verify", "scores", {"scores": torch.zeros(3, 2, 2)}),
     ("lm_head_verify", "scores", {"scores": torch.zeros(3, 2, 3, dtype=torch.bfloat16)}),

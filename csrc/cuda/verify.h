@@ -100,9 +100,9 @@ static __device__ __attribute__((noinline)) float hear(Tally& tally, int row, fl
 }
 
 // The row's rule and the window of the token to choose, by a warp: the text so far is the row's own tokens
-// and its drafts in front.
+// and its drafts in front. Not inlined, as hear(); by value the judge need not be in memory.
 template <class Judge>
-__device__ __forceinline__ void open_row(const Judge& judge, int r, Tally& tally, int row) {
+__device__ __attribute__((noinline)) void open_row(const Judge judge, int r, Tally& tally, int row) {
     const RowRule rule = judge.rule(r);
     const int index = judge.index(r), drafts = judge.query(r), begin = max(rule.first - rule.prefix, 0);
     History history;
@@ -134,14 +134,16 @@ struct Score {
 // together are likelier than every token of text, the row's best is that of the timestamps, and a draft that
 // is text is suppressed.
 template <class Judge>
-__device__ __forceinline__ Score settle(const Judge& judge, int r, int blocks, int vocabulary) {
+__device__ __attribute__((noinline)) Score settle(const Judge judge, int r, int blocks, int vocabulary) {
     const int times = judge.ruled() ? judge.rule(r).times : 0;
     const uint64_t best = fresh(judge.best(r));
     uint64_t time_best = 0;
     float largest[kKinds] = {-INFINITY, -INFINITY}, sum[kKinds] = {}, logit[kKinds] = {-INFINITY, -INFINITY};
     int above = 0;
     for (int i = lane(); i < blocks; i += 32) {
-        for (int kind = 0; kind < (times ? kKinds : 1); ++kind) {
+#pragma unroll
+        for (int kind = 0; kind < kKinds; ++kind) {
+            if (kind && !times) continue;
             const Part* part = judge.part(i, kind, r);
             join(largest[kind], sum[kind], fresh(&part->largest), fresh(&part->sum));
             const uint64_t own = fresh(&part->best);
@@ -155,6 +157,7 @@ __device__ __forceinline__ Score settle(const Judge& judge, int r, int blocks, i
     }
     for (int mask = 16; mask > 0; mask /= 2) {
         const int other = lane() ^ mask;
+#pragma unroll
         for (int kind = 0; kind < kKinds; ++kind) {
             const float other_largest = from_lane(largest[kind], other),
                         other_sum = from_lane(sum[kind], other);
