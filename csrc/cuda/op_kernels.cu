@@ -67,6 +67,7 @@ struct OpRows {
 };
 
 struct OpJudge {
+    using Rules = OpJudge;
     const VerifyOp& op;
     int queries;
     __device__ __forceinline__ int token(int n) const {

@@ -121,32 +121,24 @@ __device__ __forceinline__ void linear(const Model& m, const Stage& s, const Pas
     project<W, R, true>(s, StageRows{s}, slots.count * pass.queries, x, m.shared_floats, start, begin, end);
 }
 
-// The draft network's choice, or the base model's judgement of it.
-struct StageJudge {
+// What the rows of a pass are chosen by, of the draft network or the base model, and where it goes.
+struct StageRules {
     const Model& m;
-    bool of_draft;  // network
-    const Pass& pass;
     const Slots& slots;
-    const float *const masks = m.control->mask, *const first_masks =
-                                                    slots.begins ? m.control->first_mask : nullptr;
+    int queries;    // of a row
+    bool of_draft;  // network
     __device__ __forceinline__ int token(int n) const { return of_draft && m.draft_ids ? m.draft_ids[n] : n; }
-    __device__ __forceinline__ const RowRule& rule(int r) const {
-        return slots.rule[slots.row[r / pass.queries]];
-    }
+    __device__ __forceinline__ const RowRule& rule(int r) const { return slots.rule[slots.row[r / queries]]; }
     // Of the row, that the token would have.
     __device__ __forceinline__ int index(int r) const {
-        return slots.position[r / pass.queries] + r % pass.queries + 1;
+        return slots.position[r / queries] + r % queries + 1;
     }
-    __device__ __forceinline__ float mask(int n, int r) const {
-        const float* const from = first_masks && index(r) == rule(r).first ? first_masks : masks;
-        return from ? from[token(n)] : 0.f;
-    }
-    __device__ __forceinline__ int query(int r) const { return r % pass.queries; }
+    __device__ __forceinline__ int query(int r) const { return r % queries; }
     __device__ __forceinline__ int text(int r, int at) const {
-        return fresh(m.ids + int64_t(slots.row[r / pass.queries]) * m.id_capacity + at);
+        return fresh(m.ids + int64_t(slots.row[r / queries]) * m.id_capacity + at);
     }
     __device__ __forceinline__ int drafted(int r, int i) const {
-        return fresh(draft_of(m, slots.row[r / pass.queries], i));
+        return fresh(draft_of(m, slots.row[r / queries], i));
     }
     __device__ __forceinline__ bool ruled() const { return slots.ruled; }
     __device__ __forceinline__ bool scored() const { return !of_draft && m.control->log_probs; }
@@ -156,8 +148,8 @@ struct StageJudge {
     }
     __device__ __forceinline__ float* draft_logit(int r) const { return m.draft_logits + r; }
     __device__ __forceinline__ int draft(int r) const {
-        const int query = r % pass.queries;
-        return !of_draft && query + 1 < pass.queries ? drafted(r, query) : -1;
+        const int query = r % queries;
+        return !of_draft && query + 1 < queries ? drafted(r, query) : -1;
     }
     __device__ __forceinline__ uint64_t* best(int r) const {
         return of_draft ? m.draft_best + slots.row[r] : m.best + r;
@@ -165,12 +157,25 @@ struct StageJudge {
     __device__ __forceinline__ int32_t* above(int r) const { return m.above + r; }
 };
 
+// The draft network's choice, or the base model's judgement of it.
+struct StageJudge : StageRules {
+    using Rules = StageRules;
+    const float *masks, *first_masks;
+    __device__ __forceinline__ explicit StageJudge(const StageRules& rules)
+        : StageRules(rules),
+          masks(m.control->mask),
+          first_masks(slots.begins ? m.control->first_mask : nullptr) {}
+    __device__ __forceinline__ float mask(int n, int r) const {
+        const float* const from = first_masks && index(r) == rule(r).first ? first_masks : masks;
+        return from ? from[token(n)] : 0.f;
+    }
+};
+
 // Rows `first` to `last` of a pass, a warp each, where what the blocks have heard decides; the block waits.
-__device__ __forceinline__ void settle_rows(const Model& m, bool of_draft, const Pass& pass,
-                                            const Slots& slots, int first, int last) {
-    const StageJudge judge{m, of_draft, pass, slots};
+__device__ __forceinline__ void settle_rows(const StageRules& judge, int first, int last) {
+    const Model& m = judge.m;
     if (!judge.parted()) return;
-    const int vocabulary = of_draft ? 0 : m.tokens.count;  // A draft network's choice has no rank.
+    const int vocabulary = judge.of_draft ? 0 : m.tokens.count;  // A draft network's choice has no rank.
     for (int r = first + warp(); r < last; r += warps()) {
         const Score found = settle(judge, r, m.blocks, vocabulary);
         if (lane() == 0 && judge.scored())
@@ -188,7 +193,7 @@ __device__ __forceinline__ void embed(const Model& m, const Stage& s, const Pass
         const int slot = r / pass.queries, q = r % pass.queries, b = slots.row[slot];
         const int at = slots.position[slot] + q;
         const bool draft = pass.row < 0 && q;
-        if (draft && !m.control->drafts) settle_rows(m, true, Pass{}, slots, slot, slot + 1);
+        if (draft && !m.control->drafts) settle_rows(StageRules{m, slots, 1, true}, slot, slot + 1);
         int id = draft ? take_draft(m, b, q - 1) : fresh(m.ids + int64_t(b) * m.id_capacity + at);
         if (draft && thread_index() == 0) *draft_of(m, b, q - 1) = id;
         id = min(max(id, 0), m.tokens.count - 1);
@@ -216,7 +221,7 @@ __device__ __forceinline__ void embed(const Model& m, const Stage& s, const Pass
 template <class W, int R>
 __device__ __forceinline__ void verify(const Model& m, const Stage& s, const Pass& pass, Shared& shared,
                                        float* x) {
-    verify<W, R, true>(s, StageRows{s}, StageJudge{m, s.draft, pass, shared.slots},
+    verify<W, R, true>(s, StageRows{s}, StageJudge(StageRules{m, shared.slots, pass.queries, s.draft}),
                        shared.slots.count * pass.queries, shared.tally, x, m.shared_floats);
 }
 
@@ -324,11 +329,9 @@ struct StageRow {
 };
 
 // Not inlined: the kernel of all stages has no register to spare, and this is the work of a moment.
-static __device__ __attribute__((noinline)) void accept(const Model& m, const Pass& pass,
-                                                        const Shared& shared) {
+static __device__ __attribute__((noinline)) void accept(const Model& m, int queries, const Shared& shared) {
     if (block_index()) return;
-    settle_rows(m, false, pass, shared.slots, 0, shared.slots.count * pass.queries);
-    const int queries = pass.queries;
+    settle_rows(StageRules{m, shared.slots, queries, false}, 0, shared.slots.count * queries);
     const StopRule rule = m.control->rule;
     for (int i = thread_index(); i < shared.slots.count; i += thread_count()) {
         const int row = shared.slots.row[i];
@@ -384,7 +387,7 @@ template <Kind kind>
 __device__ __forceinline__ void run_stage(const Model& m, const Stage& s, const Pass& pass, Shared& shared,
                                           float* x) {
     if constexpr (kind == Kind::embed) embed(m, s, pass, shared);
-    if constexpr (kind == Kind::accept) accept(m, pass, shared);
+    if constexpr (kind == Kind::accept) accept(m, pass.queries, shared);
     if constexpr (kind == Kind::attend)
         with_kv(s.dtype, [&](auto type) { attend<decltype(type)>(m, s, pass, shared); });
     const bool few = shared.slots.count * pass.queries <= 2;  // one row's step, with or without a draft

@@ -100,9 +100,10 @@ static __device__ __attribute__((noinline)) float hear(Tally& tally, int row, fl
 }
 
 // The row's rule and the window of the token to choose, by a warp: the text so far is the row's own tokens
-// and its drafts in front. Not inlined, as hear(); by value the judge need not be in memory.
-template <class Judge>
-__device__ __attribute__((noinline)) void open_row(const Judge judge, int r, Tally& tally, int row) {
+// and its drafts in front. Not inlined, as hear(); by value
+// what it is given need not be in memory, and what a judge has beside its Rules stays out.
+template <class Rules>
+__device__ __attribute__((noinline)) void open_row(const Rules judge, int r, Tally& tally, int row) {
     const RowRule rule = judge.rule(r);
     const int index = judge.index(r), drafts = judge.query(r), begin = max(rule.first - rule.prefix, 0);
     History history;
@@ -133,8 +134,8 @@ struct Score {
 // What all blocks have heard of a row, by a warp, in one order for every number of rows. Where all timestamps
 // together are likelier than every token of text, the row's best is that of the timestamps, and a draft that
 // is text is suppressed.
-template <class Judge>
-__device__ __attribute__((noinline)) Score settle(const Judge judge, int r, int blocks, int vocabulary) {
+template <class Rules>
+__device__ __attribute__((noinline)) Score settle(const Rules judge, int r, int blocks, int vocabulary) {
     const int times = judge.ruled() ? judge.rule(r).times : 0;
     const uint64_t best = fresh(judge.best(r));
     uint64_t time_best = 0;
@@ -237,7 +238,7 @@ __device__ __forceinline__ void verify(const Stage& s, const Source& source, con
         // The drafts' own logits come first, so that one reading of the head tells argmax and rank.
         for (int r = warp(); r < count; r += warps()) {
             if (ruled)
-                open_row(judge, first + r, tally, r);
+                open_row<typename Judge::Rules>(judge, first + r, tally, r);
             else if (lane() == 0)
                 tally.rule[r] = {};
             sync_warp();
