@@ -194,11 +194,19 @@ def test_drafts_change_nothing(backend, options):
     assert kinds == {False, True}
 
 
-def test_every_backend_says_the_same(backend):
-    decoder = timed_decoder()
-    (_, said), (_, wanted) = (run(name, decoder, batch=5) for name in (backend, "reference"))
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_every_backend_says_the_same(backend, prefix):
+    """Tokens, and how many of the draft network's stand; with a prompt's last token as text, too."""
+    decoder, grammar = timed_decoder(), GRAMMAR._replace(prefix=prefix)
+    (prompts, said), (_, wanted) = (
+        run(name, decoder, batch=5, timestamps=grammar) for name in (backend, "reference")
+    )
     same = [mine == other for mine, other in zip(said.sequences, wanted.sequences, strict=True)]
     assert sum(same) >= 4  # Rounding may decide one.
+    for alike, mine, other in zip(same, said.rows, wanted.rows, strict=True):
+        assert not alike or (mine.accepted, mine.drafted) == (other.accepted, other.drafted)
+    begins = [tokens[len(ids)] >= BEGIN for ids, tokens in zip(prompts, said.sequences, strict=True)]
+    assert all(begins) != bool(prefix)
 
 
 def test_rows_with_and_without_timestamps(backend):

@@ -85,6 +85,8 @@ template <>
 constexpr size_t kFirstEdition<kvspn_engine_params> = offsetof(kvspn_engine_params, device);
 template <>
 constexpr size_t kFirstEdition<kvspn_step_params> = offsetof(kvspn_step_params, draft_tokens);
+template <>
+constexpr size_t kFirstEdition<kvspn_rule> = offsetof(kvspn_rule, timestamp_begin);
 #define KVSPN_FIRST_EDITION(name, Params) \
     template <>                           \
     constexpr size_t kFirstEdition<Params> = offsetof(Params, device);
