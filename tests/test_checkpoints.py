@@ -228,6 +228,16 @@ def test_tokenizers_of_every_size(size: int, last: int, vocab_size: int, message
             check_vocabulary(Tokenizer(), vocab_size)
 
 
+def test_times_of_a_tokenizer_that_names_no_special_tokens(copy: Path) -> None:
+    """transformers counts times from the last that it knows, which CTranslate2's folders do not say."""
+    file = copy / "tokenizer_config.json"
+    edit(file, extra_special_tokens="absent", additional_special_tokens="absent")
+    _, processor = open_model(copy)
+    begin = processor.tokenizer.convert_tokens_to_ids("<|notimestamps|>") + 1
+    text = processor.tokenizer.decode([begin, begin + 50], decode_with_timestamps=True)
+    assert text == "<|0.00|><|1.00|>"
+
+
 # Bad input.
 
 

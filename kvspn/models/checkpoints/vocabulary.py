@@ -44,6 +44,10 @@ def read_tokenizer(folder: Path, vocab_size: int, wanted: str) -> WhisperTokeniz
     except Exception as error:
         raise ModelError(f"the tokenizer cannot be read: {reason(error)}") from error
     check_vocabulary(tokenizer, vocab_size)
+    # WhisperTokenizer counts times from the last token that it knows as special.
+    special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    if special and tokenizer.all_special_tokens[-1] != special[-1]:
+        tokenizer.add_special_tokens({"extra_special_tokens": special})
     return tokenizer
 
 
