@@ -175,7 +175,6 @@ def test_a_hook_of_gradient_checkpointing_is_no_fault():
         ("repetition_penalty", 1.5),
         ("min_new_tokens", 5),
         ("num_return_sequences", 2),
-        ("return_timestamps", True),
         ("bad_words_ids", [[3]]),
         ("stop_strings", "a"),
         ("forced_eos_token_id", 3),

@@ -13,9 +13,10 @@ namespace kvspn::cuda {
 struct Slots {
     int32_t count;
     int32_t row[kMaxBatch], position[kMaxBatch], encoded[kMaxBatch];  // encoded: positions of the encoder
-    RowRule rule[kMaxBatch];                                          // of the batch's rows
-    bool ruled, timed;  // whether a row is not greedy; whether one has timestamps
-    bool begins;        // whether the pass may choose a row's first token
+    int32_t first[kMaxBatch];              // of the batch's rows: the index of the first token that is chosen
+    bool own[kMaxBatch], time[kMaxBatch];  // whether a row is not greedy; whether it has timestamps
+    bool ruled, timed;                     // whether a row is not greedy; whether one has timestamps
+    bool begins;                           // whether the pass may choose a row's first token
 };
 
 // A block's memory; activations lie behind it.
@@ -39,7 +40,9 @@ __device__ __forceinline__ void collect(const Model& m, const Pass& pass, Slots&
                                length < m.capacity && length < m.id_capacity;
             slots.position[b] = ready ? length : -1;
             slots.encoded[b] = m.cross_lengths[b];
-            slots.rule[b] = m.rules[b];
+            const RowRule& rule = m.rules[b];
+            slots.first[b] = rule.first;
+            slots.own[b] = rule.temperature > 0 || rule.times, slots.time[b] = rule.times;
         }
         sync_block();
         if (thread_index() == 0) {
@@ -47,11 +50,9 @@ __device__ __forceinline__ void collect(const Model& m, const Pass& pass, Slots&
             slots.ruled = slots.timed = slots.begins = false;
             for (int b = 0; b < m.batch; ++b) {
                 if (slots.position[b] < 0) continue;
-                const RowRule& rule = slots.rule[b];
-                slots.timed |= rule.times > 0;
-                slots.ruled |= rule.temperature > 0 || rule.times;
+                slots.timed |= slots.time[b], slots.ruled |= slots.own[b];
                 slots.begins |=
-                    rule.first > slots.position[b] && rule.first <= slots.position[b] + kMostQueries;
+                    slots.first[b] > slots.position[b] && slots.first[b] <= slots.position[b] + kMostQueries;
                 slots.row[count] = b, slots.encoded[count] = slots.encoded[b];
                 slots.position[count++] = slots.position[b];
             }
@@ -128,7 +129,7 @@ struct StageRules {
     int queries;    // of a row
     bool of_draft;  // network
     __device__ __forceinline__ int token(int n) const { return of_draft && m.draft_ids ? m.draft_ids[n] : n; }
-    __device__ __forceinline__ const RowRule& rule(int r) const { return slots.rule[slots.row[r / queries]]; }
+    __device__ __forceinline__ const RowRule& rule(int r) const { return m.rules[slots.row[r / queries]]; }
     // Of the row, that the token would have.
     __device__ __forceinline__ int index(int r) const {
         return slots.position[r / queries] + r % queries + 1;
@@ -166,7 +167,8 @@ struct StageJudge : StageRules {
           masks(m.control->mask),
           first_masks(slots.begins ? m.control->first_mask : nullptr) {}
     __device__ __forceinline__ float mask(int n, int r) const {
-        const float* const from = first_masks && index(r) == rule(r).first ? first_masks : masks;
+        const float* const from =
+            first_masks && index(r) == slots.first[slots.row[r / queries]] ? first_masks : masks;
         return from ? from[token(n)] : 0.f;
     }
 };
