@@ -22,7 +22,7 @@ WIDE |= {"linear_kernel": LINEAR, "attention_kernel": ATTEND, "verify_kernel": V
 
 # The kernel that holds all stages keeps some values across them in local memory, at most this many bytes of a
 # thread; every other kernel has all in registers.
-KEPT = 256
+KEPT = 512
 
 RARE = 100  # instructions of a loop for each that touches local memory: on sm_90a some loops have one or two
 
