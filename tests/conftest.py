@@ -15,6 +15,7 @@ from torch import Tensor
 import kvspn.ops
 from kvspn.ops.decoder_step import REFERENCE
 from support import emulated
+from support.commands import clip, root, use_root  # noqa: F401
 from support.skips import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
 
 # Before any test module asks which backends there are; where a GPU is, its own build is tested.

@@ -256,9 +256,10 @@ def combine_kernel(
         total = text_total + tl.where(time_total > 0, time_total * tl.exp(time_top - over), 0)
         top = over
         equal = (time_largest == largest) & (time_chosen < chosen)
-        kind = (forced | (time_largest > largest) | equal).to(tl.int32)
-        largest = tl.where(kind, time_largest, largest)
-        chosen = tl.where(kind, time_chosen, chosen)
+        timed = forced | (time_largest > largest) | equal
+        largest = tl.where(timed, time_largest, largest)
+        chosen = tl.where(timed, time_chosen, chosen)
+        kind = timed.to(tl.int32)
     chosen = tl.where(largest > float("-inf"), chosen, -1)
     judges = row % queries < queries - 1
     suppressed = False

@@ -46,14 +46,8 @@ struct Judge {
         for (int last = first + some; first < last;
              first += kStrip, logits += kStrip, parts += parts != nullptr) {
             const int strip = std::min(kStrip, last - first);
-            int times = 0;  // how many of the strip are timestamps
-            for (int i = 0; i < strip; ++i) {
-                const int32_t each = token(first + i);
-                masked[i] = mask ? logits[i] + mask[each] : logits[i];
-                if (!rule->times) continue;
-                times += each >= rule->times;
-                if (!allows(*rule, window, each)) masked[i] -= INFINITY;
-            }
+            for (int i = 0; i < strip; ++i) masked[i] = mask ? logits[i] + mask[token(first + i)] : logits[i];
+            const int times = rule->times ? constrain(masked, first, strip) : 0;
             for (int kind = 0; kind < kinds(); ++kind) {
                 const float* heard = masked;
                 Partition* part = parts ? parts + int64_t(kind) * all : nullptr;
@@ -120,6 +114,16 @@ struct Judge {
     }
 
   private:
+    // Adds -inf to what the grammar forbids; returns how many of the strip are timestamps.
+    int constrain(float* masked, int first, int strip) const {
+        int times = 0;
+        for (int i = 0; i < strip; ++i) {
+            const int32_t each = token(first + i);
+            times += each >= rule->times;
+            masked[i] += allows(*rule, window, each) ? 0.f : -INFINITY;
+        }
+        return times;
+    }
     int kind_of(int32_t draft) const { return rule->times && token(draft) >= rule->times; }
 };
 

@@ -1,6 +1,5 @@
 // fused_linear and lm_head_verify on the CPU, from weights as the caller holds them.
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <vector>
 

@@ -13,10 +13,9 @@ namespace kvspn::cuda {
 struct Slots {
     int32_t count;
     int32_t row[kMaxBatch], position[kMaxBatch], encoded[kMaxBatch];  // encoded: positions of the encoder
-    int32_t first[kMaxBatch];              // of the batch's rows: the index of the first token that is chosen
-    bool own[kMaxBatch], time[kMaxBatch];  // whether a row is not greedy; whether it has timestamps
-    bool ruled, timed;                     // whether a row is not greedy; whether one has timestamps
-    bool begins;                           // whether the pass may choose a row's first token
+    int32_t first[kMaxBatch];  // of the batch's rows: the index of the first token that is chosen
+    bool row_ruled[kMaxBatch], row_timed[kMaxBatch];  // not greedy; with timestamps
+    bool ruled, timed, begins;  // whether a row is, is, or may choose its first token in the pass
 };
 
 // A block's memory; activations lie behind it.
@@ -42,7 +41,7 @@ __device__ __forceinline__ void collect(const Model& m, const Pass& pass, Slots&
             slots.encoded[b] = m.cross_lengths[b];
             const RowRule& rule = m.rules[b];
             slots.first[b] = rule.first;
-            slots.own[b] = rule.temperature > 0 || rule.times, slots.time[b] = rule.times;
+            slots.row_ruled[b] = rule.temperature > 0 || rule.times, slots.row_timed[b] = rule.times;
         }
         sync_block();
         if (thread_index() == 0) {
@@ -50,7 +49,7 @@ __device__ __forceinline__ void collect(const Model& m, const Pass& pass, Slots&
             slots.ruled = slots.timed = slots.begins = false;
             for (int b = 0; b < m.batch; ++b) {
                 if (slots.position[b] < 0) continue;
-                slots.timed |= slots.time[b], slots.ruled |= slots.own[b];
+                slots.timed |= slots.row_timed[b], slots.ruled |= slots.row_ruled[b];
                 slots.begins |=
                     slots.first[b] > slots.position[b] && slots.first[b] <= slots.position[b] + kMostQueries;
                 slots.row[count] = b, slots.encoded[count] = slots.encoded[b];

@@ -100,8 +100,8 @@ static __device__ __attribute__((noinline)) float hear(Tally& tally, int row, fl
 }
 
 // The row's rule and the window of the token to choose, by a warp: the text so far is the row's own tokens
-// and its drafts in front. Not inlined, as hear(); by value
-// what it is given need not be in memory, and what a judge has beside its Rules stays out.
+// and its drafts in front. Not inlined, as hear(); what comes by value need not be in memory, and what a
+// judge has beside its Rules stays out.
 template <class Rules>
 __device__ __attribute__((noinline)) void open_row(const Rules judge, int r, Tally& tally, int row) {
     const RowRule rule = judge.rule(r);

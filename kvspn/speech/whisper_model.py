@@ -39,8 +39,6 @@ __all__ = [
 
 Audio = str | os.PathLike[str] | BinaryIO | np.ndarray
 
-TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-
 # CTranslate2's types that are here what they are there: how the decoder's matrices are stored. Activations
 # are fp32 beside every one.
 _COMPUTE_TYPES = {
@@ -213,7 +211,7 @@ class WhisperModel:
         length_penalty: float = 1,
         repetition_penalty: float = 1,
         no_repeat_ngram_size: int = 0,
-        temperature: float | Sequence[float] = TEMPERATURES,
+        temperature: float | Sequence[float] = Choice.temperatures,
         compression_ratio_threshold: float | None = 2.4,
         log_prob_threshold: float | None = -1.0,
         no_speech_threshold: float | None = 0.6,

@@ -108,7 +108,8 @@ class Windows:
     def features(self, samples: np.ndarray) -> Tensor:
         """Samples [N] at the extractor's rate -> log-mel features [mel bins, N / hop, rounded up].
 
-        As Whisper's, of the whole recording at once: its loudest place sets the floor of all windows.
+        As the extractor's, to the bit, of the whole recording: its loudest place sets the floor of all
+        windows. In blocks, so that hours of sound need no spectrum of hours.
         """
         extractor = self.extractor
         hop, half = extractor.hop_length, extractor.n_fft // 2
