@@ -19,6 +19,7 @@ from rich.console import Console
 from kvspn.cli.common import (
     FORMATS,
     KV,
+    Draft,
     check_backend,
     open_decoder,
     print_table,
@@ -60,6 +61,7 @@ def bench(
             show_default=False,
         ),
     ] = None,
+    draft: Draft = None,
     tokens_per_step: Annotated[
         float | None,
         typer.Option(
@@ -208,6 +210,8 @@ def bench(
         base_and_draft(fmt)
     decoder = None
     if model is None:
+        if draft is not None:
+            raise typer.BadParameter(f"--draft must be given with --model; got {draft}")
         # All of it at the large shape takes hours: who wants that says so.
         chosen = find_shapes(shapes or ("miniature" if everything else ",".join(_SHAPES)))
         chosen = {name: _with_draft(shape, short_list, stride) for name, shape in chosen.items()}
@@ -216,10 +220,10 @@ def bench(
         for option, value in own.items():
             if value is not None:
                 raise typer.BadParameter(f"{option} is the model's own beside --model; got {value}")
-        decoder, positions = open_decoder(model)
+        decoder, positions = open_decoder(model, draft)
         if not decoder.blocks:
             raise typer.BadParameter(
-                f"--model must have a draft network, which kvspn convert adds; got {model}"
+                f"--model must have a draft network, its own or that of --draft; got {model}"
             )
         chosen = {model.resolve().name: shape_of(decoder, positions)}
     many = whole_numbers("--batch", batches or (_BATCHES if everything else "1"), 256)

@@ -154,6 +154,25 @@ Model = Annotated[
 ]
 
 
+def draft_folder(draft: Path | None) -> Path | None:
+    """Checked before torch is imported."""
+    if draft is not None and not draft.is_dir():
+        raise typer.BadParameter(f"--draft must be a folder that kvspn train draft wrote, got {draft}")
+    return draft
+
+
+Draft = Annotated[
+    Path | None,
+    typer.Option(
+        "--draft",
+        metavar="FOLDER",
+        callback=draft_folder,
+        help="A draft network that kvspn train draft made for --model: the same text in fewer steps.",
+        show_default="the model's own",
+    ),
+]
+
+
 class Task(str, Enum):
     """Whisper's tasks."""
 
@@ -230,9 +249,10 @@ def open_translator(
     backend: str | None,
     weights: str | None = None,
     kv: str | None = None,
+    draft: Path | None = None,
     threads: int | None = None,
 ) -> Translator:
-    """The model of the --model option, with a note on the terminal while it loads."""
+    """The model of the --model and --draft options, with a note on the terminal while it loads."""
     with Console(stderr=True).status("Loading the model"):
         import torch
 
@@ -241,7 +261,7 @@ def open_translator(
         silence_transformers()
         if threads is not None:
             torch.set_num_threads(threads)
-        return Translator.from_folder(model, backend, weights, kv)
+        return Translator.from_folder(model, backend, weights, kv, draft)
 
 
 def check_backend(name: str) -> None:
@@ -254,7 +274,7 @@ def check_backend(name: str) -> None:
         raise typer.BadParameter(f"--backend must be of {ready}; got {name}: {missing}")
 
 
-def open_decoder(folder: Path) -> tuple[DecoderWeights, int]:
+def open_decoder(folder: Path, draft: Path | None = None) -> tuple[DecoderWeights, int]:
     """A model's decoder and draft network in fp32, and how many positions its encoder has."""
     import torch
 
@@ -262,5 +282,5 @@ def open_decoder(folder: Path) -> tuple[DecoderWeights, int]:
     from kvspn.models.weights import decoder_weights
 
     silence_transformers()
-    model, _ = open_model(folder, torch.float32)
+    model, _ = open_model(folder, torch.float32, draft)
     return decoder_weights(model), model.config.max_source_positions

@@ -30,6 +30,7 @@ from rich.table import Table
 from kvspn.cli.common import (
     KV,
     Backend,
+    Draft,
     Model,
     Task,
     Weights,
@@ -49,8 +50,8 @@ if TYPE_CHECKING:
     from kvspn.speech.translator import Translator
 
     Outputs = Mapping[int | str, Sequence[Output]]
-    # model, backend, weights, kv: what a worker opens again
-    Opened = tuple[Path | None, str | None, str | None, str | None]
+    # model, backend, weights, kv, draft: what a worker opens again
+    Opened = tuple[Path | None, str | None, str | None, str | None, Path | None]
 
 _worker_decoder: ClipDecoder  # of a worker process
 
@@ -119,6 +120,7 @@ def evaluate(
         bool, typer.Option("--peers", help="With --speech: also transformers and faster-whisper.")
     ] = False,
     model: Model = None,
+    draft: Draft = None,
     backend: Backend = None,
     weights: Weights = None,
     kv: KV = None,
@@ -139,7 +141,7 @@ def evaluate(
     """
     if output is not None and not output.absolute().parent.is_dir():
         raise ValueError(f"{output}: no such folder to write to")
-    opened = (model, backend, weights, kv)
+    opened = (model, backend, weights, kv, draft)
     if speech is not None:
         _refuse("must be left out with --speech", {"--k": ks, "--set": sets, "--workers": workers})
         said = Task.TRANSCRIBE if task is None else task
@@ -217,11 +219,11 @@ def _evaluate_speech(
 
     if find_spec("jiwer") is None:
         raise typer.BadParameter("--speech needs jiwer: pip install 'kvspn[evaluate]' brings it")
-    model, backend, weights, kv = opened
+    model, backend, weights, kv, draft = opened
     try:
         clips = read_recordings(manifest, split, languages)[:limit]
         formats = list(dict.fromkeys((weights or "fp32").split(",")))
-        translator = open_translator(model, backend, formats[0], kv)
+        translator = open_translator(model, backend, formats[0], kv, draft)
         from kvspn.speech.recognition import Formats, check_recordings, judge, recognise
 
         check_recordings(clips, translator, task)

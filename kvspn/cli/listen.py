@@ -107,6 +107,7 @@ def listen(
     folder: Path | None,
     *,
     model: Path | None,
+    draft: Path | None,
     backend: str | None,
     weights: str | None,
     kv: str | None,
@@ -125,7 +126,7 @@ def listen(
     from kvspn.speech.audio import AudioError, load_audio
     from kvspn.speech.subtitles import WRITERS
 
-    translator = open_translator(model, backend, weights, kv, threads)
+    translator = open_translator(model, backend, weights, kv, draft, threads)
     spoken = None if source == "auto" else source
     translator.check_languages("en" if target is None and task == "translate" else target, spoken)
     if output in (Output.SRT, Output.VTT, Output.TSV) and not translator.windows.has_timestamps:

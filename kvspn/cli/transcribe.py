@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvspn.cli.common import KV, Backend, K, Model, Threads, Weights
+from kvspn.cli.common import KV, Backend, Draft, K, Model, Threads, Weights
 from kvspn.cli.listen import As, Audio, Folder, Hotwords, NoDraft, Prefix, Prompt, Source, Strict, listen
 
 
@@ -15,6 +15,7 @@ def transcribe(
     k: K = "1",
     no_draft: NoDraft = False,
     model: Model = None,
+    draft: Draft = None,
     backend: Backend = None,
     weights: Weights = None,
     kv: KV = None,
@@ -42,6 +43,7 @@ def transcribe(
         k=k,
         no_draft=no_draft,
         model=model,
+        draft=draft,
         backend=backend,
         weights=weights,
         kv=kv,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kvspn.cli.common import KV, Backend, K, Model, Threads, Weights
+from kvspn.cli.common import KV, Backend, Draft, K, Model, Threads, Weights
 from kvspn.cli.listen import As, Audio, Folder, Hotwords, NoDraft, Prefix, Prompt, Source, Strict, listen
 
 
@@ -28,6 +28,7 @@ def translate(
     k: K = "1",
     no_draft: NoDraft = False,
     model: Model = None,
+    draft: Draft = None,
     backend: Backend = None,
     weights: Weights = None,
     kv: KV = None,
@@ -56,6 +57,7 @@ def translate(
         k=k,
         no_draft=no_draft,
         model=model,
+        draft=draft,
         backend=backend,
         weights=weights,
         kv=kv,

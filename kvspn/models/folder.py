@@ -16,6 +16,7 @@ from kvspn.models.checkpoints import Checkpoint, model_type, open_checkpoint, re
 from kvspn.models.checkpoints.files import read_json
 from kvspn.models.checkpoints.hugging_face import weight_files
 from kvspn.models.configuration import WhisperM2MConfig
+from kvspn.models.draft_folder import join_draft
 from kvspn.models.modeling import WhisperM2MForConditionalGeneration
 from kvspn.models.processing import WhisperM2MFeatureExtractor, WhisperM2MProcessor
 from kvspn.models.validation import (
@@ -31,7 +32,9 @@ from kvspn.models.validation import (
 __all__ = ["ModelError", "open_model", "open_whisper"]
 
 
-def open_model(name: str | Path, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
+def open_model(
+    name: str | Path, dtype: torch.dtype | str = "auto", draft: str | Path | None = None
+) -> tuple[Any, Any]:
     """The model, in evaluation mode, and its processor.
 
     All that its files say is held against each other before anything is built, the weights' values after.
@@ -41,14 +44,19 @@ def open_model(name: str | Path, dtype: torch.dtype | str = "auto") -> tuple[Any
             or CTranslate2 folder, OpenAI's .pt file, a model hub's id, or the name of an installed package's
             ("whisper-base"). A Whisper becomes a whisperM2M without text encoder and draft network.
         dtype: of the weights in memory; "auto" keeps the files'.
+        draft: the folder of a draft network that was trained for this model (`kvspn train draft`); None is
+            the model's own, if it has one.
 
     Raises:
         ModelError: naming it: no such model, a missing part, another kind of model, files that cannot be
-            read, or that do not fit each other.
+            read, or that do not fit each other; a draft network of another model.
     """
-    return _open(
+    model, processor = _open(
         name, lambda where: _open_folder(where, dtype) if _is_m2m(where) else _open_whisper(where, dtype)
     )
+    if draft is not None:
+        join_draft(model, Path(draft))
+    return model, processor
 
 
 def open_whisper(name: str | Path, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:

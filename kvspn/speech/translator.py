@@ -103,17 +103,19 @@ class Translator:
         backend: str | None = None,
         weights: str | None = None,
         kv: str | None = None,
+        draft: str | PathLike[str] | None = None,
     ) -> Translator:
         """Opens a whisperM2M or any Whisper (see `kvspn.models.folder.open_model`), float32 on the CPU.
 
         Args:
             folder: or a .pt file, a model hub's id, an installed package's name; None for the miniature.
+            draft: the folder of a draft network trained for it; None is its own, if it has one.
 
         Raises:
             ModelError: naming it and the part that is missing or wrong.
         """
         path = bundled_model() if folder is None else os.fspath(folder)
-        parts = open_model(path, torch.float32)
+        parts = open_model(path, torch.float32, None if draft is None else os.fspath(draft))
         try:
             return cls(*parts, backend, weights, kv)
         except ModelError as error:

@@ -154,6 +154,7 @@ class WhisperModel:
         use_auth_token: str | bool | None = None,
         *,
         backend: str | None = None,
+        draft: str | os.PathLike[str] | None = None,
     ) -> None:
         """
         Args:
@@ -168,10 +169,12 @@ class WhisperModel:
             num_workers, download_root, local_files_only, files, revision, use_auth_token: must be at their
                 defaults.
             backend: a name from `kvspn.engines.backends`; None is the fastest on the device.
+            draft: the folder of a draft network trained for this model (`kvspn train draft`): the same text
+                in fewer steps. None is the model's own, if it has one.
 
         Raises:
             ValueError: naming the argument, for what is not honoured.
-            kvspn.models.folder.ModelError: what is no model, or a damaged one.
+            kvspn.models.folder.ModelError: what is no model, a damaged one, or another model's draft network.
         """
         for name, value, neutral in (
             ("num_workers", num_workers, 1),
@@ -189,7 +192,9 @@ class WhisperModel:
         where = _device(device, device_index, backend)
         if cpu_threads:
             torch.set_num_threads(cpu_threads)
-        model, processor = open_model(_name(model_size_or_path), torch.float32)
+        model, processor = open_model(
+            _name(model_size_or_path), torch.float32, None if draft is None else os.fspath(draft)
+        )
         self.windows = Windows(
             model.to(where), processor, backend=backend, weights=_COMPUTE_TYPES[compute_type]
         )
