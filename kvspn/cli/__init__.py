@@ -64,6 +64,9 @@ _OPTIONS = {
     "language": "--from",
     "formats": "--weights",
     "peers": "--peers",
+    "audio": "--audio",
+    "cache": "--cache",
+    "dry": "--dry",
 }
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _STATS = ("tokens", "steps", "drafted", "accepted", "acceptance", "tokens_per_step", "alpt_ms", "seconds")
 _MOST_FAILURES = 100  # of the exit status, which a shell cuts at 255 and fills from 126 on
-_AUDIO = {
+AUDIO = {
     *("aac", "aiff", "flac", "m4a", "m4b", "mka", "mkv", "mov", "mp3", "mp4", "mpga", "oga", "ogg", "opus"),
     *("wav", "webm", "wma"),
 }
@@ -153,7 +153,7 @@ def listen(
                 shown = _Shown(label if live else None)
                 try:
                     if path.is_dir():
-                        raise AudioError(f"{path}: no audio files in it ({', '.join(sorted(_AUDIO))})")
+                        raise AudioError(f"{path}: no audio files in it ({', '.join(sorted(AUDIO))})")
                     samples = load_audio(
                         sys.stdin.buffer if str(path) == "-" else path, strict=strict, on_loss=warnings.append
                     )
@@ -214,7 +214,7 @@ def _files(audio: Sequence[Path]) -> Iterator[Path]:
             yield path
             continue
         # A folder without any stays, for its own error: it stops no file beside it.
-        yield from [each for each in sorted(path.iterdir()) if each.suffix[1:].lower() in _AUDIO] or [path]
+        yield from [each for each in sorted(path.iterdir()) if each.suffix[1:].lower() in AUDIO] or [path]
 
 
 def _written(files: Sequence[Path], output: Output | None, folder: Path | None) -> list[Path | None]:

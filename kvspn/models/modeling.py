@@ -237,17 +237,31 @@ class WhisperM2MForConditionalGeneration(GenerationMixin, WhisperForConditionalG
     ) -> tuple[Tensor, Tensor]:
         """Base and draft logits of a teacher-forced pass, the base model frozen (KVSPN's training).
 
+        decoder_input_ids [B * n, T], encoder_states [B, E, d], encoder_mask [B, E] ->
+        [B * n, T, V] (base, detached) and [B * n, T, V or the short list] (draft).
+        """
+        base, draft = self.draft_hidden(decoder_input_ids, encoder_states, encoder_mask)
+        assert self.kvspn is not None
+        with torch.no_grad():
+            logits = self.proj_out(base)
+        return logits, F.linear(draft, self.kvspn.head_weight(self.proj_out.weight))
+
+    def draft_hidden(
+        self, decoder_input_ids: Tensor, encoder_states: Tensor, encoder_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the heads of base and draft read, of a teacher-forced pass, the base model frozen.
+
         Row t of the draft sees token t and the keys and values of tokens before t, as in decoding.
 
         decoder_input_ids [B * n, T], encoder_states [B, E, d], encoder_mask [B, E] ->
-        [B * n, T, V] (base, detached) and [B * n, T, V or the short list] (draft).
+        [B * n, T, d] (base, detached) and [B * n, T, d] (draft).
         """
         if self.kvspn is None:
             raise ValueError("this model has no draft network (kvspn_blocks is 0)")
         decoder = self.model.decoder
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         with torch.no_grad():
-            base = self.proj_out(decoder(decoder_input_ids, encoder_states, encoder_mask, cache))
+            base = decoder(decoder_input_ids, encoder_states, encoder_mask, cache)
             x = decoder.embed_tokens(decoder_input_ids) * decoder.embed_scale
             x = x + decoder.embed_positions.weight[: decoder_input_ids.shape[1]]
         keys, values, cross_keys, cross_values = (
@@ -261,7 +275,7 @@ class WhisperM2MForConditionalGeneration(GenerationMixin, WhisperForConditionalG
             list(zip(cross_keys, cross_values, strict=True)),
             encoder_mask,
         )
-        return base, F.linear(hidden, self.kvspn.head_weight(self.proj_out.weight))
+        return base, hidden
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from kvspn.training.checkpoints import Sealing, last_whole
 from kvspn.training.optimizer import MuonAdamW
@@ -86,10 +86,19 @@ def fit(
     batch: int,
     learning_rate: float,
     seed: int,
+    every: int = 400,
+    sampling: str = "group_by_length",
+    told: TrainerCallback | None = None,
 ) -> None:
     """Trains in place: Muon and AdamW, linear warm-up and cosine decay, bf16 autocast.
 
-    Keeps checkpoints in `folder`, each evaluated on the `held_out` batches; goes on from the last whole one.
+    Keeps checkpoints in `folder`, one `every` so many steps, each evaluated on the `held_out` batches; goes
+    on from the last whole one.
+
+    Args:
+        sampling: "group_by_length", or "random": a run that goes on then has the batches of one without an
+            interruption.
+        told: gets what is logged, in place of Trainer's bar and prints.
     """
     args = TrainingArguments(
         output_dir=str(folder),
@@ -100,14 +109,15 @@ def fit(
         warmup_steps=max(1, steps // 12),
         max_grad_norm=1.0,
         use_cpu=not torch.cuda.is_available(),
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy=sampling,
         remove_unused_columns=False,
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
-        logging_steps=50,
-        save_steps=400,
+        logging_steps=min(50, every),
+        save_steps=every,
         eval_strategy="steps",
-        eval_steps=400,
+        eval_steps=every,
+        disable_tqdm=told is not None,
         save_total_limit=2,
         seed=seed,
         report_to=[],
@@ -119,7 +129,9 @@ def fit(
         train_dataset=dataset,
         eval_dataset=held_out,
         data_collator=collator,
-        callbacks=[Sealing()],
+        callbacks=[Sealing()] if told is None else [Sealing(), told],
     )
+    if told is not None:
+        trainer.remove_callback(PrinterCallback)
     checkpoint = last_whole(folder)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
