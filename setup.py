@@ -36,7 +36,18 @@ TORCH = find_spec("torch") is not None  # An isolated build has none, and leaves
 ABI = re.findall(r"define KVSPN_ABI_VERSION (\d+)", (CSRC / "include" / "kvspn.h").read_text())[0]
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
 LIBRARY = f"libkvspn.so.{ABI}"
-ISA = {"avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512vnni": f"{AVX512} -mavx512vnni"}
+ISA = {
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": AVX512,
+    "avx512vnni": f"{AVX512} -mavx512vnni",
+    "avx512bf16": f"{AVX512} -mavx512vnni -mavx512bf16",
+    "amx": f"{AVX512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16",
+}
+
+
+def _set(source: Path) -> str:
+    """The instruction set that a source is named after, as "avx2" of encoder_avx2.cpp."""
+    return source.stem.removeprefix("encoder_")
 
 
 def cuda() -> tuple[bool, str]:
@@ -143,13 +154,13 @@ def _rules() -> str:
 
     def compile_all(folder: str, rule: str, sources: Iterable[Path], extra: str = "") -> list[str]:
         return [
-            build(f"{folder}{source.parent.name}-{source.stem}.o", rule, source, ISA.get(source.stem, extra))
+            build(f"{folder}{source.parent.name}-{source.stem}.o", rule, source, ISA.get(_set(source), extra))
             for source in sorted(sources)
         ]
 
     backends = CSRC / "common" / "backend.cpp"
     host = {*CSRC.glob("common/*.cpp"), *CSRC.glob("cpu/*.cpp")} - {backends}
-    objects = compile_all("", "compile", (file for file in host if x86 or file.stem not in ISA))
+    objects = compile_all("", "compile", (file for file in host if x86 or _set(file) not in ISA))
     without = [*objects, build("common-backend.o", "compile", backends)]
     python = f"-I{PYTHON_HEADERS} -I{pybind11.get_include()}"
     module, torch_ops = CSRC / "bindings" / "module.cpp", CSRC / "bindings" / "torch_ops.cpp"

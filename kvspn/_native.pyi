@@ -46,3 +46,19 @@ class Engine:
         self, mask: Any, *, k: int, eos: int, max_length: int, draft: bool
     ) -> list[tuple[str, int, int]]: ...
     def progress(self, row: int) -> list[int]: ...
+
+class Encoder:
+    def __init__(
+        self,
+        weights: dict[str, Any],
+        *,
+        layers: int,
+        heads: int,
+        format: str,
+        threads: int,
+        output_positions: bool = False,
+        variant: str | None = None,
+    ) -> None: ...
+    @property
+    def instruction_set(self) -> str: ...
+    def encode(self, features: Any, states: Any) -> None: ...

@@ -160,6 +160,14 @@ struct Free {
     void operator()(kvspn_engine* engine) const { kvspn_engine_destroy(engine); }
 };
 
+void take_weights(const py::dict& weights, Tensors& held, std::vector<kvspn_tensor>& tensors) {
+    for (auto& [name, value] : weights) {
+        held.push_back(
+            std::make_unique<Tensor>(py::cast<std::string>(name), py::cast<py::object>(value), kCpu));
+        tensors.push_back(held.back()->get());
+    }
+}
+
 // NumPy has no fp8: uint8 holds int4 beside a scale [N, groups], and the bits of fp8 beside a scale [N].
 void find_fp8(std::vector<kvspn_tensor>& tensors) {
     std::map<std::string, int32_t> dims;
@@ -183,11 +191,7 @@ class Engine {
             throw py::value_error("device must be cpu or cuda, got " + device);
         Tensors held;
         std::vector<kvspn_tensor> tensors;
-        for (auto& [name, value] : weights) {
-            held.push_back(
-                std::make_unique<Tensor>(py::cast<std::string>(name), py::cast<py::object>(value), kCpu));
-            tensors.push_back(held.back()->get());
-        }
+        take_weights(weights, held, tensors);
         find_fp8(tensors);
         kvspn_engine_params params{};
         params.struct_size = sizeof params;
@@ -342,6 +346,42 @@ class Engine {
     int64_t vocabulary_ = 0;
 };
 
+class Encoder {
+  public:
+    Encoder(const py::dict& weights, int layers, int heads, const std::string& format, int threads,
+            bool output_positions, const std::optional<std::string>& variant) {
+        const std::map<std::string, int32_t> formats = {
+            {"fp32", KVSPN_FP32}, {"bf16", KVSPN_BF16}, {"int8", KVSPN_INT8}};
+        const auto found = formats.find(format);
+        if (found == formats.end()) throw py::value_error("format must be fp32, bf16 or int8, got " + format);
+        Tensors held;
+        std::vector<kvspn_tensor> tensors;
+        take_weights(weights, held, tensors);
+        kvspn_encoder_params params{};
+        params.struct_size = sizeof params;
+        params.layers = layers, params.heads = heads, params.format = found->second;
+        params.threads = threads, params.output_positions = output_positions;
+        params.variant = variant ? variant->c_str() : nullptr;
+        kvspn_encoder* encoder = nullptr;
+        without_gil(
+            [&] { return kvspn_encoder_create(&params, tensors.data(), int32_t(tensors.size()), &encoder); });
+        encoder_.reset(encoder);
+    }
+
+    void encode(const py::object& features, const py::object& states) {
+        const Tensor from("features", features, kCpu), to("states", states, kCpu, true);
+        without_gil([&] { return kvspn_encoder_encode(encoder_.get(), &from.get(), &to.get()); });
+    }
+
+    std::string instruction_set() const { return kvspn_encoder_instruction_set(encoder_.get()); }
+
+  private:
+    struct Destroy {
+        void operator()(kvspn_encoder* encoder) const { kvspn_encoder_destroy(encoder); }
+    };
+    std::unique_ptr<kvspn_encoder, Destroy> encoder_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -381,4 +421,11 @@ PYBIND11_MODULE(_native, m) {
              py::arg("draft"))
         .def("plan", &Engine::plan, py::kw_only(), py::arg("max_length"), py::arg("draft"))
         .def("progress", &Engine::progress, py::arg("row"));
+    py::class_<Encoder>(m, "Encoder")
+        .def(py::init<const py::dict&, int, int, const std::string&, int, bool,
+                      const std::optional<std::string>&>(),
+             py::arg("weights"), py::kw_only(), py::arg("layers"), py::arg("heads"), py::arg("format"),
+             py::arg("threads"), py::arg("output_positions") = false, py::arg("variant") = py::none())
+        .def("encode", &Encoder::encode, py::arg("features"), py::arg("states"))
+        .def_property_readonly("instruction_set", &Encoder::instruction_set);
 }

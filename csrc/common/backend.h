@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "common/encoder.h"
 #include "common/ops.h"
 #include "common/runner.h"
 
@@ -13,6 +14,9 @@ struct Backend {
     // The runner may replace what the weights point to by copies of its own; they and the plan outlive it.
     std::unique_ptr<Runner> (*make_runner)(const kvspn_engine_params& params, Weights& weights,
                                            const Plan& plan);
+    // Null where the device has none.
+    std::unique_ptr<Encoder> (*make_encoder)(const kvspn_encoder_params& params, const kvspn_tensor* weights,
+                                             int count);
     const char* (*instruction_set)();
 #define KVSPN_POINTER(name, Params) void (*name)(const Params& params);
     KVSPN_EACH_OP(KVSPN_POINTER)

@@ -9,7 +9,14 @@
 #include "common/error.h"
 
 struct kvspn_engine {
-    kvspn::Engine engine;
+    static constexpr const char* kName = "engine";
+    kvspn::Engine made;
+    std::atomic<bool> entered{false};
+};
+
+struct kvspn_encoder {
+    static constexpr const char* kName = "encoder";
+    std::unique_ptr<kvspn::Encoder> made;
     std::atomic<bool> entered{false};
 };
 
@@ -21,11 +28,12 @@ struct Busy : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// A call's hold on an engine, which one call has at a time.
+// A call's hold on an engine or an encoder, which one call has at a time.
+template <class Handle>
 class Entry {
   public:
-    explicit Entry(kvspn_engine* engine) : engine_(engine) {
-        kvspn::require(engine, "engine must be given, got a null pointer");
+    explicit Entry(Handle* handle) : handle_(handle) {
+        kvspn::require(handle, Handle::kName, " must be given, got a null pointer");
         enter();
     }
     Entry(const Entry&) = delete;
@@ -34,18 +42,18 @@ class Entry {
     }
 
     void enter() {
-        if (engine_->entered.exchange(true, std::memory_order_acquire))
-            throw Busy("engine must be free, got one that another call is using");
+        if (handle_->entered.exchange(true, std::memory_order_acquire))
+            throw Busy(std::string(Handle::kName) + " must be free, got one that another call is using");
         held_ = true;
     }
     void leave() {
         held_ = false;
-        engine_->entered.store(false, std::memory_order_release);
+        handle_->entered.store(false, std::memory_order_release);
     }
-    kvspn::Engine* operator->() const { return &engine_->engine; }
+    auto* operator->() const { return &handle_->made; }
 
   private:
-    kvspn_engine* engine_;
+    Handle* handle_;
     bool held_ = false;
 };
 
@@ -155,7 +163,7 @@ kvspn_status list_stages(int (kvspn::Engine::*list)(const kvspn_step_params&, kv
 
 // A generation that leaves the engine to its caller's on_step, which may call it.
 struct Between {
-    Entry entry;
+    Entry<kvspn_engine> entry;
     const kvspn_generate_params& params;
 
     static int32_t on_step(void* context) {
@@ -278,6 +286,30 @@ kvspn_status kvspn_engine_progress(kvspn_engine* engine, int32_t row, int32_t* t
                        "tokens and count must be given, got a null pointer");
         *count = Entry(engine)->progress(row, tokens, capacity);
     });
+}
+
+kvspn_status kvspn_encoder_create(const kvspn_encoder_params* params, const kvspn_tensor* weights,
+                                  int32_t count, kvspn_encoder** encoder) {
+    return guard([&] {
+        const kvspn_encoder_params own = take("params", params);
+        kvspn::require(encoder, "encoder must be given, got a null pointer");
+        *encoder = new kvspn_encoder{kvspn::cpu_backend.make_encoder(own, weights, count)};
+    });
+}
+
+void kvspn_encoder_destroy(kvspn_encoder* encoder) { delete encoder; }
+
+kvspn_status kvspn_encoder_encode(kvspn_encoder* encoder, const kvspn_tensor* features,
+                                  const kvspn_tensor* states) {
+    return guard([&] {
+        kvspn::require(features, "features must be given, got a null pointer");
+        kvspn::require(states, "states must be given, got a null pointer");
+        (*Entry(encoder).operator->())->encode(*features, *states);
+    });
+}
+
+const char* kvspn_encoder_instruction_set(const kvspn_encoder* encoder) {
+    return encoder ? encoder->made->instruction_set() : "";
 }
 
 #define KVSPN_OP(name, Params) \

@@ -69,4 +69,15 @@ struct Matrix {
     }
 };
 
+// A matrix for blocks of rows, as the CPU's encoder kernels pack it (cpu/encoder_kernels.h). `format`: fp32,
+// bf16, or int8, whose weights have a scale for each output and meet activations in int8.
+struct BlockMatrix {
+    Dtype format = Dtype::fp32;
+    int outputs = 0, inputs = 0;
+    const void* weight = nullptr;
+    const float* scale = nullptr;     // of int8: [outputs, padded]
+    const int32_t* offset = nullptr;  // of int8: what each output's sum is too large by
+    const float* bias = nullptr;      // [outputs, padded]
+};
+
 }  // namespace kvspn

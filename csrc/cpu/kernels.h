@@ -105,7 +105,8 @@ struct Kernels {
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels, avx512vnni_kernels;
 
-// The best that the machine has, or the variant by its name; the environment's KVSPN_CPU overrides both.
+// The best that the machine has, or the variant by its name; the environment's KVSPN_CPU overrides both. What
+// only the encoder knows ("avx512bf16", "amx") stands for the best below it.
 const Kernels& select_kernels(const char* variant);
 
 }  // namespace kvspn

@@ -20,6 +20,7 @@ const char* instruction_set() {
 }  // namespace
 
 #define KVSPN_ADDRESS(name, Params) &cuda::name,
-const Backend cuda_backend = {Layout::rows, &make_runner, &instruction_set, KVSPN_EACH_OP(KVSPN_ADDRESS)};
+const Backend cuda_backend = {Layout::rows, &make_runner, nullptr, &instruction_set,
+                              KVSPN_EACH_OP(KVSPN_ADDRESS)};
 
 }  // namespace kvspn

@@ -242,6 +242,42 @@ KVSPN_API kvspn_status kvspn_engine_read_statistics(kvspn_engine* engine, int32_
 KVSPN_API kvspn_status kvspn_engine_progress(kvspn_engine* engine, int32_t row, int32_t* tokens,
                                              int32_t capacity, int32_t* count);
 
+/* The speech encoder of a Whisper, on the CPU: log-mel features -> states, which kvspn_engine_encode takes.
+ */
+typedef struct kvspn_encoder_params {
+    uint32_t struct_size;
+    int32_t layers;
+    int32_t heads;
+    /* How matrices are stored and multiplied: KVSPN_FP32; KVSPN_BF16, sums in FP32; or KVSPN_INT8, those of
+     * the feed-forward networks, with a scale for each output, activations rounded to int8 with a scale for
+     * each row, sums in int32, and all else in BF16. */
+    int32_t format;
+    int32_t threads;          /* the caller's among them; 0: kvspn_default_threads() */
+    int32_t output_positions; /* 1: the positions' embeddings are added to the states, too */
+    /* An instruction set, as of an engine, or "amx" or "avx512bf16"; NULL: the fastest of this machine. */
+    const char* variant;
+} kvspn_encoder_params;
+
+typedef struct kvspn_encoder kvspn_encoder;
+
+/* Packs the weights, FP32, BF16 or FP16, which may be freed afterwards. Names and shapes are those of
+ * encoder_weights in kvspn/models/weights.py: "encoder.conv1.weight" [d, mel bands, 3],
+ * "encoder.embed_positions" [positions, d], "encoder.layers.0.self_qkv.weight" [3 d, d], ... Other names are
+ * ignored. */
+KVSPN_API kvspn_status kvspn_encoder_create(const kvspn_encoder_params* params, const kvspn_tensor* weights,
+                                            int32_t count, kvspn_encoder** encoder);
+/* Not while another call is using it. */
+KVSPN_API void kvspn_encoder_destroy(kvspn_encoder* encoder);
+
+/* features FP32 [mel bands, T], finite, of at most twice as many frames as there are positions -> states FP32
+ * [(T + 1) / 2, d], rows of any stride. The states do not depend on the number of threads. Like an engine, an
+ * encoder serves one call at a time. */
+KVSPN_API kvspn_status kvspn_encoder_encode(kvspn_encoder* encoder, const kvspn_tensor* features,
+                                            const kvspn_tensor* states);
+
+/* What it works with; "" where encoder is NULL. */
+KVSPN_API const char* kvspn_encoder_instruction_set(const kvspn_encoder* encoder);
+
 /* The ops of kvspn/ops, each with the contract of its namesake there. Any strides will do, but the last
  * dimension is contiguous. */
 

@@ -98,6 +98,16 @@ Backend = Annotated[
     ),
 ]
 
+
+def known_encoder_format(name: str | None) -> str | None:
+    """BadParameter unless it is a format of the speech encoder."""
+    if name not in (None, *_ENCODER_FORMATS):
+        known = ", ".join(_ENCODER_FORMATS)
+        raise typer.BadParameter(f"--encoder-format must be one of {known}, got {name}")
+    return name
+
+
+_ENCODER_FORMATS = ("fp32", "bf16", "int8")  # kvspn.engines.encoder.FORMATS, which needs torch
 FORMATS = (
     "fp32, bf16, fp16, fp8, int8, int4"  # kvspn.weights.formats, which help does without: it needs torch
 )
@@ -109,6 +119,17 @@ Weights = Annotated[
         metavar="FORMAT",
         help=f"The decoder's weights: {FORMATS}; int8/int4: the draft network's in int4.",
         show_default="fp32",
+    ),
+]
+
+EncoderFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--encoder-format",
+        metavar="FORMAT",
+        callback=known_encoder_format,
+        help="The speech encoder on the CPU by the C++ library: fp32, bf16 or int8.",
+        show_default="torch's, fp32",
     ),
 ]
 
@@ -251,6 +272,7 @@ def open_translator(
     kv: str | None = None,
     draft: Path | None = None,
     threads: int | None = None,
+    encoder_format: str | None = None,
 ) -> Translator:
     """The model of the --model and --draft options, with a note on the terminal while it loads."""
     with Console(stderr=True).status("Loading the model"):
@@ -261,7 +283,7 @@ def open_translator(
         silence_transformers()
         if threads is not None:
             torch.set_num_threads(threads)
-        return Translator.from_folder(model, backend, weights, kv, draft)
+        return Translator.from_folder(model, backend, weights, kv, draft, encoder_format)
 
 
 def check_backend(name: str) -> None:

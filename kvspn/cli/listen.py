@@ -111,6 +111,7 @@ def listen(
     backend: str | None,
     weights: str | None,
     kv: str | None,
+    encoder_format: str | None,
     threads: int | None,
     strict: bool,
     no_draft: bool,
@@ -126,7 +127,7 @@ def listen(
     from kvspn.speech.audio import AudioError, load_audio
     from kvspn.speech.subtitles import WRITERS
 
-    translator = open_translator(model, backend, weights, kv, draft, threads)
+    translator = open_translator(model, backend, weights, kv, draft, threads, encoder_format)
     spoken = None if source == "auto" else source
     translator.check_languages("en" if target is None and task == "translate" else target, spoken)
     if output in (Output.SRT, Output.VTT, Output.TSV) and not translator.windows.has_timestamps:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvspn.cli.common import KV, Backend, Draft, K, Model, Threads, Weights
+from kvspn.cli.common import KV, Backend, Draft, EncoderFormat, K, Model, Threads, Weights
 from kvspn.cli.listen import As, Audio, Folder, Hotwords, NoDraft, Prefix, Prompt, Source, Strict, listen
 
 
@@ -19,6 +19,7 @@ def transcribe(
     backend: Backend = None,
     weights: Weights = None,
     kv: KV = None,
+    encoder_format: EncoderFormat = None,
     threads: Threads = None,
     strict: Strict = False,
     output: As = None,
@@ -47,6 +48,7 @@ def transcribe(
         backend=backend,
         weights=weights,
         kv=kv,
+        encoder_format=encoder_format,
         threads=threads,
         strict=strict,
     )

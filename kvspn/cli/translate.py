@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kvspn.cli.common import KV, Backend, Draft, K, Model, Threads, Weights
+from kvspn.cli.common import KV, Backend, Draft, EncoderFormat, K, Model, Threads, Weights
 from kvspn.cli.listen import As, Audio, Folder, Hotwords, NoDraft, Prefix, Prompt, Source, Strict, listen
 
 
@@ -32,6 +32,7 @@ def translate(
     backend: Backend = None,
     weights: Weights = None,
     kv: KV = None,
+    encoder_format: EncoderFormat = None,
     threads: Threads = None,
     strict: Strict = False,
     output: As = None,
@@ -61,6 +62,7 @@ def translate(
         backend=backend,
         weights=weights,
         kv=kv,
+        encoder_format=encoder_format,
         threads=threads,
         strict=strict,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,13 +15,16 @@ from transformers.utils import ModelOutput
 
 from kvspn.checks import finite, integer
 from kvspn.decoding import DecodeStats, decode
-from kvspn.engines import Engine, default_backend, engine
+from kvspn.engines import Engine, backends, default_backend, engine
 from kvspn.models import prompts, settings
 from kvspn.models.languages import language_probabilities as probabilities
 from kvspn.models.packed import packed_engine
-from kvspn.models.weights import decoder_weights
+from kvspn.models.weights import decoder_weights, encoder_weights
 from kvspn.ops import K_INF
 from kvspn.weights.formats import quantise
+
+if TYPE_CHECKING:
+    from kvspn.engines.encoder import NativeEncoder
 
 
 @dataclass
@@ -77,6 +80,31 @@ class GenerationMixin:
             capacity=self.config.max_target_positions,
             cross_capacity=cross_capacity,
             kv=kv,
+        )
+
+    def speech_encoder(self, format: str) -> NativeEncoder:
+        """This model's speech encoder with its present weights, as one call of the C++ library on the CPU.
+
+        Args:
+            format: "fp32", "bf16" or "int8" (see `kvspn.engines.encoder.NativeEncoder`).
+
+        Raises:
+            ValueError: encoder_format, where the model is on another device or the library is not built.
+            TypeError: naming the module that is not plain (see `kvspn.models.weights.check_plain`).
+        """
+        missing = backends()["native"]
+        if missing is not None:
+            raise ValueError(f"encoder_format must be None here, got {format!r}: {missing}")
+        if self.device.type != "cpu":
+            raise ValueError(f"encoder_format must be None on {self.device}, got {format!r}: it is the CPU's")
+        from kvspn.engines.encoder import NativeEncoder
+
+        return NativeEncoder(
+            encoder_weights(self),
+            layers=self.config.encoder_layers,
+            heads=self.config.encoder_attention_heads,
+            format=format,
+            output_positions=getattr(self.config, "encoder_output_positions", False),
         )
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:

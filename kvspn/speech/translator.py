@@ -72,10 +72,13 @@ class Translator:
         backend: str | None = None,
         weights: str | None = None,
         kv: str | None = None,
+        encoder_format: str | None = None,
     ) -> None:
         """`backend`: a name from `kvspn.engines.backends`; None is the fastest that is here. `weights`: their
         format in the decoder (see `kvspn.weights.formats.quantise`); None leaves them as they are.
-        `kv`: "int8" for int8 caches; None for those of the embeddings' dtype."""
+        `kv`: "int8" for int8 caches; None for those of the embeddings' dtype. `encoder_format`: "fp32",
+        "bf16" or "int8" for the speech encoder of the C++ library, on the CPU (see `model.speech_encoder`);
+        None for torch's."""
         self.model = model
         self.processor = processor
         said = model.generation_config
@@ -93,7 +96,7 @@ class Translator:
         self.backend = backend or default_backend(model.device)
         self.weights = weights
         self.kv = kv
-        self.windows = Windows(model, processor, backend=self.backend, weights=weights, kv=kv)
+        self.windows = Windows(model, processor, encoder_format, backend=self.backend, weights=weights, kv=kv)
         self.engine = self.windows.engine(1)
 
     @classmethod
@@ -104,6 +107,7 @@ class Translator:
         weights: str | None = None,
         kv: str | None = None,
         draft: str | PathLike[str] | None = None,
+        encoder_format: str | None = None,
     ) -> Translator:
         """Opens a whisperM2M or any Whisper (see `kvspn.models.folder.open_model`), float32 on the CPU.
 
@@ -117,7 +121,7 @@ class Translator:
         path = bundled_model() if folder is None else os.fspath(folder)
         parts = open_model(path, torch.float32, None if draft is None else os.fspath(draft))
         try:
-            return cls(*parts, backend, weights, kv)
+            return cls(*parts, backend, weights, kv, encoder_format)
         except ModelError as error:
             raise ModelError(f"{path}: {error}") from error
 
@@ -204,9 +208,9 @@ class Translator:
         for done, chunk in enumerate(chunks, 1):
             first = prefix if done == 1 else None
             prompt_ids, prefix_ids = text_before(self.processor.tokenizer, positions, prompt, hotwords, first)
-            features = self.processor(chunk, sampling_rate=SAMPLING_RATE).input_features
+            features = self.processor(chunk, sampling_rate=SAMPLING_RATE).input_features[0]
             output: Any = self.model.generate(
-                features,
+                encoder_outputs=([self.windows.encode(features)],),
                 language=source,
                 target_language=target,
                 task=task,

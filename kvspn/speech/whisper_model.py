@@ -154,6 +154,7 @@ class WhisperModel:
         use_auth_token: str | bool | None = None,
         *,
         backend: str | None = None,
+        encoder_format: str | None = None,
         draft: str | os.PathLike[str] | None = None,
     ) -> None:
         """
@@ -164,11 +165,13 @@ class WhisperModel:
             device_index: of the GPU, one.
             compute_type: how the decoder's weights are stored: "float32", "float16", "bfloat16", "int8" (its
                 embeddings and caches in bf16, or "int8_bfloat16"); "default" leaves them in fp32, "auto" is
-                int8. The encoder stays in fp32.
+                int8. The encoder stays in fp32: see encoder_format.
             cpu_threads: of torch and the engine; 0 leaves torch's number.
             num_workers, download_root, local_files_only, files, revision, use_auth_token: must be at their
                 defaults.
             backend: a name from `kvspn.engines.backends`; None is the fastest on the device.
+            encoder_format: "fp32", "bf16" or "int8" for the encoder of the C++ library, on the CPU; None for
+                torch's, in fp32.
             draft: the folder of a draft network trained for this model (`kvspn train draft`): the same text
                 in fewer steps. None is the model's own, if it has one.
 
@@ -196,7 +199,11 @@ class WhisperModel:
             _name(model_size_or_path), torch.float32, None if draft is None else os.fspath(draft)
         )
         self.windows = Windows(
-            model.to(where), processor, backend=backend, weights=_COMPUTE_TYPES[compute_type]
+            model.to(where),
+            processor,
+            encoder_format,
+            backend=backend,
+            weights=_COMPUTE_TYPES[compute_type],
         )
 
     @property

@@ -76,9 +76,15 @@ class Windows:
     """Hears windows of a recording with one model, on engines of its own."""
 
     def __init__(
-        self, model: WhisperM2MForConditionalGeneration, processor: WhisperM2MProcessor, **engine: Any
+        self,
+        model: WhisperM2MForConditionalGeneration,
+        processor: WhisperM2MProcessor,
+        encoder_format: str | None = None,
+        **engine: Any,
     ) -> None:
-        """engine: what `model.engine` is told: backend, weights, kv."""
+        """encoder_format: of the speech encoder on the CPU (see `model.speech_encoder`); None is torch.
+        engine: what `model.engine` is told: backend, weights, kv."""
+        self._encoder = None if encoder_format is None else model.speech_encoder(encoder_format)
         self.model = model
         self.tokenizer = processor.tokenizer
         self.extractor = processor.feature_extractor
@@ -137,6 +143,8 @@ class Windows:
     def encode(self, features: Tensor) -> Tensor:
         """A window's features [mel bins, frames], padded with zeros as Whisper's are -> states [E, d]."""
         padded = F.pad(features, (0, self.frames - features.shape[1]))
+        if self._encoder is not None:
+            return self._encoder(padded).to(self.model.dtype)
         return self.model.encode(padded[None].to(self.model.device))[0]
 
     @torch.no_grad()

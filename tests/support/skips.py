@@ -13,7 +13,7 @@ ALLOWED = (
     "flashinfer .*|the Triton kernels need a GPU|too large for a CPU's memory and patience",
     "the .* backend does not run on .*",
     # CI has one processor, and not every instruction set.
-    "no avx.* here",
+    "no (avx.*|amx) here",
     # What does not go together.
     "mp3 has at most two channels",
     ".* has no (bf16|fp16|int4|int8)|transformers takes floats",
