@@ -15,7 +15,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 from kvspn.cli import app
-from kvspn.models.folder import open_model
+from kvspn.models.conversion import convert_whisper
+from kvspn.models.draft_folder import save_draft
+from kvspn.models.folder import open_model, open_whisper
 from kvspn.speech.manifest import Recording, read_recordings
 from kvspn.speech.peers import as_whisper
 from kvspn.speech.peers.transformers import Greedy
@@ -86,6 +88,23 @@ def test_a_run_beside_transformers(run: Callable[..., Result], tmp_path: Path, m
     assert counted == 4 - len(systems["kvspn int4"]["differences"]) < 4
     assert document["machine"]["weights"] == ["fp32", "int4"]
     assert {"jiwer", "faster-whisper"} <= set(document["machine"]["versions"])
+
+
+def test_what_a_draft_network_guesses(run: Callable[..., Result], whisper: Path, tmp_path: Path) -> None:
+    model, _ = open_whisper(whisper)
+    save_draft(convert_whisper(model, range(4), text_encoder_layers=0, kvspn_ffn_dim=64), tmp_path / "draft")
+    texts = {}
+    for more in ((), ("--draft", tmp_path / "draft")):
+        result = run("--split", "eval", "--weights", "fp32,int8", "--json", tmp_path / "out.json", *more)
+        assert result.exit_code == 0, result.output
+        assert ("tokens/step, k = 1" in result.stdout) == bool(more)
+        document = json.loads((tmp_path / "out.json").read_text())
+        texts[more] = [system["languages"] for system in document["systems"]]
+    assert len({json.dumps(each) for each in texts.values()}) == 1
+    assert list(document["drafting"]) == ["fp32", "int8"]
+    for found in document["drafting"].values():
+        assert list(found) == ["en", "zh", "all"]
+        assert found["all"]["drafted"] == found["en"]["drafted"] + found["zh"]["drafted"] > 0
 
 
 def test_translations_are_judged_by_bleu(run: Callable[..., Result]) -> None:

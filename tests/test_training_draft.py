@@ -227,6 +227,8 @@ def test_the_draft_vocabulary_is_what_the_base_said_most(whisper: Path) -> None:
     assert model.kvspn is not None
     end = model.config.eos_token_id
     assert model.kvspn.draft_ids.tolist() == sorted({0, 7, 399, 400, end})
+    add_network(model, DraftRecipe(draft_vocabulary=9999), said)
+    assert model.kvspn.draft_ids is None
     with pytest.raises(ValueError, match="decoder_layers must be a multiple of kvspn_groups"):
         add_network(model, DraftRecipe(groups=3), said)
 

@@ -44,6 +44,7 @@ from kvspn.cli.common import (
 
 if TYPE_CHECKING:
     from kvspn.assets import SpokenSentence
+    from kvspn.decoding import DecodeStats
     from kvspn.speech.evaluation import ClipDecoder, Output, Row
     from kvspn.speech.peers import Recogniser
     from kvspn.speech.recognition import System
@@ -235,11 +236,16 @@ def _evaluate_speech(
         outputs = list(progress.track(recognise(clips, decoded, others), len(clips), description=task))
     systems = judge(clips, outputs, translator.decode, task, margins)
     _print_systems(systems)
+    drafting = _drafting(decoded.stats) if translator.model.drafts else {}
+    _print_drafting(drafting)
     if output is not None:
         document = {
             "task": task,
             "split": split,
             "systems": [asdict(system) for system in systems],
+            "drafting": {
+                name: {code: asdict(x) for code, x in each.items()} for name, each in drafting.items()
+            },
             "machine": _machine(translator, model, formats),
         }
         write_json(output, document)
@@ -279,6 +285,28 @@ def _print_systems(systems: list[System]) -> None:
         for row, system in zip(rows, systems, strict=True):
             row.append(f"{clips - len(system.differences)} of {clips}")
     print_table(headings, rows)
+
+
+def _drafting(stats: Mapping[str, Mapping[str, list[DecodeStats]]]) -> dict[str, dict[str, DecodeStats]]:
+    """Of each format the clips' figures by language, and of "all"."""
+    from kvspn.decoding import DecodeStats
+
+    summed = {}
+    for name, languages in stats.items():
+        clips = {code: languages[code] for code in sorted(languages)}
+        clips["all"] = [each for rows in clips.values() for each in rows]
+        summed[name] = {
+            code: DecodeStats.total(rows, sum(each.seconds for each in rows)) for code, rows in clips.items()
+        }
+    return summed
+
+
+def _print_drafting(drafting: Mapping[str, Mapping[str, DecodeStats]]) -> None:
+    """How much of what the draft network guesses stands, and the tokens of a step."""
+    for what, figure in (("accepted", "{0.acceptance:.1%}"), ("tokens/step", "{0.tokens_per_step:.2f}")):
+        rows = [[name, *(figure.format(each) for each in found.values())] for name, found in drafting.items()]
+        if rows:
+            print_table([f"{what}, k = 1", *next(iter(drafting.values()))], rows)
 
 
 @contextmanager

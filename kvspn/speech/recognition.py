@@ -13,6 +13,7 @@ import torch
 from sacrebleu import corpus_bleu
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
+from kvspn.decoding import DecodeStats
 from kvspn.speech.audio import SAMPLING_RATE, AudioError, load_audio
 from kvspn.speech.manifest import ManifestError, Recording
 from kvspn.speech.peers import Recogniser
@@ -66,7 +67,10 @@ class System:
 
 
 class Formats:
-    """A model's decoder in several weight formats, on the same encoder states: each clip is encoded once."""
+    """A model's decoder in several weight formats, on the same encoder states: each clip is encoded once.
+
+    stats: what each clip took, by format and language.
+    """
 
     def __init__(self, translator: Translator, formats: Sequence[str], task: str) -> None:
         """Raises ValueError for an unknown format."""
@@ -79,6 +83,7 @@ class Formats:
             else model.engine(1, model.config.max_source_positions, translator.backend, name, translator.kv)
             for name in formats
         }
+        self.stats: dict[str, dict[str, list[DecodeStats]]] = {name: defaultdict(list) for name in formats}
 
     @torch.no_grad()
     def __call__(self, samples: np.ndarray, language: str) -> dict[str, list[int]]:
@@ -88,14 +93,16 @@ class Formats:
         end = model.config.eos_token_id  # text lies before it in the vocabulary, all else behind
         found = {}
         for name, engine in self._engines.items():
-            tokens: Any = model.generate(
+            made: Any = model.generate(
                 encoder_outputs=(states,),
                 language=language,
                 task=self._task,
                 draft=model.drafts,
+                return_dict_in_generate=True,
                 engine=engine,
             )
-            found[name] = [token for token in tokens[0].tolist() if token < end]
+            self.stats[name][language].append(made.total)
+            found[name] = [token for token in made.sequences[0].tolist() if token < end]
         return found
 
 

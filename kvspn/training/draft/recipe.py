@@ -38,7 +38,8 @@ class DraftRecipe:
             divide the decoder's layers.
         ffn_dim: width of a block's FFN; None is the base decoder's.
         encoder_attention: whether a block reads the encoder's output; encoder_stride: every n-th position.
-        draft_vocabulary: the tokens that it can guess, those that the base said most often; None for all.
+        draft_vocabulary: the tokens that it can guess, those that the base said most often; None,
+            or as many as there are, for all.
 
     How it learns:
         loss: "distillation" of the base's distribution, or "cross_entropy" of the tokens that it chose.
@@ -61,7 +62,7 @@ class DraftRecipe:
     ffn_dim: int | None = None
     encoder_attention: bool = True
     encoder_stride: int = 2
-    draft_vocabulary: int | None = 8192
+    draft_vocabulary: int | None = 16_384
     loss: str = "distillation"
     steps: int = 6000
     batch: int = 8

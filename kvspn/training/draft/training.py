@@ -184,7 +184,8 @@ def add_network(
     """
     config = model.config
     groups = recipe.groups or fitting_groups(config.decoder_layers, recipe.blocks)
-    vocabulary = None if recipe.draft_vocabulary is None else min(recipe.draft_vocabulary, config.vocab_size)
+    wanted = recipe.draft_vocabulary
+    vocabulary = None if wanted is None or wanted >= config.vocab_size else wanted
     chosen = {
         "kvspn_blocks": recipe.blocks or groups,
         "kvspn_groups": groups,
