@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kvspn.atomic import atomic, flush
@@ -22,6 +23,9 @@ class Sealing(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        PartialState().wait_for_everyone()  # each process writes a file of its own
+        if not state.is_world_process_zero:
+            return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         flush(checkpoint)
         checksums = _checksums(checkpoint)

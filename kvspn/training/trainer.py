@@ -133,5 +133,8 @@ def fit(
     )
     if told is not None:
         trainer.remove_callback(PrinterCallback)
-    checkpoint = last_whole(folder)
+    with args.main_process_first():
+        checkpoint = last_whole(folder)
+    if checkpoint is not None and args.world_size > 1 and args.device.type == "cpu":  # Trainer cannot
+        raise ValueError(f"processes must be one to go on from {checkpoint} on a CPU, got {args.world_size}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -61,7 +61,7 @@ def train_draft(
         ModelError: as `open_whisper`, or a whisperM2M, whose own recipe trains its draft network.
         ValueError: naming the argument: a cache of something else, clips that leave nothing to hold out.
     """
-    process = PartialState()
+    process = PartialState(cpu=not torch.cuda.is_available())
     log = log if process.is_main_process else lambda line: None
     model, processor = open_whisper(name, torch.float32)
     model.to(process.device)
