@@ -508,19 +508,5 @@ INLINE Vec logarithm(Vec x) {
     return m + (p * m * square - 2.12194440e-4f * e - 0.5f * square) + 0.693359375f * e;
 }
 
-// x * Phi(x), with erf after Abramowitz and Stegun 7.1.26 (error under 1.5e-7).
-INLINE Vec gelu(Vec x) {
-    const Vec z = x * 0.70710678f;
-    const Vec size = larger(z, -z);
-    const Vec t = 1.0f / (1.0f + 0.3275911f * size);
-    Vec p = fill(1.061405429f);
-    p = p * t - 1.453152027f;
-    p = p * t + 1.421413741f;
-    p = p * t - 0.284496736f;
-    p = p * t + 0.254829592f;
-    const Vec erf = 1.0f - p * t * exponential(-size * size);
-    return 0.5f * x * (1.0f + select(z < 0.0f, -erf, erf));
-}
-
 }  // namespace
 }  // namespace kvspn

@@ -539,8 +539,22 @@ void layer_norm(const float* x, const float* weight, const float* bias, int widt
     for (int c = 0; c < width; ++c) y[c] = (x[c] - mean) * inverse * weight[c] + bias[c];
 }
 
+// x * Phi(x), with erf after Abramowitz and Stegun 7.1.26 (error under 1.5e-7).
 void gelu(float* x, int count) {
-    for (int c = 0; c < count; c += kLanes) store_some(x + c, gelu(load_some(x + c, count - c)), count - c);
+    for (int c = 0; c < count; c += kLanes) {
+        Vec v = load_some(x + c, count - c);
+        Vec z = v * 0.70710678f;
+        Vec size = larger(z, -z);
+        Vec t = 1.0f / (1.0f + 0.3275911f * size);
+        Vec p = fill(1.061405429f);
+        p = p * t - 1.453152027f;
+        p = p * t + 1.421413741f;
+        p = p * t - 0.284496736f;
+        p = p * t + 0.254829592f;
+        Vec erf = 1.0f - p * t * exponential(-size * size);
+        Vec y = 0.5f * v * (1.0f + select(z < 0.0f, -erf, erf));
+        store_some(x + c, y, count - c);
+    }
 }
 
 void judge(const float* logits, const float* mask, int first, int count, Best& best) {
