@@ -140,8 +140,9 @@ def test_a_rule_of_a_row(lib, started):
     engine, values = started
     log_probs = np.full(values["tokens"].shape, np.nan, np.float32)
 
-    def tokens(temperature, seed, draft):
+    def tokens(temperature, seed, draft, top_k=0):
         rule = Rule(ctypes.sizeof(Rule), temperature, seed)
+        rule.top_k = top_k
         assert lib.kvspn_engine_set_rule(engine, 0, byref(rule)) == OK
         settings = generate(draft=draft)
         settings.step.log_probs = ctypes.pointer(Tensor.of("log_probs", log_probs))
@@ -154,6 +155,19 @@ def test_a_rule_of_a_row(lib, started):
     assert sampled == [tokens(1.5, seed, 0) for seed in (1, 2, 1 << 32)]
     assert len({str(each) for each in [greedy, *sampled]}) == 4
     assert tokens(0, 1, 0) == greedy
+    assert tokens(1.5, 1, 1, top_k=1) == tokens(1.5, 2, 0, top_k=1) == greedy
+    for early in (Rule.timestamps.offset, Rule.top_k.offset):  # A caller that knows of no top_k has none.
+        rule = Rule(early, 1.5, 1)
+        rule.top_k = 1
+        assert lib.kvspn_engine_set_rule(engine, 0, byref(rule)) == OK
+        assert lib.kvspn_engine_generate(engine, byref(generate(draft=1))) == OK
+        assert lib.kvspn_engine_rollback(engine, 0, 2) == OK
+        assert values["tokens"][0].tolist() == sampled[0][0]
+    for temperature, top_k in ((0, 1), (1, -1)):
+        rule = Rule(ctypes.sizeof(Rule), temperature, 0)
+        rule.top_k = top_k
+        assert lib.kvspn_engine_set_rule(engine, 0, byref(rule)) == INVALID
+        assert b"top_k must be 0, or at a temperature a positive number" in lib.kvspn_last_error()
     assert np.isnan(log_probs[0, :3]).all()
     for wrong in (-1, np.nan, np.inf):
         assert lib.kvspn_engine_set_rule(engine, 0, byref(Rule(ctypes.sizeof(Rule), wrong, 0))) == INVALID

@@ -219,7 +219,11 @@ def test_sampling():
     for seed, output in enumerate(outputs):
         assert torch.equal(output, model.generate(x, **EN, **sampled, seed=seed, draft=False))
     assert len({str(output.tolist()) for output in outputs}) == 3
-    assert torch.equal(outputs[0], model.generate(x, **EN, **sampled, top_k=0))
+    hot = sampled | {"temperature": 50.0}
+    by_default = model.generate(x, **EN, **hot)
+    assert torch.equal(by_default, model.generate(x, **EN, **hot, top_k=50))  # as in transformers
+    assert not torch.equal(by_default, model.generate(x, **EN, **hot, top_k=0))
+    assert torch.equal(model.generate(x, **EN, max_new_tokens=8), model.generate(x, **EN, **hot, top_k=1))
     same = features(1).repeat(2, 1, 1)
     first, second = model.generate(same, **EN, **sampled).tolist()
     assert first != second
@@ -228,6 +232,7 @@ def test_sampling():
         ({"do_sample": True, "temperature": -1.0}, "^temperature must be 0 or a positive number, got -1"),
         ({"seed": 3}, "^seed must be left out without do_sample=True, got 3"),
         ({"do_sample": True, "seed": -3}, "^seed must be in 0"),
+        ({"do_sample": True, "top_k": -3}, "^top_k must be in 0"),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(x, **EN, **settings)

@@ -19,7 +19,7 @@ def i32(*shape, high=3):
     return torch.randint(0, high, shape, dtype=torch.int32)
 
 
-RULES = pack_rules([Rule(timestamps=Timestamps(5, 4)), Rule(0.5, 7), Rule(2.0, 2**63)], [1, 2, 3])
+RULES = pack_rules([Rule(timestamps=Timestamps(5, 4)), Rule(0.5, 7), Rule(2.0, 2**63, None, 3)], [1, 2, 3])
 SCORES = torch.zeros(3, 2, 3)
 
 
@@ -48,6 +48,8 @@ def sample(op, dtype=torch.float32):
             "lengths": i32(3),
             "tokens": i32(3, 4),
             "scores": SCORES.clone(),
+            "best_tokens": i32(3, 2, 2),
+            "best_logits": torch.zeros(3, 2, 2),
         }
     state = {
         "tokens": i32(3, 6),
@@ -177,13 +179,17 @@ BAD = [
     ("lm_head_verify", "first_mask", {"first_mask": torch.zeros(8)}),
     ("lm_head_verify", "first_mask", {"first_mask": torch.zeros(7, dtype=torch.bfloat16)}),
     ("lm_head_verify", "rules", {"rules": i32(3, 3)}),
-    ("lm_head_verify", "rules", {"rules": torch.zeros(3, 8)}),
+    ("lm_head_verify", "rules", {"rules": torch.zeros(3, 9)}),
     ("lm_head_verify", "rules", {"rules": None, "lengths": None, "tokens": None}),
     ("lm_head_verify", "lengths", {"rules": None, "first_mask": None}),
     ("lm_head_verify", "lengths", {"lengths": None}),
     ("lm_head_verify", "tokens", {"tokens": None}),
     ("lm_head_verify", "tokens", {"tokens": i32(2, 4)}),
     ("lm_head_verify", "lengths", {"lengths": i32(2)}),
+    ("lm_head_verify", "best_logits", {"best_logits": None}),
+    ("lm_head_verify", "best_logits", {"best_logits": torch.zeros(3, 2, 3)}),
+    ("lm_head_verify", "best_tokens", {"best_tokens": torch.zeros(3, 2, 2)}),
+    ("lm_head_verify", "best_tokens", {"best_tokens": i32(3, 2, 65), "best_logits": torch.zeros(3, 2, 65)}),
     ("lm_head_verify", "scores", {"scores": torch.zeros(3, 2, 2)}),
     ("lm_head_verify", "scores", {"scores": torch.zeros(3, 2, 3, dtype=torch.bfloat16)}),
     ("accept_and_rollback", "tokens", {"tokens": i32(6)}),

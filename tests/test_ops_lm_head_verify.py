@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import TopKLogitsWarper
 
 from kvspn.ops import K_INF
 from kvspn.ops.rules import Rule, disturb, pack_rules
@@ -259,3 +260,122 @@ def test_scores_of_a_row_without_a_token(ops):
     )
     assert argmax.tolist() == [[-1]]
     assert scores[0, 0, 1:].tolist() == [-torch.inf, -torch.inf]
+
+
+def choosing(rules, lengths=None):
+    """Of rows whose first token comes next, or at these lengths."""
+    lengths = i32(*[0] * len(rules)) if lengths is None else lengths
+    return {
+        "rules": pack_rules(rules, [1] * len(rules)),
+        "lengths": lengths,
+        "tokens": i32(*[[0]] * len(rules)),
+    }
+
+
+def best_of(logits, n):
+    """The n best tokens and their logits, from a stable sort."""
+    order = logits.argsort(dim=-1, descending=True, stable=True)[..., :n]
+    values = logits.gather(-1, order)
+    tokens, values = torch.where(values > -torch.inf, order, -1), values
+    return F.pad(tokens, (0, n - tokens.shape[-1]), value=-1).int(), F.pad(
+        values, (0, n - values.shape[-1]), value=-torch.inf
+    )
+
+
+def listed(ops, n, x, *arguments, **more):
+    found = x.new_zeros(*x.shape[:2], n).int(), torch.zeros(*x.shape[:2], n)
+    ops.lm_head_verify(x, *arguments, best_tokens=found[0], best_logits=found[1], **more)
+    return found
+
+
+@pytest.mark.parametrize(("n", "ruled"), [(1, False), (16, True)])
+def test_n_best(ops, n, ruled, set_threads):
+    """Many logits are equal, some suppressed; noise and top_k do not count."""
+    x, weight = torch.randint(-2, 3, (2, 2, 4)).float(), torch.randint(-2, 3, (200, 4)).float()
+    draft, mask = i32([3], [199]), torch.zeros(200)
+    mask[::3] = -torch.inf
+    rules = choosing([Rule(2.0, 1, None, 3), Rule(0.5, 2)]) if ruled else {}
+    tokens, logits = listed(ops, n, x, weight, draft, mask, **rules)
+    expected = best_of(x @ weight.T + mask, n)
+    assert torch.equal(tokens, expected[0])
+    assert torch.equal(logits, expected[1])
+    set_threads(1)
+    one = listed(ops, n, x[1:], weight, draft[1:], mask, **(choosing([Rule(0.5, 2)]) if ruled else {}))
+    assert torch.equal(one[0], tokens[1:])
+
+
+def test_n_best_of_a_draft_vocabulary(ops):
+    x, ids = torch.randn(2, 1, 8), i32(3, 9, 20, 71)
+    weight, none = torch.randn(4, 8), torch.zeros(2, 0, dtype=torch.int32)
+    tokens, logits = listed(ops, 5, x, weight, none, ids=ids)
+    assert torch.equal(tokens[..., :4], ids[best_of(x @ weight.T, 4)[0].long()])
+    assert (tokens[..., 4].tolist(), logits[..., 4].tolist()) == ([[-1], [-1]], [[-torch.inf], [-torch.inf]])
+
+
+def test_n_best_of_a_row_without_a_token(ops):
+    mask, none = torch.full((9,), -torch.inf), torch.zeros(1, 0, dtype=torch.int32)
+    tokens, logits = listed(ops, 2, torch.ones(1, 1, 4), torch.ones(9, 4), none, mask)
+    assert (tokens.tolist(), logits.tolist()) == ([[[-1, -1]]], [[[-torch.inf] * 2]])
+    mask[:] = 0
+    mask[4] = torch.nan
+    tokens, logits = listed(ops, 2, torch.ones(1, 1, 4), torch.ones(9, 4), none, mask)
+    assert (tokens.tolist(), logits.tolist()) == ([[[-1, -1]]], [[[-torch.inf] * 2]])
+
+
+@pytest.mark.parametrize("top_k", [1, 7, 10_000])
+def test_top_k_is_that_of_transformers(ops, top_k, set_threads):
+    """A draw among what its warper leaves, what equals the last of them too; the others have no rank."""
+    x, weight = torch.randint(-2, 3, (3, 2, 3)).float(), torch.randint(-2, 3, (200, 3)).float()
+    mask = torch.zeros(200)
+    mask[::3] = -torch.inf
+    draft = torch.randint(0, 200, (3, 1), dtype=torch.int32)
+    rules = choosing([Rule(1.5, seed, None, top_k) for seed in range(3)], i32(*range(3)))
+    scores = torch.zeros(3, 2, 3)
+    argmax, rank = ops.lm_head_verify(x, weight, draft, mask, scores=scores, **rules)
+    logits = x @ weight.T + mask
+    warped = TopKLogitsWarper(top_k)(None, logits.flatten(0, 1)).view_as(logits)
+    plain = rules["rules"].clone()
+    plain[:, 8] = 0
+    counted = torch.stack(
+        [
+            torch.stack([disturb(warped[b, j], plain[b], b + j + 1, torch.arange(200)) for j in range(2)])
+            for b in range(3)
+        ]
+    )
+    expected_argmax, expected_rank = by_sorting(counted, draft)
+    assert torch.equal(argmax, expected_argmax)
+    cut = counted[:, :1].gather(-1, draft[..., None].long())[..., 0] == -torch.inf
+    assert torch.equal(rank, torch.where(cut, 200, expected_rank))
+    torch.testing.assert_close(scores[..., 0], logits.logsumexp(-1))  # of all that the mask allows
+    assert torch.equal(scores[..., 1], logits.gather(-1, argmax[..., None].long())[..., 0])
+    assert torch.equal(scores[:, :1, 2], logits[:, :1].gather(-1, draft[..., None].long())[..., 0])
+    set_threads(1)
+    alone = ops.lm_head_verify(
+        x[2:], weight, draft[2:], mask, **choosing([Rule(1.5, 2, None, top_k)], i32(2))
+    )
+    assert all(map(torch.equal, alone, (argmax[2:], rank[2:])))
+
+
+def test_top_k_is_a_rows_own(ops):
+    """Beside rows that are greedy or drawn from all; and without a temperature it is nothing."""
+    x, weight = torch.randn(4, 1, 8), torch.randn(300, 8)
+    none = torch.zeros(4, 0, dtype=torch.int32)
+    rules = [Rule(9.0, 1, None, 1), Rule(), Rule(9.0, 1), Rule(9.0, 1, None, 2)]
+    packed = choosing(rules)
+    packed["rules"][1, 8] = 3
+    argmax, _ = ops.lm_head_verify(x, weight, none, **packed)
+    logits = x[:, 0] @ weight.T
+    assert argmax[:2, 0].tolist() == logits[:2].argmax(-1).tolist()
+    assert int(argmax[2]) == int(disturb(logits[2], packed["rules"][2], 1, torch.arange(300)).argmax())
+    assert int(argmax[3]) in logits[3].topk(2).indices.tolist()
+
+
+@pytest.mark.parametrize("top_k", [1, 2999])
+def test_faults_nan_beside_top_k(ops, top_k):
+    weight = torch.linspace(-1, 1, 3000)[:, None].contiguous()
+    mask = torch.zeros(3000)
+    mask[1234] = torch.nan
+    found = ops.lm_head_verify(
+        torch.ones(1, 2, 1), weight, i32([17]), mask, **choosing([Rule(1.0, 0, None, top_k)])
+    )
+    assert [each.tolist() for each in found] == [[[-1, -1]], [[K_INF]]]

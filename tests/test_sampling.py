@@ -51,12 +51,14 @@ def test_philox_is_philox():
     ]
 
 
-@pytest.mark.parametrize(("temperature", "kv"), [(0.3, None), (1.0, "int8"), (2.5, None)])
-def test_drafts_change_nothing(backend, temperature, kv):
+@pytest.mark.parametrize(
+    ("temperature", "kv", "top_k"), [(0.3, None, 0), (1.0, "int8", 0), (2.5, None, 5), (2.5, "int8", 40)]
+)
+def test_drafts_change_nothing(backend, temperature, kv, top_k):
     """Speculative sampling is plain sampling, bit for bit, for every seed and wherever drafts come from."""
     prompts = [[1, 2], [3], [4, 5, 6]]
     for seed in range(4 if backend == "native" else 1):
-        sampled = {"temperature": temperature, "seed": seed, "kv": kv}
+        sampled = {"temperature": temperature, "seed": seed, "kv": kv, "top_k": top_k}
         plain = run(backend, prompts, draft=False, log_probs=True, **sampled)
         drafted = run(backend, prompts, log_probs=True, **sampled)
         assert drafted.sequences == plain.sequences
@@ -82,7 +84,7 @@ def test_a_row_is_its_own(backend):
         return e.tokens.tolist()
 
     prompts = [[1, 2], [3], [4, 5, 6]]
-    rules = [Rule(1.0, 2**64 - 1), Rule(), Rule(0.7, 5)]
+    rules = [Rule(1.0, 2**64 - 1), Rule(), Rule(0.7, 5, None, 3)]
     together = rows(prompts, rules)
     assert together == [
         row for prompt, rule in zip(prompts, rules, strict=True) for row in rows([prompt], [rule])
@@ -96,7 +98,7 @@ def test_every_backend_draws_alike(backend):
     """The noise is the same, so that the tokens are, but for what rounding decides."""
     same = 0
     for seed in range(4):
-        options = {"temperature": 1.0, "seed": seed, "max_length": 6}
+        options = {"temperature": 1.0, "seed": seed, "top_k": 7 * (seed % 2), "max_length": 6}
         drawn, wanted = (run(name, [[1], [2]], **options).sequences for name in (backend, "reference"))
         same += drawn == wanted
     assert same >= 3
@@ -112,8 +114,8 @@ def chi_square(counts, probabilities):
     return float(torch.special.gammaincc(freedom, statistic / 2))
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_the_distribution_is_that_of_softmax(temperature):
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.5, 0), (1.0, 0), (3.0, 0), (3.0, 5)])
+def test_the_distribution_is_that_of_softmax(temperature, top_k):
     """Of many seeds' draws, which are the same each time; other backends draw as this one does."""
     decoder, batch = weights(vocabulary=12), 240
     known = torch.empty(12, dtype=torch.float64)
@@ -122,9 +124,14 @@ def test_the_distribution_is_that_of_softmax(temperature):
         known[token] = forced.log_probs[0][0]
     assert float(known.exp().sum()) == pytest.approx(1, abs=1e-5)
     counts = torch.zeros(12, dtype=torch.float64)
+    rule = {"temperature": temperature, "top_k": top_k}
     for seed in range(10):
-        drawn = run("native", [[1]] * batch, decoder, max_length=2, temperature=temperature, seed=seed)
+        drawn = run("native", [[1]] * batch, decoder, max_length=2, seed=seed, **rule)
         counts += torch.bincount(torch.tensor(drawn.sequences)[:, 1], minlength=12)
+    if top_k:
+        known, likeliest = known.topk(top_k)
+        assert counts[likeliest].sum() == counts.sum()
+        counts = counts[likeliest]
     assert chi_square(counts, (known / temperature).softmax(0)) > 1e-3
     assert chi_square(counts, (known / (temperature * 1.2)).softmax(0)) < 1e-3  # It would notice.
 
@@ -227,6 +234,8 @@ def test_log_probs_of_a_forbidden_token(backend):
         ({"temperature": -0.5}, r"^temperature must be 0 or a positive number, got -0\.5"),
         ({"temperature": float("nan")}, r"^temperature must be 0 or a positive number, got nan"),
         ({"temperature": float("inf")}, r"^temperature must be 0 or a positive number, got inf"),
+        ({"temperature": 1.0, "top_k": -1}, r"^top_k must be in 0\.\.2147483647, got -1"),
+        ({"top_k": 3}, r"^top_k must be 0 without a temperature, got 3"),
         ({"seed": -1}, r"^seed must be in 0\.\.18446744073709551615, got -1"),
         ({"seed": 2**64}, r"^seed must be in 0\.\.18446744073709551615, got 18446744073709551616"),
     ],

@@ -65,11 +65,11 @@ def processed(logits, drafts, lengths, tokens, prompt=3):
     return found
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_the_grammar_is_that_of_transformers(ops, temperature, set_threads):
-    """Choice, rank and scores of each query, where text is likelier and where all timestamps together are."""
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.0, 0), (0.8, 0), (0.8, 30)])
+def test_the_grammar_is_that_of_transformers(ops, temperature, top_k, set_threads):
+    """Choice, rank, scores and n best, where text is likelier and where all timestamps together are."""
     x, weight, drafts, lengths, tokens = op_case(scale=0.4)
-    rules = pack_rules([Rule(temperature, row, GRAMMAR) for row in range(len(x))], [3] * len(x))
+    rules = pack_rules([Rule(temperature, row, GRAMMAR, top_k) for row in range(len(x))], [3] * len(x))
     mask = torch.zeros(VOCABULARY)
     mask[BEGIN - 1] = -torch.inf
     mask[BEGIN:] = 1.0 - 3.0 * (torch.arange(VOCABULARY - BEGIN) % 2)
@@ -81,7 +81,9 @@ def test_the_grammar_is_that_of_transformers(ops, temperature, set_threads):
     scores = torch.empty(*x.shape[:2], 3)
     choosing = {"rules": rules, "lengths": lengths, "tokens": tokens}
     set_threads(2)
-    argmax, rank = ops.lm_head_verify(x, weight, drafts, mask, scores=scores, **choosing)
+    best = torch.empty(*x.shape[:2], 3, dtype=torch.int32), torch.empty(*x.shape[:2], 3)
+    listed = {"best_tokens": best[0], "best_logits": best[1]}
+    argmax, rank = ops.lm_head_verify(x, weight, drafts, mask, scores=scores, **listed, **choosing)
     assert all(map(torch.equal, ops.lm_head_verify(x, weight, drafts, mask, **choosing), (argmax, rank)))
     counted = wanted.clone()
     for b in range(len(x)):
@@ -93,6 +95,8 @@ def test_the_grammar_is_that_of_transformers(ops, temperature, set_threads):
     allowed = own[..., 0] > -torch.inf
     expected = torch.where(allowed, (counted[:, :-1] > own).sum(-1), VOCABULARY).int()
     assert torch.equal(rank, expected) and 10 < int(allowed.sum()) < allowed.numel() - 10
+    torch.testing.assert_close(best[1], wanted.topk(3).values)
+    assert torch.equal(best[0], torch.where(best[1] > -torch.inf, wanted.topk(3).indices, -1).int())
     torch.testing.assert_close(scores[..., 0], wanted.logsumexp(-1))
     torch.testing.assert_close(scores[..., 1], wanted.gather(-1, argmax[..., None].long())[..., 0])
     torch.testing.assert_close(scores[:, :-1, 2], wanted[:, :-1].gather(-1, drafts.long()[..., None])[..., 0])
@@ -170,7 +174,10 @@ def timed_decoder(**options):
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 4}, {"kv": "int8"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 1.0, "seed": 4}, {"kv": "int8", "temperature": 1.0, "seed": 4, "top_k": 5}],
+)
 def test_drafts_change_nothing(backend, options):
     """k = 1 gives what plain decoding gives, tokens and log-probabilities, wherever drafts come from; and
     every token is one that transformers' processor lets stand."""

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from kvspn.assets import read_manifest
 from kvspn.engines import backends, engine
 from kvspn.ops import K_INF
+from kvspn.ops.rules import Rule, Timestamps
 from kvspn.speech.audio import load_audio
 from kvspn.speech.translator import Translator
 from kvspn.weights import DecoderWeights
@@ -54,13 +56,15 @@ def decode(
     k: int = 1,
     draft: bool = True,
     kv: str | None = None,
+    rules: Sequence[Rule] = (Rule(),) * 3,
 ):
     """Of three utterances those in `rows`, together, in buffers full of NaN: tokens, statistics, caches."""
     states = random_states(weights, (7, 1, 11))
     prompts = [[1, 2, 3], [4], list(range(5, 9))]
     e = engine(backend, weights, batch=len(rows), capacity=12, cross_capacity=13, kv=kv)
     poison(e.cache)
-    e.start([states[r] for r in rows], [prompts[r] for r in rows], eos=0, max_length=12)
+    rules = [rules[r] for r in rows]
+    e.start([states[r] for r in rows], [prompts[r] for r in rows], eos=0, max_length=12, rules=rules)
     for _ in range(3):
         e.step(k, draft)
     return tokens_of(e), e.stats.tolist(), contents(e.cache)
@@ -95,6 +99,20 @@ def test_row_invariance_bit_for_bit(dtype, kv):
     alone, _, found = decode("triton", weights, [2], draft=False, kv=kv)
     assert alone == [tokens[2]]
     assert torch.equal(found[0], caches[2])
+
+
+@interpreted
+def test_drafts_change_no_draw():
+    """Rows by rules of their own, with top_k and timestamps: as without drafts, alone, on the reference."""
+    weights = random_decoder(vocabulary=60)
+    rules = [Rule(1.0, 1, None, 5), Rule(0.7, 2), Rule(1.0, 3, Timestamps(40, 0), 4)]
+    plain, _, _ = decode("triton", weights, [0, 1, 2], draft=False, rules=rules)
+    drafted, _, _ = decode("triton", weights, [0, 1, 2], rules=rules)
+    expected, _, _ = decode("reference", weights, [0, 1, 2], rules=rules)
+    assert drafted == expected
+    for said, longer in zip(plain, drafted, strict=True):
+        assert longer[: len(said)] == said
+    assert decode("triton", weights, [2], rules=rules)[0] == drafted[2:]
 
 
 @interpreted

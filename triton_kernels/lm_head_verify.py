@@ -1,7 +1,8 @@
 """lm_head_verify: the vocabulary tile by tile; a tile leaves its best token and how many beat the draft.
 
 First, with rules, what the grammar of each row lets come next; then the drafts' own logits, by the same sums
-as in the tiles; then the tiles; then one program per row that combines them.
+as in the tiles; then the tiles; then one program per row that combines them. With rules, or where the best
+tokens are asked for, the tiles leave the masked logits too, and at last a program per row goes through them.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def draft_logits_kernel(
 
 @triton.jit(do_not_specialize=["rows", "queries"])
 def vocabulary_kernel(
-    x, weight, best, choice, ahead, parts, own, draft, mask, first_mask, rules, lengths, windows, ids,
+    x, weight, best, choice, ahead, parts, kept, own, draft, mask, first_mask, rules, lengths, windows, ids,
     scale, norm_weight, norm_bias,
     rows, queries, v, eps, x_stride, weight_stride, scale_stride, group, draft_b, rules_b,
     K: tl.constexpr, KINDS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -165,7 +166,8 @@ def vocabulary_kernel(
 
     With NaN among the logits: infinity and -1, which win over every other tile's. best, choice, ahead
     [KINDS, rows, tiles]; parts [3, KINDS, rows, tiles], if it is there: the largest logit without the noise
-    of sampling, the sum of exponentials over it, and the best token's logit.
+    of sampling, the sum of exponentials over it, and the best token's logit; kept [rows, v], if it is there:
+    the logits without the noise.
     """
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -178,6 +180,9 @@ def vocabulary_kernel(
     )
     counted = _disturbed(all_masked, rules, rules_b, lengths, ids, row, rows, queries, column, v)
     inside = (column < v)[None, :]
+    if kept is not None:
+        to = kept + row.to(tl.int64)[:, None] * v + column[None, :]
+        tl.store(to, all_masked, mask=inside & (row < rows)[:, None])
     size = rows.to(tl.int64) * tl.num_programs(0)
     for kind in tl.static_range(KINDS):
         masked, logits, mine = all_masked, counted, inside
@@ -228,13 +233,14 @@ def _partition(parts, size, at, inside):
 
 @triton.jit(do_not_specialize=["rows", "queries"])
 def combine_kernel(
-    best, choice, ahead, parts, own, own_logit, rules, ids, draft, argmax, rank, scores,
+    best, choice, ahead, parts, own, own_logit, rules, windows, ids, draft, argmax, rank, scores,
     rows, queries, v, tiles, draft_b, rules_b, scores_b, scores_q,
     KINDS: tl.constexpr, TILES: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """A row's choice, its draft's rank and their scores, from what the tiles have left of each kind.
 
-    Where all timestamps together are likelier than every token of text, they alone count.
+    Where all timestamps together are likelier than every token of text, they alone count, and the row's
+    window says so.
     """
     row = tl.program_id(0)
     tile = tl.arange(0, TILES)
@@ -260,6 +266,8 @@ def combine_kernel(
         largest = tl.where(timed, time_largest, largest)
         chosen = tl.where(timed, time_chosen, chosen)
         kind = timed.to(tl.int32)
+        rule_times = tl.load(rules + (row // queries).to(tl.int64) * rules_b + 4)
+        tl.store(windows + 3 * row, rule_times, mask=forced)
     chosen = tl.where(largest > float("-inf"), chosen, -1)
     judges = row % queries < queries - 1
     suppressed = False
@@ -270,8 +278,7 @@ def combine_kernel(
         suppressed = tl.load(own + row) == float("-inf")
         if KINDS == 2:
             count += tl.sum(tl.load(ahead + size + at, mask=inside, other=0), axis=0)
-            times = tl.load(rules + (row // queries).to(tl.int64) * rules_b + 4)
-            suppressed = suppressed | (forced & (guess < times))
+            suppressed = suppressed | (forced & (guess < rule_times))
         place = tl.where(suppressed, v, count)
         place = tl.where((chosen >= 0) & judged, place, LAST)
         tl.store(rank + row // queries * (queries - 1) + row % queries, place)
@@ -292,6 +299,71 @@ def combine_kernel(
     tl.store(argmax + row, token)
 
 
+@triton.jit
+def _order(logits):
+    """uint32, larger for a larger logit."""
+    bits = tl.where(logits == 0, 0.0, logits).to(tl.int32, bitcast=True)  # -0 is 0.
+    return (bits ^ tl.where(bits < 0, -1, -2147483648)).to(tl.uint32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["rows", "queries"])
+def kept_kernel(
+    kept, rules, lengths, windows, ids, draft, argmax, rank, scores, best_tokens, best_logits,
+    rows, queries, v, draft_b, rules_b, scores_b, scores_q, tokens_b, tokens_q, logits_b, logits_q,
+    BLOCK: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """From all masked logits of a row, a program each: its N best tokens, and the draw of a rule with top_k.
+
+    The draw is among the logits that are no smaller than the top_k-th largest, which is found bit by bit.
+    """
+    row = tl.program_id(0) + tl.arange(0, 1)
+    b, query = (tl.program_id(0) // queries).to(tl.int64), tl.program_id(0) % queries
+    column = tl.arange(0, BLOCK)
+    inside = column < v
+    logits = tl.load(kept + tl.program_id(0).to(tl.int64) * v + column, mask=inside, other=float("-inf"))
+    token = column if ids is None else tl.load(ids + column, mask=inside, other=0)
+    cut = 0
+    if rules is not None:
+        rule = rules + b * rules_b
+        times, text = tl.load(rule + 4), tl.load(windows + 3 * tl.program_id(0))
+        logits = tl.where((times > 0) & (token < times) & (token < text), float("-inf"), logits)
+        cut = tl.where(tl.load(rule + 1).to(tl.float32, bitcast=True) > 0, tl.load(rule + 8), 0)
+    chosen = tl.load(argmax + tl.program_id(0)) >= 0
+    left = logits
+    for i in tl.static_range(N):
+        largest = tl.max(left, axis=0)
+        at = tl.min(tl.where(left == largest, column, v), axis=0)
+        there = chosen & (largest > float("-inf"))
+        best = tl.sum(tl.where(column == at, token, 0), axis=0)
+        tl.store(best_tokens + b * tokens_b + query * tokens_q + i, tl.where(there, best, -1))
+        tl.store(best_logits + b * logits_b + query * logits_q + i, tl.where(there, largest, float("-inf")))
+        left = tl.where(column == at, float("-inf"), left)
+    if rules is not None:  # noqa: SIM102 - The compiler knows.
+        if chosen & (cut > 0):
+            order = _order(logits)
+            least = tl.zeros([1], tl.uint32)
+            bit = tl.full([1], 1 << 31, tl.uint32)
+            for _ in tl.static_range(32):
+                count = tl.sum((inside & (order >= least + bit)).to(tl.int32), axis=0)
+                least = tl.where(count >= cut, least + bit, least)
+                bit = bit >> 1
+            drawn = _disturbed(logits[None, :], rules, rules_b, lengths, ids, row, rows, queries, column, v)
+            drawn = tl.where((order >= least) & inside, tl.max(drawn, axis=0), float("-inf"))  # of one row
+            largest = tl.max(drawn, axis=0)
+            at = tl.min(tl.where(drawn == largest, column, v), axis=0)
+            tl.store(argmax + tl.program_id(0), tl.sum(tl.where(column == at, token, 0), axis=0))
+            if scores is not None:
+                to = scores + b * scores_b + query * scores_q
+                tl.store(to + 1, tl.max(tl.where(column == at, logits, float("-inf")), axis=0))
+            if query < queries - 1:
+                guess = tl.load(draft + b * draft_b + query)
+                own = tl.max(tl.where(column == guess, drawn, float("-inf")), axis=0)
+                ahead = (drawn > own) | ((drawn == own) & (column < guess))
+                place = tl.where(own > float("-inf"), tl.sum(ahead.to(tl.int32), axis=0), v)
+                judged = (guess >= 0) & (guess < v)
+                tl.store(rank + b * (queries - 1) + query, place, mask=judged)
+
+
 def launch_lm_head_verify(
     x: Tensor,
     weight: Tensor,
@@ -307,6 +379,8 @@ def launch_lm_head_verify(
     lengths: Tensor | None = None,
     tokens: Tensor | None = None,
     scores: Tensor | None = None,
+    best_tokens: Tensor | None = None,
+    best_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`kvspn.ops.lm_head_verify`, unchecked."""
     batch, queries, k = x.shape
@@ -319,6 +393,7 @@ def launch_lm_head_verify(
     best = floats(kinds, rows, tiles)
     choice, ahead = draft.new_empty(2, kinds, rows, tiles).unbind()
     parts = None if scores is None and rules is None else floats(3, kinds, rows, tiles)
+    kept = None if best_tokens is None and rules is None else floats(rows, v)
     argmax, rank = draft.new_empty(batch, queries), draft.new_empty(batch, queries - 1)
     judged = queries > 1
     own, own_logit = floats(rows) if judged else None, floats(rows) if judged and scores is not None else None
@@ -350,7 +425,7 @@ def launch_lm_head_verify(
     launch(
         vocabulary_kernel,
         (tiles, row_blocks),
-        *(flat, weight, best, choice, ahead, parts, own, draft, *choosing, *operands, *strides),
+        *(flat, weight, best, choice, ahead, parts, kept, own, draft, *choosing, *operands, *strides),
         K=k,
         KINDS=kinds,
         ROWS=ROWS,
@@ -363,13 +438,27 @@ def launch_lm_head_verify(
     launch(
         combine_kernel,
         (rows,),
-        *(best, choice, ahead, parts, own, own_logit, rules, ids, draft, argmax, rank, scores),
+        *(best, choice, ahead, parts, own, own_logit, rules, windows, ids, draft, argmax, rank, scores),
         *(rows, queries, v, tiles, draft.stride(0), rules_b, *scores_strides),
         KINDS=kinds,
         TILES=triton.next_power_of_2(tiles),
         LAST=K_INF,
         num_warps=4,
     )
+    if kept is not None:
+        listed = (None, None, None, None)
+        if best_tokens is not None and best_logits is not None:
+            listed = (*best_tokens.stride()[:2], *best_logits.stride()[:2])
+        block = triton.next_power_of_2(v)
+        launch(
+            kept_kernel,
+            (rows,),
+            *(kept, rules, lengths, windows, ids, draft, argmax, rank, scores, best_tokens, best_logits),
+            *(rows, queries, v, draft.stride(0), rules_b, *scores_strides, *listed),
+            BLOCK=block,
+            N=0 if best_tokens is None else best_tokens.shape[2],
+            num_warps=min(max(block // 2048, 4), 16),
+        )
     return argmax, rank
 
 

@@ -249,8 +249,8 @@ class Engine {
     }
 
     void set_rule(int row, float temperature, uint64_t seed, int begin, int text_end, int max_initial,
-                  int prefix) {
-        const kvspn_rule rule{sizeof rule, temperature, seed, begin, text_end, max_initial, prefix};
+                  int prefix, int top_k) {
+        const kvspn_rule rule{sizeof rule, temperature, seed, begin, text_end, max_initial, prefix, top_k};
         check(kvspn_engine_set_rule(engine_.get(), row, &rule));
     }
 
@@ -408,7 +408,7 @@ PYBIND11_MODULE(_native, m) {
         .def("prefill", &Engine::prefill, py::arg("row"), py::arg("count"))
         .def("set_rule", &Engine::set_rule, py::arg("row"), py::kw_only(), py::arg("temperature"),
              py::arg("seed"), py::arg("timestamp_begin"), py::arg("text_end"), py::arg("max_initial"),
-             py::arg("prefix"))
+             py::arg("prefix"), py::arg("top_k"))
         .def("choose", &Engine::choose, py::kw_only(), py::arg("mask") = py::none(),
              py::arg("first_mask") = py::none(), py::arg("log_probs") = py::none())
         .def("step", &Engine::step, py::kw_only(), py::arg("k"), py::arg("eos"), py::arg("max_length"),

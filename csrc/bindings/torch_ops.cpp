@@ -178,7 +178,9 @@ std::tuple<Tensor, Tensor> lm_head_verify(Tensor x, Tensor weight, Tensor draft,
                                           std::optional<Tensor> norm_bias, double eps,
                                           std::optional<Tensor> ids, std::optional<Tensor> first_mask,
                                           std::optional<Tensor> rules, std::optional<Tensor> lengths,
-                                          std::optional<Tensor> tokens, std::optional<Tensor> scores) {
+                                          std::optional<Tensor> tokens, std::optional<Tensor> scores,
+                                          std::optional<Tensor> best_tokens,
+                                          std::optional<Tensor> best_logits) {
     Place place(x);
     const int64_t shape[] = {x.size(0), x.size(1)}, drafts[] = {draft.size(0), draft.size(1)};
     Tensor argmax = torch::stable::new_empty(draft, {shape, 2});
@@ -195,6 +197,8 @@ std::tuple<Tensor, Tensor> lm_head_verify(Tensor x, Tensor weight, Tensor draft,
     params.ids = place.view("ids", ids), params.first_mask = place.view("first_mask", first_mask);
     params.rules = place.view("rules", rules), params.lengths = place.view("lengths", lengths);
     params.tokens = place.view("tokens", tokens), params.scores = place.view("scores", scores);
+    params.best_tokens = place.view("best_tokens", best_tokens);
+    params.best_logits = place.view("best_logits", best_logits);
     place.run(&kvspn_lm_head_verify, params);
     return {argmax, rank};
 }

@@ -53,6 +53,9 @@ void Engine::set_rule(int row, const kvspn_rule& rule) {
             "temperature must be 0 or a positive number, got ", rule.temperature);
     RowRule own = rules_[size_t(row)];
     own.temperature = rule.temperature;
+    require(rule.top_k >= 0 && (!rule.top_k || rule.temperature > 0),
+            "top_k must be 0, or at a temperature a positive number, got ", rule.top_k);
+    own.top_k = rule.top_k;
     own.seed[0] = uint32_t(rule.seed), own.seed[1] = uint32_t(rule.seed >> 32);
     own.times = own.text_end = own.last_first = own.prefix = 0;
     if (rule.timestamp_begin) {
@@ -74,7 +77,7 @@ void Engine::set_rule(int row, const kvspn_rule& rule) {
 }
 
 void Engine::write_rule(int row) {
-    runner_->write(runner_->rules() + row, &rules_[size_t(row)], sizeof(RowRule));
+    runner_->set_rule(row, rules_[size_t(row)]);
     runner_->wait();
 }
 

@@ -9,6 +9,8 @@
 namespace kvspn {
 namespace {
 
+constexpr int kMostBest = 64;  // tokens of a row that are told
+
 constexpr std::initializer_list<Dtype> kCaches = {Dtype::fp32, Dtype::bf16, Dtype::fp16, Dtype::int8};
 
 void check_rows(const char* name, const kvspn_tensor& tensor) {
@@ -131,7 +133,9 @@ void check(const kvspn_verify_params& p) {
     check_optional("mask", p.mask, {Dtype::fp32}, {tokens});
     check_optional("first_mask", p.first_mask, {Dtype::fp32}, {given(p.mask) ? p.mask.shape[0] : tokens});
     check_norm(p.norm_weight, p.norm_bias, p.eps, inputs);
-    check_optional("rules", p.rules, {Dtype::int32}, {batch, int64_t(sizeof(RowRule)) / 4});
+    check_optional("rules", p.rules, {Dtype::int32}, {batch, kAny});
+    require(!given(p.rules) || p.rules.shape[1] == 8 || p.rules.shape[1] == kRuleWords,
+            "rules must hold 8 or ", kRuleWords, " words of a row, got ", p.rules.shape[1]);
     check_optional("lengths", p.lengths, {Dtype::int32}, {batch});
     check_optional("tokens", p.tokens, {Dtype::int32}, {batch, kAny});
     for (auto& [name, tensor] :
@@ -140,6 +144,14 @@ void check(const kvspn_verify_params& p) {
                 " must be given with rules and with them alone, got one of the two");
     require(given(p.rules) || !given(p.first_mask), "rules must be given with first_mask, got none");
     check_optional("scores", p.scores, {Dtype::fp32}, {batch, queries, 3});
+    require(given(p.best_tokens) == given(p.best_logits),
+            "best_logits must be given with best_tokens and with it alone, got one of the two");
+    check_optional("best_tokens", p.best_tokens, {Dtype::int32}, {batch, queries, kAny});
+    if (!given(p.best_tokens)) return;
+    const int64_t listed = p.best_tokens.shape[2];
+    require(listed >= 1 && listed <= kMostBest, "best_tokens must hold 1 to ", kMostBest, " of a row, got ",
+            listed);
+    check_given("best_logits", p.best_logits, {Dtype::fp32}, {batch, queries, listed});
 }
 
 void check(const kvspn_append_params& p) {

@@ -21,8 +21,13 @@ struct RowRule {
     int32_t text_end;    // the end-of-text token: what lies between it and `times` may follow a segment's end
     int32_t last_first;  // the first token is at most this timestamp
     int32_t prefix;      // tokens of the prompt, at its end, that belong to the text
+    int32_t top_k;       // a draw is among so many of the largest masked logits, and their equals; 0: all
 };
-static_assert(sizeof(RowRule) == 32, "kvspn_verify_params holds it as eight int32");
+constexpr int kRuleWords = 9;  // of int32, as kvspn_verify_params holds it
+static_assert(sizeof(RowRule) == 4 * kRuleWords, "there is nothing between the words");
+
+// Whether a row's draw is among a part of its logits: it then needs all of them at once.
+KVSPN_INLINE bool is_cut(const RowRule& rule) { return rule.temperature > 0 && rule.top_k > 0; }
 
 constexpr int32_t kLastToken = 0x7fffffff;  // above all tokens
 

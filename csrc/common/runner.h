@@ -47,8 +47,8 @@ class Runner {
     virtual Shown shown(int row) const = 0;
     // Of a row's tokens at most `count` are shown from now on.
     virtual void forget(int row, int count) = 0;
-    // Where it has the rules of the batch's rows, all zeros after bind().
-    virtual RowRule* rules() = 0;
+    // How a row of the batch chooses its tokens, by zeros after bind().
+    virtual void set_rule(int row, const RowRule& rule) = 0;
     // Bytes of the batch, from the host's memory and to it; reading waits for what runs.
     virtual void write(void* to, const void* from, size_t bytes) = 0;
     virtual void read(void* to, const void* from, size_t bytes) const = 0;

@@ -114,18 +114,20 @@ void lm_head_verify(const kvspn_verify_params& p) {
         return static_cast<int32_t*>(tensor.data) + b * tensor.strides[0] + q * tensor.strides[1];
     };
     const bool scored = given(p.scores);
+    const int listed = given(p.best_tokens) ? int(p.best_tokens.shape[2]) : 0;
     const Parts parts(p.stream, product.rows);
     const int strips = (vocabulary + kStrip - 1) / kStrip;
     parts.run([&](int part) {
         std::vector<Partition> partitions(scored || given(p.rules) ? size_t(kKinds) * strips : 0);
+        std::vector<Ranked> ranked;
         for (int r = part; r < product.rows; r += parts.count()) {
-            const float* logits = product.row(r);
+            float* logits = product.row(r);
             const int b = r / queries, q = r % queries;
             RowRule rule{};
             Judge judge{product.kernels, mask, ids, &rule, 0, {}, vocabulary};
             if (given(p.rules)) {
                 std::memcpy(&rule, static_cast<const int32_t*>(p.rules.data) + b * p.rules.strides[0],
-                            sizeof rule);
+                            size_t(p.rules.shape[1]) * sizeof(int32_t));
                 const int32_t length = static_cast<const int32_t*>(p.lengths.data)[b * p.lengths.strides[0]];
                 judge.index = length + q + 1;
                 if (first_mask && judge.index == rule.first) judge.mask = first_mask;
@@ -138,13 +140,27 @@ void lm_head_verify(const kvspn_verify_params& p) {
             }
             const bool judged = q + 1 < queries;
             const int32_t draft = judged ? *at(p.draft, b, q) : -1;
+            int found_best = 0;
+            if (listed || is_cut(rule)) {
+                const int n = std::min(std::max(listed, is_cut(rule) ? rule.top_k : 0), vocabulary);
+                ranked.resize(size_t(n));
+                found_best = std::min(judge.rank(logits, partitions.data(), n, ranked.data()), listed);
+            }
             Best best[kKinds];
             if (draft >= 0 && draft < vocabulary) judge.expect(draft, logits[draft], best);
             judge.hear(logits, 0, vocabulary, best, scored || rule.times ? partitions.data() : nullptr);
             const Best found = judge.decide(best, partitions.data(), scored);
-            const bool ranked = found.id >= 0 && found.draft >= 0;
+            const bool counts = found.id >= 0 && found.draft >= 0;
             *at(p.argmax, b, q) = ids && found.id >= 0 ? ids[found.id] : found.id;
-            if (judged) *at(p.rank, b, q) = ranked ? found.above : KVSPN_K_INF;
+            if (judged) *at(p.rank, b, q) = counts ? found.above : KVSPN_K_INF;
+            for (int i = 0; i < listed; ++i) {
+                const bool there = found.id >= 0 && i < found_best;
+                const int id = there ? ranked[size_t(i)].id : -1;
+                at(p.best_tokens, b, q)[i] = ids && there ? ids[id] : id;
+                float* to = static_cast<float*>(p.best_logits.data) + b * p.best_logits.strides[0] +
+                            q * p.best_logits.strides[1];
+                to[i] = there ? ranked[size_t(i)].logit : -INFINITY;
+            }
             if (!scored) continue;
             float* scores =
                 static_cast<float*>(p.scores.data) + b * p.scores.strides[0] + q * p.scores.strides[1];

@@ -38,6 +38,7 @@ CpuRunner::CpuRunner(const kvspn_engine_params& params, const Weights& weights, 
     }
     width_stride_ = pad(weights_.width);
     wide_stride_ = pad(std::max({wide, hidden, attended}));
+    kept_stride_ = pad(std::max(weights_.head.outputs, weights_.draft_head.outputs));
 }
 
 void CpuRunner::set_stream(void* stream) {
@@ -82,6 +83,19 @@ void CpuRunner::reserve(int64_t rows) {
     logits_ = std::move(logits), best_ = std::move(best), ids_ = std::move(ids);
     parts_ = std::move(parts), windows_ = std::move(windows);
     reserved_ = int(rows);
+}
+
+// Memory for the logits of rows that are cut, once there are such rows.
+void CpuRunner::reserve_draws() {
+    int most = 0;
+    for (const RowRule& rule : rules_)
+        if (is_cut(rule)) most = std::max(most, std::min(rule.top_k, kept_stride_));
+    if (!most) return;
+    const size_t kept = size_t(reserved_) * size_t(kept_stride_) * sizeof(float);
+    if (kept_.bytes() < kept) kept_ = Memory(kept);
+    if (ranked_stride_ >= most) return;
+    ranked_ = Memory(size_t(team_.size()) * size_t(most) * sizeof(Ranked));
+    ranked_stride_ = most;
 }
 
 void CpuRunner::encode(int row, const kvspn_tensor& states) {
@@ -172,6 +186,7 @@ bool CpuRunner::find_slots() {
 void CpuRunner::run(const kvspn_step_params& params, int steps) {
     params_ = &params;
     reserve(int64_t(batch_.rows) * (1 + drafts_of(params)));
+    reserve_draws();
     const int first = params.draft ? 0 : plan_.base, last = int(plan_.stages.size());
     for (; steps-- && find_slots();)
         team_.run([this, first, last](int thread) { walk(thread, first, last); });
@@ -410,16 +425,20 @@ void CpuRunner::verify(int thread, const Stage& stage) {
     float* logits = logits_.as<float>() + int64_t(thread) * most * kStrip;
     const auto best = [&](int of, int r) { return best_.as<Best>() + (int64_t(of) * most + r) * kKinds; };
     const auto parts = [&](int r) { return parts_.as<Partition>() + int64_t(r) * kKinds * strips(head); };
+    const auto draft_of = [&](int r) { return ids_.as<int32_t>()[r + 1]; };
+    const auto kept = [&](int r) { return kept_.as<float>() + int64_t(r) * kept_stride_; };
     const auto each_row = [&](auto visit) {
         for (int i = 0; i < slot_count_; ++i)
             for (int q = 0; q < slots_[i].queries; ++q)
                 visit(slots_[i].first + q, judge(stage, slots_[i], q), q + 1 < slots_[i].queries);
     };
     const Rows rows = input(thread, stage.norm, x_.as<float>(), head);
+    bool cut = false;  // some row is
     each_row([&](int r, const Judge& judge, bool judges) {
         std::fill_n(best(thread, r), kKinds, Best{});
-        if (!judges) return;
-        const int draft = ids_.as<int32_t>()[r + 1];
+        cut |= is_cut(*judge.rule);
+        if (!judges || is_cut(*judge.rule)) return;
+        const int draft = draft_of(r);
         Rows row = rows.from(r);
         row.count = 1;
         kernels_.linear(head, row, draft, draft + 1, logits - draft, 1, false);
@@ -430,9 +449,24 @@ void CpuRunner::verify(int thread, const Stage& stage) {
         const int to = std::min(from + kStrip, last);
         kernels_.linear(head, rows, from, to, logits - from, kStrip, false);
         each_row([&](int r, const Judge& judge, bool) {
+            if (is_cut(*judge.rule)) {
+                std::copy_n(logits + int64_t(r) * kStrip, to - from, kept(r) + from);
+                return;
+            }
             const bool parted = scored || judge.rule->times;
             judge.hear(logits + int64_t(r) * kStrip, from, to - from, best(thread, r),
                        parted ? parts(r) + from / kStrip : nullptr);
+        });
+    }
+    if (cut) {
+        team_.barrier();
+        each_row([&](int r, Judge judge, bool judges) {
+            if (!is_cut(*judge.rule) || r % threads != thread) return;
+            judge.rank(kept(r), parts(r), std::min(judge.rule->top_k, head.outputs),
+                       ranked_.as<Ranked>() + int64_t(thread) * ranked_stride_);
+            if (judges) judge.expect(draft_of(r), kept(r)[draft_of(r)], best(0, r));
+            judge.hear(kept(r), 0, head.outputs, best(0, r),
+                       scored || judge.rule->times ? parts(r) : nullptr);
         });
     }
     team_.barrier();

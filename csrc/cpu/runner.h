@@ -24,7 +24,7 @@ class CpuRunner : public Runner {
     std::vector<Timing> profile(const kvspn_step_params& params) override;
     Shown shown(int row) const override;
     void forget(int, int) override {}
-    RowRule* rules() override { return rules_.data(); }
+    void set_rule(int row, const RowRule& rule) override { rules_[size_t(row)] = rule; }
     void write(void* to, const void* from, size_t bytes) override;
     void read(void* to, const void* from, size_t bytes) const override;
     void wait() const override {}
@@ -40,6 +40,7 @@ class CpuRunner : public Runner {
 
     int cross_length(int row) const;  // checked
     void reserve(int64_t rows);
+    void reserve_draws();
     bool find_slots();
     void walk(int thread, int first, int last);
     void take_drafts();
@@ -71,6 +72,8 @@ class CpuRunner : public Runner {
     int width_stride_, wide_stride_, scores_stride_ = 0;  // elements
     Memory x_, wide_, attended_, hidden_, normed_, quantised_, scales_, scores_, logits_, best_, parts_,
         windows_;
+    Memory kept_, ranked_;  // logits of rows that are cut, and of each thread their best
+    int kept_stride_, ranked_stride_ = 0;
     Memory ids_;  // int32, the tokens of the rows of x: of a slot the newest, then its drafts
 
     std::vector<Timing>* timings_ = nullptr;  // of the present profile()

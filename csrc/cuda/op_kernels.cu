@@ -68,6 +68,7 @@ struct OpRows {
 
 struct OpJudge {
     using Rules = OpJudge;
+    static constexpr bool kListed = true;
     const VerifyOp& op;
     int queries;
     __device__ __forceinline__ int token(int n) const {
@@ -83,7 +84,8 @@ struct OpJudge {
                 words[4],
                 words[5],
                 words[6],
-                words[7]};
+                words[7],
+                op.p.rules.shape[1] > 8 ? words[8] : 0};
     }
     __device__ __forceinline__ int index(int r) const {
         if (!ruled()) return 0;
@@ -109,7 +111,19 @@ struct OpJudge {
     __device__ __forceinline__ bool ruled() const { return op.p.rules.data; }
     __device__ __forceinline__ bool scored() const { return op.p.scores.data; }
     __device__ __forceinline__ bool parted() const { return op.parts; }
-    __device__ __forceinline__ float* scores(int r) const {
+    __device__ __forceinline__ int listed() const {
+        return op.p.best_tokens.data ? int(op.p.best_tokens.shape[2]) : 0;
+    }
+    __device__ __forceinline__ void list(int r, int i, int n, float logit) const {
+        const int64_t *at = op.p.best_tokens.strides, *logits = op.p.best_logits.strides;
+        const int b = r / queries, q = r % queries;
+        static_cast<int32_t*>(op.p.best_tokens.data)[b * at[0] + q * at[1] + i] = n < 0 ? n : token(n);
+        static_cast<float*>(op.p.best_logits.data)[b * logits[0] + q * logits[1] + i] = logit;
+    }
+    __device__ __forceinline__ float* kept(int r) const {
+        return listed() || is_cut(rule(r)) ? op.kept + int64_t(r) * op.weights.outputs : nullptr;
+    }
+    __device__ __forceinline__ float* score(int r) const {
         const int64_t* at = op.p.scores.strides;
         return static_cast<float*>(op.p.scores.data) + r / queries * at[0] + r % queries * at[1];
     }
@@ -117,7 +131,7 @@ struct OpJudge {
     __device__ __forceinline__ Part* part(int block, int kind, int r) const {
         return op.parts + (block * kKinds + kind) * rows() + r;
     }
-    __device__ __forceinline__ float* draft_logit(int r) const { return scores(r) + 2; }
+    __device__ __forceinline__ float* draft_logit(int r) const { return score(r) + 2; }
     __device__ __forceinline__ int draft(int r) const {
         if (query(r) + 1 == queries) return -1;
         const int id = drafted(r, query(r));
@@ -205,15 +219,10 @@ __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_consta
     }
     sync_block();
     if (!tally.draft[0]) return;
-    for (int r = warp(); judge.parted() && r < rows; r += warps()) {
-        const Score found = settle(judge, r, block_count(), op.weights.outputs);
-        if (!judge.scored() || lane()) continue;
-        judge.scores(r)[0] = found.log_sum_exp, judge.scores(r)[1] = found.logit;
-        if (judge.draft(r) < 0) judge.scores(r)[2] = -INFINITY;
-    }
-    sync_block();
+    settle_rows(judge, 0, rows, block_count(), op.weights.outputs, tally.meeting);
     for (int r = thread_index(); r < rows; r += thread_count()) {
         const int b = r / queries, j = r % queries;
+        if (judge.scored() && judge.draft(r) < 0) *judge.draft_logit(r) = -INFINITY;
         const int chosen = id_of(fresh(op.best + r));
         static_cast<int32_t*>(p.argmax.data)[b * p.argmax.strides[0] + j] =
             chosen < 0 ? chosen : judge.token(chosen);

@@ -21,7 +21,8 @@ struct VerifyOp {
     int32_t shared_floats;
     uint64_t* best;            // [rows], zeros
     int32_t *above, *arrived;  // [rows] and [1], zeros
-    Part* parts;               // [blocks, kKinds, rows] where rows are scored or have rules, or null
+    Part* parts;               // [blocks, kKinds, rows] where rows are scored, listed or have rules, or null
+    float* kept;               // [rows, outputs] where rows are listed or have rules, or null
 };
 
 struct AttentionOp {

@@ -162,8 +162,9 @@ void lm_head_verify(const kvspn_verify_params& p) {
     plan(device, rows, op);
     op.best = allocate_zeros<uint64_t>(p.stream, 2 * rows + 1);  // the others behind it
     op.above = reinterpret_cast<int32_t*>(op.best + rows), op.arrived = op.above + rows;
-    if (given(p.scores) || given(p.rules))
+    if (given(p.scores) || given(p.rules) || given(p.best_tokens))
         op.parts = allocate<Part>(p.stream, rows * kKinds * device.multiprocessors);
+    if (given(p.rules) || given(p.best_tokens)) op.kept = allocate<float>(p.stream, rows * p.weight.shape[0]);
     launch(device, op, stream);
 }
 

@@ -126,6 +126,9 @@ struct Model {
     Part* parts;                  // [blocks, kKinds, parts_stride], of parted rows
     float* scores;                // [parts_stride, 2], of scored rows: log-sum-exp, logit of the choice
     float* draft_logits;          // [rows], of scored ones
+    float* kept;                  // [rows, kept_stride], masked logits of rows that are cut
+    int64_t kept_stride;
+    int32_t draft_outputs;  // of the draft network's head
     int64_t parts_stride;
     int32_t blocks;   // of a grid
     int32_t* drafts;  // [batch, kMostQueries - 1]: of the present step; -1: no token

@@ -207,7 +207,7 @@ void CudaRunner::bind(const Batch& b) {
     model_.barrier = barrier_.as<uint32_t>(), model_.control = control_.as<Control>();
     progress_ = Pinned(rows * (1 + size_t(b.token_capacity)) * sizeof(int32_t));
     model_.progress = progress_.as<int32_t>();
-    controlled_ = false;
+    controlled_ = cut_ = false;
     reserve(2);
 }
 
@@ -225,6 +225,10 @@ void CudaRunner::reserve(int queries_of_row) {
     parts_ = zeros(queries * size_t(device_.multiprocessors) * kKinds * sizeof(Part));
     scores_ = zeros(queries * 2 * sizeof(float));
     draft_logits_ = zeros(queries * sizeof(float));
+    model_.draft_outputs = weights_.draft_head.outputs;
+    model_.kept_stride = pad(std::max(weights_.head.outputs, weights_.draft_head.outputs));
+    kept_ = zeros(cut_ ? queries * size_t(model_.kept_stride) * sizeof(float) : 0);
+    model_.kept = kept_.as<float>();
     model_.scores = scores_.as<float>();
     model_.parts = parts_.as<Part>(), model_.draft_logits = draft_logits_.as<float>();
     model_.parts_stride = int64_t(queries), model_.blocks = device_.multiprocessors;
@@ -422,6 +426,12 @@ std::vector<Timing> CudaRunner::profile(const kvspn_step_params& params) {
 
 void CudaRunner::launch_stages(int first, int last, const Pass& pass, cudaStream_t stream) {
     for (int i = first; i < last; ++i) launch_stage(device_, model_, stages_[size_t(i)], pass, stream);
+}
+
+void CudaRunner::set_rule(int row, const RowRule& rule) {
+    const OnDevice held = here();
+    if (is_cut(rule) && !cut_) cut_ = true, reserve(queries_);
+    write(rules_.as<RowRule>() + row, &rule, sizeof rule);
 }
 
 Shown CudaRunner::shown(int row) const {

@@ -106,7 +106,7 @@ class CudaRunner : public Runner {
     std::vector<Timing> profile(const kvspn_step_params& params) override;
     Shown shown(int row) const override;
     void forget(int row, int count) override;
-    RowRule* rules() override { return rules_.as<RowRule>(); }
+    void set_rule(int row, const RowRule& rule) override;
     void write(void* to, const void* from, size_t bytes) override;
     void read(void* to, const void* from, size_t bytes) const override;
     void wait() const override;
@@ -146,10 +146,11 @@ class CudaRunner : public Runner {
 
     std::vector<Stage> stages_;  // of the plan, on the present batch
     Buffer placed_, control_, x_, wide_, attended_, inner_, best_, draft_best_, drafts_, above_, partials_,
-        arrived_, barrier_, states_, projected_, rules_, parts_, scores_, draft_logits_;
+        arrived_, barrier_, states_, projected_, rules_, parts_, scores_, draft_logits_, kept_;
     Pinned progress_;
     Control present_{};
     bool controlled_ = false;
+    bool cut_ = false;                // Some row is: there is memory for logits.
     Graph graphs_[1 + kMostQueries];  // with the draft network, and by the number of queries without it
 };
 

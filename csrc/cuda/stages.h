@@ -14,8 +14,9 @@ struct Slots {
     int32_t count;
     int32_t row[kMaxBatch], position[kMaxBatch], encoded[kMaxBatch];  // encoded: positions of the encoder
     int32_t first[kMaxBatch];  // of the batch's rows: the index of the first token that is chosen
-    bool row_ruled[kMaxBatch], row_timed[kMaxBatch];  // not greedy; with timestamps
-    bool ruled, timed, begins;  // whether a row is, is, or may choose its first token in the pass
+    // Of the batch's rows: not greedy; with timestamps; whose draw is among a part of the tokens.
+    bool row_ruled[kMaxBatch], row_timed[kMaxBatch], row_cut[kMaxBatch];
+    bool ruled, timed, cut, begins;  // whether a row is, is, is, or may choose its first token in the pass
 };
 
 // A block's memory; activations lie behind it.
@@ -42,14 +43,16 @@ __device__ __forceinline__ void collect(const Model& m, const Pass& pass, Slots&
             const RowRule& rule = m.rules[b];
             slots.first[b] = rule.first;
             slots.row_ruled[b] = rule.temperature > 0 || rule.times, slots.row_timed[b] = rule.times;
+            slots.row_cut[b] = is_cut(rule);
         }
         sync_block();
         if (thread_index() == 0) {
             int count = 0;
-            slots.ruled = slots.timed = slots.begins = false;
+            slots.ruled = slots.timed = slots.cut = slots.begins = false;
             for (int b = 0; b < m.batch; ++b) {
                 if (slots.position[b] < 0) continue;
                 slots.timed |= slots.row_timed[b], slots.ruled |= slots.row_ruled[b];
+                slots.cut |= slots.row_cut[b];
                 slots.begins |=
                     slots.first[b] > slots.position[b] && slots.first[b] <= slots.position[b] + kMostQueries;
                 slots.row[count] = b, slots.encoded[count] = slots.encoded[b];
@@ -123,6 +126,7 @@ __device__ __forceinline__ void linear(const Model& m, const Stage& s, const Pas
 
 // What the rows of a pass are chosen by, of the draft network or the base model, and where it goes.
 struct StageRules {
+    static constexpr bool kListed = false;
     const Model& m;
     const Slots& slots;
     int queries;    // of a row
@@ -142,11 +146,15 @@ struct StageRules {
     }
     __device__ __forceinline__ bool ruled() const { return slots.ruled; }
     __device__ __forceinline__ bool scored() const { return !of_draft && m.control->log_probs; }
-    __device__ __forceinline__ bool parted() const { return slots.timed || scored(); }
+    __device__ __forceinline__ bool parted() const { return slots.timed || slots.cut || scored(); }
+    __device__ __forceinline__ float* kept(int r) const {
+        return slots.row_cut[slots.row[r / queries]] ? m.kept + r * m.kept_stride : nullptr;
+    }
     __device__ __forceinline__ Part* part(int block, int kind, int r) const {
         return m.parts + (block * kKinds + kind) * m.parts_stride + r;
     }
     __device__ __forceinline__ float* draft_logit(int r) const { return m.draft_logits + r; }
+    __device__ __forceinline__ float* score(int r) const { return m.scores + 2 * r; }
     __device__ __forceinline__ int draft(int r) const {
         const int query = r % queries;
         return !of_draft && query + 1 < queries ? drafted(r, query) : -1;
@@ -172,19 +180,6 @@ struct StageJudge : StageRules {
     }
 };
 
-// Rows `first` to `last` of a pass, a warp each, where what the blocks have heard decides; the block waits.
-__device__ __forceinline__ void settle_rows(const StageRules& judge, int first, int last) {
-    const Model& m = judge.m;
-    if (!judge.parted()) return;
-    const int vocabulary = judge.of_draft ? 0 : m.tokens.count;  // A draft network's choice has no rank.
-    for (int r = first + warp(); r < last; r += warps()) {
-        const Score found = settle(judge, r, m.blocks, vocabulary);
-        if (lane() == 0 && judge.scored())
-            m.scores[2 * r] = found.log_sum_exp, m.scores[2 * r + 1] = found.logit;
-    }
-    sync_block();
-}
-
 // x = the embedding of each token + that of its position; drafts are noted, and what the step's choices go
 // into is cleared.
 __device__ __forceinline__ void embed(const Model& m, const Stage& s, const Pass& pass, Shared& shared) {
@@ -194,7 +189,9 @@ __device__ __forceinline__ void embed(const Model& m, const Stage& s, const Pass
         const int slot = r / pass.queries, q = r % pass.queries, b = slots.row[slot];
         const int at = slots.position[slot] + q;
         const bool draft = pass.row < 0 && q;
-        if (draft && !m.control->drafts) settle_rows(StageRules{m, slots, 1, true}, slot, slot + 1);
+        if (draft && !m.control->drafts)
+            settle_rows(StageRules{m, slots, 1, true}, slot, slot + 1, m.blocks, m.draft_outputs,
+                        shared.tally.meeting);
         int id = draft ? take_draft(m, b, q - 1) : fresh(m.ids + int64_t(b) * m.id_capacity + at);
         if (draft && thread_index() == 0) *draft_of(m, b, q - 1) = id;
         id = min(max(id, 0), m.tokens.count - 1);
@@ -330,9 +327,10 @@ struct StageRow {
 };
 
 // Not inlined: the kernel of all stages has no register to spare, and this is the work of a moment.
-static __device__ __attribute__((noinline)) void accept(const Model& m, int queries, const Shared& shared) {
+static __device__ __attribute__((noinline)) void accept(const Model& m, int queries, Shared& shared) {
     if (block_index()) return;
-    settle_rows(StageRules{m, shared.slots, queries, false}, 0, shared.slots.count * queries);
+    settle_rows(StageRules{m, shared.slots, queries, false}, 0, shared.slots.count * queries, m.blocks,
+                m.tokens.count, shared.tally.meeting);
     const StopRule rule = m.control->rule;
     for (int i = thread_index(); i < shared.slots.count; i += thread_count()) {
         const int row = shared.slots.row[i];

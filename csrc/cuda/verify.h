@@ -4,7 +4,10 @@
 // or -1; and where the result joins those of other blocks: best(row), above(row). Where it is ruled(), also
 // the rule(row), the index(row) of the token to choose, the row's text(row, index) before it with the drafts
 // drafted(row, i) of its queries in front, and the token(output). Where it is parted(), part(block, kind,
-// row) for what a block has heard; and where it is scored(), draft_logit(row) for the draft's own logit.
+// row) for what a block has heard; where it is scored(), draft_logit(row) for the draft's own logit, and
+// score(row), where the log-sum-exp goes and the logit of the choice; and kept(row) for all its masked logits
+// in memory, or null. Where it is kListed, listed() tokens are told with their logits, list(row, i, n,
+// logit).
 #pragma once
 
 #include "cuda/project.h"
@@ -17,6 +20,13 @@ struct Heard {
     float largest, sum, top, logit;
 };
 
+// Where a block's threads meet over a row's kept logits.
+struct Meeting {
+    int32_t counts[16];
+    uint64_t best[2];
+    int32_t first, above;  // first: what is below is text that is not among them
+};
+
 // A block's part of the result, and the rows of a tile with their drafts and rules.
 struct Tally {
     uint64_t best[kKinds][kThreads / 32][kTile];
@@ -27,12 +37,18 @@ struct Tally {
     RowRule rule[kTile];
     Window window[kTile];
     int32_t index[kTile];
+    float* kept[kTile];
+    Meeting meeting;
 };
 
-// Order-preserving: a larger logit, then a smaller id, is a larger key. 0: none yet.
-__device__ __forceinline__ uint64_t key_of(float logit, int id) {
+// Order-preserving: a larger logit is a larger number.
+__device__ __forceinline__ uint32_t order_of(float logit) {
     const uint32_t bits = as_bits(logit + 0.f);  // -0 becomes 0
-    return uint64_t(bits & 0x80000000 ? ~bits : bits | 0x80000000) << 32 | (0xffffffff - uint32_t(id));
+    return bits & 0x80000000 ? ~bits : bits | 0x80000000;
+}
+// A larger logit, then a smaller id, is a larger key. 0: none yet.
+__device__ __forceinline__ uint64_t key_of(float logit, int id) {
+    return uint64_t(order_of(logit)) << 32 | (0xffffffff - uint32_t(id));
 }
 // -1 where the largest key is that of NaN, which is above all others, or of -inf.
 __device__ __forceinline__ int id_of(uint64_t key) {
@@ -59,25 +75,28 @@ __device__ __forceinline__ void join(float& largest, float& sum, float other_lar
     largest = top;
 }
 
-// Whether a token goes ahead of the row's draft.
-__device__ __forceinline__ bool leads(const Tally& tally, int row, float counted, int n) {
-    const int draft = tally.draft[row];
-    const float own = tally.draft_logit[row];
+// Whether an output goes ahead of a draft, which counts as `own`.
+__device__ __forceinline__ bool leads(float counted, int n, float own, int draft) {
     return draft >= 0 && (counted > own || (counted == own && n < draft));
 }
 
-// What a logit of output n counts as under the row's rule; `keeps`: it joins what the warp has heard. Not
-// inlined: the loop over the vocabulary, for which this is the exception, has no register to spare.
+// What a logit counts as in a draw.
+__device__ __forceinline__ float disturb(const RowRule& rule, int index, float logit, int token) {
+    const float number = uniform(rule.seed[0], rule.seed[1], uint32_t(index), uint32_t(token));
+    return logit / rule.temperature - logf(-logf(number));
+}
+
+// What a logit of output n counts as under the row's rule, until the draw of a row that is cut; `keeps`: it
+// joins what the warp has heard. Not inlined: the loop over the vocabulary, for which this is the exception,
+// has no register to spare.
 static __device__ __attribute__((noinline)) float hear(Tally& tally, int row, float logit, int n, int token,
                                                        bool keeps) {
     const RowRule& rule = tally.rule[row];
     logit = constrain(tally, row, logit, token);
     float counted = logit;
-    if (rule.temperature > 0) {
-        const float number = uniform(rule.seed[0], rule.seed[1], uint32_t(tally.index[row]), uint32_t(token));
-        counted = logit / rule.temperature - logf(-logf(number));
-    }
+    if (rule.temperature > 0 && !is_cut(rule)) counted = disturb(rule, tally.index[row], logit, token);
     if (!keeps) return counted;
+    if (float* kept = tally.kept[row]) kept[n] = logit;
     const bool time = rule.times && token >= rule.times;
     Heard& heard = tally.heard[time][warp()][row];
     if (logit > heard.largest) {
@@ -94,7 +113,7 @@ static __device__ __attribute__((noinline)) float hear(Tally& tally, int row, fl
         const uint64_t key = key_of(counted, n);
         uint64_t& best = tally.best[1][warp()][row];
         best = key > best ? key : best;
-        tally.above[1][warp()][row] += leads(tally, row, counted, n);
+        tally.above[1][warp()][row] += leads(counted, n, tally.draft_logit[row], tally.draft[row]);
     }
     return counted;
 }
@@ -126,16 +145,11 @@ __device__ __attribute__((noinline)) void open_row(const Rules judge, int r, Tal
     sync_warp();
 }
 
-// The log-sum-exp of a row's logits and the logit of its choice.
-struct Score {
-    float log_sum_exp, logit;
-};
-
 // What all blocks have heard of a row, by a warp, in one order for every number of rows. Where all timestamps
 // together are likelier than every token of text, the row's best is that of the timestamps, and a draft that
-// is text is suppressed.
+// is text is suppressed. Returns the first token that may be chosen.
 template <class Rules>
-__device__ __attribute__((noinline)) Score settle(const Rules judge, int r, int blocks, int vocabulary) {
+__device__ __attribute__((noinline)) int settle(const Rules judge, int r, int blocks, int vocabulary) {
     const int times = judge.ruled() ? judge.rule(r).times : 0;
     const uint64_t best = fresh(judge.best(r));
     uint64_t time_best = 0;
@@ -183,11 +197,137 @@ __device__ __attribute__((noinline)) Score settle(const Rules judge, int r, int 
             *judge.best(r) = time_best;
             if (draft >= 0) *judge.above(r) = stands ? above : vocabulary;
             if (judge.scored() && draft >= 0 && !stands) *judge.draft_logit(r) = -INFINITY;
+            if (judge.scored()) judge.score(r)[0] = largest[1] + logf(sum[1]), judge.score(r)[1] = logit[1];
         }
-        return {largest[1] + logf(sum[1]), logit[1]};
+        return times;
     }
     join(largest[0], sum[0], largest[1], sum[1]);
-    return {largest[0] + logf(sum[0]), logit[0]};
+    if (judge.scored() && lane() == 0)
+        judge.score(r)[0] = largest[0] + logf(sum[0]), judge.score(r)[1] = logit[0];
+    return 0;
+}
+
+// A row's masked logits, which are kept, of `outputs`; text that may not be chosen counts as -inf.
+template <class Rules>
+struct Kept {
+    const Rules& judge;
+    const float* logits;
+    int outputs, first;
+    __device__ __forceinline__ float operator[](int n) const {
+        return judge.token(n) < first ? -INFINITY : fresh(logits + n);
+    }
+};
+
+// The order of the k-th largest, by the block, a digit of it at a time; 0 where there are fewer.
+template <class Rules>
+__device__ __forceinline__ uint32_t find_least(const Kept<Rules>& kept, int k, Meeting& meeting) {
+    constexpr int kBits = 4, kDigits = 1 << kBits;
+    uint32_t least = 0;
+    for (int shift = 32 - kBits; shift >= 0; shift -= kBits) {
+        int counts[kDigits] = {};  // of those that are no smaller than with this digit
+        for (int n = thread_index(); n < kept.outputs; n += thread_count()) {
+            const uint32_t order = order_of(kept[n]);
+#pragma unroll
+            for (int digit = 1; digit < kDigits; ++digit)
+                counts[digit] += order >= least + (uint32_t(digit) << shift);
+        }
+        if (thread_index() < kDigits) meeting.counts[thread_index()] = 0;
+        sync_block();
+#pragma unroll
+        for (int digit = 1; digit < kDigits; ++digit) {
+            int count = counts[digit];
+            for (int mask = 16; mask > 0; mask /= 2) count += from_lane(count, lane() ^ mask);
+            if (lane() == 0) atomic_add(&meeting.counts[digit], count);
+        }
+        sync_block();
+        int digit = kDigits - 1;
+        while (digit && meeting.counts[digit] < k) --digit;
+        least += uint32_t(digit) << shift;
+        sync_block();
+    }
+    return least;
+}
+
+// The draw of a row that is cut, by the block: among what is no smaller than its top_k-th largest logit.
+template <class Rules>
+__device__ __forceinline__ void draw(const Rules& judge, int r, const Kept<Rules>& kept, Meeting& meeting) {
+    const RowRule rule = judge.rule(r);
+    const int index = judge.index(r), draft = judge.draft(r);
+    const uint32_t least = find_least(kept, rule.top_k, meeting);
+    const auto counted = [&](int n) {
+        const float logit = kept[n];
+        return order_of(logit) < least ? -INFINITY : disturb(rule, index, logit, judge.token(n));
+    };
+    const float own = draft < 0 ? -INFINITY : counted(draft);
+    const bool stands = own > -INFINITY;
+    uint64_t best = 0;
+    int above = 0;
+    for (int n = thread_index(); n < kept.outputs; n += thread_count()) {
+        const float value = counted(n);
+        best = max(best, key_of(value, n));
+        above += leads(value, n, own, stands ? draft : -1);
+    }
+    if (thread_index() == 0) meeting.best[0] = 0, meeting.above = 0;
+    sync_block();
+    atomic_max(&meeting.best[0], best);
+    if (above) atomic_add(&meeting.above, above);
+    sync_block();
+    if (thread_index()) return;
+    *judge.best(r) = meeting.best[0];
+    if (draft >= 0) *judge.above(r) = stands ? meeting.above : kept.outputs;
+    if (judge.scored()) judge.score(r)[1] = kept[id_of(meeting.best[0])];
+}
+
+// The n best of a row, by the block, one after the other.
+template <class Rules>
+__device__ __forceinline__ void list(const Rules& judge, int r, bool numbers, const Kept<Rules>& kept,
+                                     Meeting& meeting) {
+    uint64_t last = ~uint64_t(0);
+    for (int i = 0; i < judge.listed(); ++i) {
+        uint64_t best = 0;
+        for (int n = thread_index(); n < kept.outputs; n += thread_count()) {
+            const uint64_t key = key_of(kept[n], n);
+            if (key < last && key > best) best = key;
+        }
+        uint64_t& meant = meeting.best[i % 2];
+        if (thread_index() == 0) meant = 0;
+        sync_block();
+        atomic_max(&meant, best);
+        sync_block();
+        last = meant;
+        const int id = numbers ? id_of(last) : -1;
+        if (thread_index() == 0) judge.list(r, i, id, id < 0 ? -INFINITY : kept[id]);
+    }
+}
+
+// A row whose logits are kept, by the block.
+template <class Rules>
+__device__ __attribute__((noinline)) void settle_kept(const Rules judge, int r, int blocks, int outputs,
+                                                      Meeting& meeting) {
+    if (warp() == 0) {
+        const int first = settle(judge, r, blocks, outputs);
+        if (lane() == 0) meeting.first = first;
+    }
+    sync_block();
+    const Kept<Rules> kept{judge, judge.kept(r), outputs, meeting.first};
+    const bool numbers = id_of(fresh(judge.best(r))) >= 0;
+    sync_block();
+    if (numbers && is_cut(judge.rule(r))) draw(judge, r, kept, meeting);
+    if constexpr (Rules::kListed) list(judge, r, numbers, kept, meeting);
+    sync_block();
+}
+
+// Rows `first` to `last`, where what the blocks have heard of their `outputs` decides: a warp each, or the
+// block; which waits.
+template <class Rules>
+__device__ __forceinline__ void settle_rows(const Rules& judge, int first, int last, int blocks, int outputs,
+                                            Meeting& meeting) {
+    if (!judge.parted()) return;
+    for (int r = first + warp(); r < last; r += warps())
+        if (!judge.kept(r)) settle(judge, r, blocks, outputs);
+    for (int r = first; r < last; ++r)
+        if (judge.kept(r)) settle_kept(judge, r, blocks, outputs, meeting);
+    sync_block();
 }
 
 template <class W, int R, bool kAligned, class Source, class Judge>
@@ -241,6 +381,7 @@ __device__ __forceinline__ void verify(const Stage& s, const Source& source, con
                 open_row<typename Judge::Rules>(judge, first + r, tally, r);
             else if (lane() == 0)
                 tally.rule[r] = {};
+            if (lane() == 0) tally.kept[r] = parted ? judge.kept(first + r) : nullptr;
             sync_warp();
             int draft = judge.draft(first + r);
             float logit = 0;
@@ -269,7 +410,7 @@ __device__ __forceinline__ void verify(const Stage& s, const Source& source, con
                 value = hear(tally, row, value, n, judge.token(n), parted && lane() % (32 / R) == 0);
             const uint64_t key = key_of(value, n);
             best = key > best ? key : best;
-            above += leads(tally, row, value, n);
+            above += leads(value, n, tally.draft_logit[row], tally.draft[row]);
         });
     finish();
 }

@@ -127,6 +127,9 @@ typedef struct kvspn_rule {
     int32_t max_initial;
     int32_t
         prefix; /* so many tokens at the prompt's end are the text's own, its first timestamp among them */
+    /* With a temperature: a draw is among so many of the largest masked logits, and those equal to the least
+     * of them; 0: among all. */
+    int32_t top_k;
 } kvspn_rule;
 
 typedef struct kvspn_generate_params {
@@ -352,15 +355,19 @@ typedef struct kvspn_verify_params {
      * mask is then of all tokens, and argmax names one of these. Optional. */
     kvspn_tensor ids;
     kvspn_tensor first_mask; /* as mask, in its place where a choice is a row's first; optional, with rules */
-    /* int32 [B, 8]: of each row the index of the first token that is chosen, the bits of the temperature, the
+    /* int32 [B, 9]: of each row the index of the first token that is chosen, the bits of the temperature, the
      * seed's low and high half; then of timestamps (see kvspn_rule) the first, or 0 for none, text_end, the
-     * last that a row may begin with, and prefix. With lengths int32 [B], query i chooses token
-     * lengths[b] + i + 1, and tokens int32 [B, N], the rows so far. Optional. */
+     * last that a row may begin with, and prefix; and top_k, 0 where there are eight. With lengths int32 [B],
+     * query i chooses token lengths[b] + i + 1, and tokens int32 [B, N], the rows so far. Optional. */
     kvspn_tensor rules, lengths;
     /* FP32 [B, Q, 3]: the log-sum-exp of each row's masked logits, and those of its choice and of its draft.
      * Optional. */
     kvspn_tensor scores;
     kvspn_tensor tokens;
+    /* int32 and FP32 [B, Q, 1 to 64]: each row's tokens with the largest masked logits, and these; the
+     * largest first, of equals the smaller token; -1 and -infinity where there are fewer. Optional, both or
+     * none. */
+    kvspn_tensor best_tokens, best_logits;
 } kvspn_verify_params;
 
 KVSPN_API kvspn_status kvspn_lm_head_verify(const kvspn_verify_params* params);

@@ -179,7 +179,7 @@ void use(kvspn_engine* engine, Batch& batch) {
 void op() {
     constexpr int64_t B = 2, H = 2, Q = 3, S = 20, D = 8, N = 40;
     std::vector<float> x(2 * B * H * Q * D * N, 0.5f), y(x.size()), kv(2 * 2 * B * H * S * D, 0.25f);
-    std::vector<int32_t> ids(B * N), lengths(B), more(3 * B), ranks(B * N);
+    std::vector<int32_t> ids(B * N), lengths(B), more(3 * B), ranks(B * N), best(2 * B * Q);
     for (std::vector<int32_t>* each : {&ids, &lengths, &more, &ranks})
         for (int32_t& value : *each) value = number();
     uint8_t finished[B] = {0, uint8_t(chance(50))};
@@ -243,8 +243,14 @@ void op() {
             p.draft = integers("draft", ids, {B, Q - 1}), p.argmax = integers("argmax", ranks, {B, Q});
             p.rank = integers("rank", more, {B, Q - 1}), p.eps = 1e-5f, p.stream = place;
             if (chance(50)) p.mask = floats("mask", x, {N});
+            if (chance(50)) {
+                p.best_tokens = integers("best_tokens", best, {B, Q, 2});
+                p.best_logits = floats("best_logits", y, {B, Q, 2});
+            }
             set_size(p);
-            if (damaged) damage_one({&p.x, &p.weight, &p.draft, &p.argmax, &p.rank, &p.mask});
+            if (damaged)
+                damage_one(
+                    {&p.x, &p.weight, &p.draft, &p.argmax, &p.rank, &p.mask, &p.best_tokens, &p.best_logits});
             made(kvspn_lm_head_verify(&p));
             break;
         }

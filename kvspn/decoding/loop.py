@@ -56,6 +56,7 @@ def decode(
     begin_mask: Tensor | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    top_k: int = 0,
     timestamps: Timestamps | None = None,
     log_probs: bool = False,
     streamer: Streamer | None = None,
@@ -78,6 +79,7 @@ def decode(
             guess takes a plain step beside one that has.
         temperature: 0 for greedy decoding; else tokens are drawn from the softmax of logits / temperature.
         seed: 0 .. 2^64 - 1, of the draws: each row has its own, ``kvspn.ops.rules.row_seed(seed, row)``.
+        top_k: with a temperature, tokens are drawn among so many of the likeliest; 0 for all.
         timestamps: the grammar of timestamps that every row keeps to, its tokens in the vocabulary.
         log_probs: whether the result tells those of the generated tokens.
         streamer: called as streamer(row, new_token_ids) after each step for each row that grew. For a
@@ -92,8 +94,9 @@ def decode(
     limits = [max_length] * len(prompt) if isinstance(max_length, int) else list(max_length)
     _check_stops(prompt, ends, limits)
     guesses = GivenDrafts(draft_tokens, len(prompt))
-    check_rule("", Rule(temperature, seed, timestamps))
-    rules = [Rule(temperature, row_seed(seed, row), timestamps) for row in range(len(prompt))]
+    rule = Rule(temperature, seed, timestamps, top_k)
+    check_rule("", rule)
+    rules = [rule._replace(seed=row_seed(seed, row)) for row in range(len(prompt))]
     with engine.lock:
         engine.start(
             encoder_states,

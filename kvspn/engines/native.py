@@ -77,7 +77,7 @@ class NativeEngine(CachedEngine):
         mask, first_mask = masks
         log_probs = self.log_probs if self._scored else None
         self._engine.choose(mask=mask, first_mask=first_mask, log_probs=log_probs)
-        for row, (temperature, seed, timestamps) in enumerate(rules):
+        for row, (temperature, seed, timestamps, top_k) in enumerate(rules):
             begin, text_end, max_initial, prefix = timestamps or Timestamps(0, 0)
             self._engine.set_rule(
                 row,
@@ -87,6 +87,7 @@ class NativeEngine(CachedEngine):
                 text_end=text_end,
                 max_initial=-1 if max_initial is None else max_initial,
                 prefix=prefix,
+                top_k=top_k,
             )
 
     def _step(self, k: int, draft: bool, draft_tokens: Tensor | None = None) -> None:

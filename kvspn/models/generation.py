@@ -136,6 +136,7 @@ class GenerationMixin:
         do_sample: bool | None = None,
         temperature: float | None = None,
         seed: int | None = None,
+        top_k: int | None = None,
         streamer: BaseStreamer | None = None,
         generation_config: GenerationConfig | None = None,
         return_dict_in_generate: bool | None = None,
@@ -176,12 +177,14 @@ class GenerationMixin:
                 `kvspn.decoding.drafts`). With k = 1 the output stays the same.
             max_new_tokens: at most, each row after its own prompt; by default what the decoder's positions
                 allow.
-            do_sample: True draws each token from the softmax of logits / temperature, of all tokens that are
-                not suppressed (there is no top_k or top_p). Drafts change nothing then either: with k = 1 the
-                output is bit for bit that of `draft=False`.
+            do_sample: True draws each token from the softmax of logits / temperature, of the `top_k`
+                likeliest that are not suppressed (there is no top_p). Drafts change nothing then either: with
+                k = 1 the output is bit for bit that of `draft=False`.
             temperature: above 0, with `do_sample`; 1 by default.
             seed: 0 to 2^64 - 1, of the draws; 0 by default. The same seed gives the same output, on whatever
                 backend but for rounding; rows of a batch differ.
+            top_k: how many tokens a draw is among, and those as likely as the last of them, as in
+                transformers; 0 for all. With `do_sample`; 50 by default, as there.
             streamer: a transformers streamer, such as TextStreamer, for a batch of one; it gets the prompt
                 first, then each step's new tokens.
             generation_config: settings that count before those of the model's own generation configuration.
@@ -209,6 +212,7 @@ class GenerationMixin:
                 "do_sample": do_sample,
                 "temperature": temperature,
                 "seed": seed,
+                "top_k": top_k,
                 "return_dict_in_generate": return_dict_in_generate,
                 **more,
             },
@@ -286,6 +290,7 @@ class GenerationMixin:
                 begin_mask=first_mask,
                 temperature=rule.temperature,
                 seed=rule.seed,
+                top_k=rule.top_k,
                 timestamps=timestamps,
                 log_probs=log_probs,
                 streamer=None if streamer is None else lambda row, new: streamer.put(torch.tensor(new)),

@@ -9,7 +9,8 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
-from kvspn.checks import boolean
+from kvspn.checks import boolean, integer
+from kvspn.ops import K_INF
 from kvspn.ops.rules import Rule, Timestamps, check_rule
 
 HONOURED = frozenset(
@@ -33,6 +34,7 @@ HONOURED = frozenset(
         "task",
         "task_to_id",
         "temperature",
+        "top_k",
     }
 )
 
@@ -50,10 +52,8 @@ WITHOUT_EFFECT = frozenset(
 )
 
 _DEFAULTS = GenerationConfig._get_default_generation_params()
-_NEUTRAL = {name: (value,) for name, value in _DEFAULTS.items()} | {
-    "min_new_tokens": (0,),
-    "top_k": (_DEFAULTS.get("top_k"), 0),  # Tokens are drawn from all.
-}
+_NEUTRAL = {name: (value,) for name, value in _DEFAULTS.items()} | {"min_new_tokens": (0,)}
+_TOP_K = 50  # what transformers draws among where nobody says
 
 
 def merge(
@@ -97,18 +97,22 @@ def sampling(said: Mapping[str, Any]) -> Rule:
     """What tokens are chosen by. As in Whisper, a temperature of 0 is greedy decoding, as is 1 by itself.
 
     Raises:
-        TypeError, ValueError: naming do_sample, temperature or seed.
+        TypeError, ValueError: naming do_sample, temperature, seed or top_k.
     """
     temperature, sampled = said.get("temperature", 1.0), said.get("do_sample", False)
+    seed, top_k = said.get("seed", 0), said.get("top_k", _TOP_K)
     boolean("do_sample", sampled)
-    check_rule("", Rule(temperature, said.get("seed", 0)))
+    integer("top_k", top_k, 0, K_INF)
+    check_rule("", Rule(temperature, seed))
     if sampled and not temperature:
         raise ValueError("temperature must be above 0 with do_sample=True, got 0")
     if not sampled and temperature not in (0, 1):
         raise ValueError(f"temperature must be 0 or 1 without do_sample=True, got {temperature}")
     if not sampled and "seed" in said:
-        raise ValueError(f"seed must be left out without do_sample=True, got {said['seed']}")
-    return Rule(float(temperature), said.get("seed", 0)) if sampled else Rule()
+        raise ValueError(f"seed must be left out without do_sample=True, got {seed}")
+    if not sampled and top_k not in (0, _TOP_K):
+        raise ValueError(f"top_k must be left out without do_sample=True, got {top_k}")
+    return Rule(float(temperature), seed, None, top_k) if sampled else Rule()
 
 
 def timestamps(said: Mapping[str, Any], vocab_size: int, end: int, prefix: int) -> Timestamps | None:

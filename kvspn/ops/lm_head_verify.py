@@ -12,6 +12,7 @@ from kvspn.ops.rules import RULE_WORDS, constrain, disturb
 from kvspn.weights.linear import check_weight, dequantise
 
 K_INF = 2**31 - 1  # the k that accepts every draft
+MOST_BEST = 64  # tokens of a row that are told
 
 
 def check(
@@ -29,6 +30,8 @@ def check(
     lengths: Tensor | None = None,
     tokens: Tensor | None = None,
     scores: Tensor | None = None,
+    best_tokens: Tensor | None = None,
+    best_logits: Tensor | None = None,
 ) -> None:
     shapes = Shapes()
     shapes.tensor("x", x, "B Q K", FLOATS)
@@ -58,6 +61,13 @@ def check(
         shapes.tensor("tokens", tokens, "B N", INT32)
     if scores is not None:
         shapes.tensor("scores", scores, "B Q 3", FP32)
+    if (best_tokens is None) != (best_logits is None):
+        raise ValueError("best_logits must be given with best_tokens and with it alone, got one of the two")
+    if best_tokens is not None:
+        shapes.tensor("best_tokens", best_tokens, "B Q n", INT32)
+        shapes.tensor("best_logits", best_logits, "B Q n", FP32)
+        if not 1 <= shapes["n"] <= MOST_BEST:
+            raise ValueError(f"best_tokens must hold 1 to {MOST_BEST} of a row, got n={shapes['n']}")
 
 
 def reference(
@@ -75,6 +85,8 @@ def reference(
     lengths: Tensor | None = None,
     tokens: Tensor | None = None,
     scores: Tensor | None = None,
+    best_tokens: Tensor | None = None,
+    best_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits of Q rows, never stored: the argmax of each row and the rank of each draft.
 
@@ -90,13 +102,16 @@ def reference(
         ids: int32 [V], with Q = 1: the tokens that the rows of weight stand for, as those of a draft
             vocabulary do. argmax is then one of these, and the masks are of all tokens.
         first_mask: as mask, in its place where a choice is its row's first; with rules.
-        rules: int32 [B, 8], packed by ``kvspn.ops.rules.pack_rules``: a row with a temperature is sampled,
+        rules: int32 [B, 9], packed by ``kvspn.ops.rules.pack_rules``: a row with a temperature is sampled,
             and one with timestamps keeps to their grammar. Its logits count as ``kvspn.ops.rules.constrain``
             and then ``disturb`` make them, for argmax and rank alike.
         lengths: int32 [B], with rules: row j chooses the token at the index lengths[b] + j + 1 of row b.
         tokens: int32 [B, N], with rules: of row b the first lengths[b] + 1, which the grammar goes by.
         scores: fp32 [B, Q, 3], written: the log-sum-exp of each row's masked logits, and of these those of
             its choice and of its draft, without noise. A difference is the logarithm of a probability.
+        best_tokens, best_logits: int32 and fp32 [B, Q, n], n 1 to 64, written: the tokens of each row with
+            the largest masked logits, and these, without noise and whatever top_k; the largest first, of
+            equals the smaller id. -1 and -inf where fewer are above -inf, and in a row without a token.
 
     Returns:
         argmax: int32 [B, Q]; of equal logits the smallest id. -1 where a row has no token to choose: with NaN
@@ -140,6 +155,12 @@ def reference(
                 scores[b, j, 0] = logits.logsumexp(0)
                 scores[b, j, 1] = logits[counted.argmax()] if chosen else -torch.inf
                 scores[b, j, 2] = logits[drafts[j]] if judged else -torch.inf
+            if best_tokens is not None and best_logits is not None:
+                order = logits.argsort(descending=True, stable=True)[: best_tokens.shape[2]]
+                order = order[logits[order] > -torch.inf] if chosen else order[:0]
+                best_tokens[b, j], best_logits[b, j] = -1, -torch.inf
+                best_tokens[b, j, : len(order)] = choices[order].int()
+                best_logits[b, j, : len(order)] = logits[order]
     return argmax, rank
 
 
@@ -158,6 +179,8 @@ def fake(
     lengths: Tensor | None = None,
     tokens: Tensor | None = None,
     scores: Tensor | None = None,
+    best_tokens: Tensor | None = None,
+    best_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return draft.new_empty(x.shape[:2]), torch.empty_like(draft)
 
@@ -166,7 +189,7 @@ lm_head_verify = register(
     "lm_head_verify(Tensor x, Tensor weight, Tensor draft, Tensor? mask=None, Tensor? scale=None, "
     "Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-5, Tensor? ids=None, "
     "Tensor? first_mask=None, Tensor? rules=None, Tensor? lengths=None, Tensor? tokens=None, "
-    "Tensor(a!)? scores=None) "
+    "Tensor(a!)? scores=None, Tensor(b!)? best_tokens=None, Tensor(c!)? best_logits=None) "
     "-> (Tensor argmax, Tensor rank)",
     check=check,
     fake=fake,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvspn.checks import integer
 
-RULE_WORDS = 8  # int32 of a packed rule
+RULE_WORDS = 9  # int32 of a packed rule
 _LAST = 2**31 - 1  # no token, and above all
 
 
@@ -41,22 +41,28 @@ class Rule(NamedTuple):
     temperature: 0 for the largest logit; else a draw from the softmax of logits / temperature.
     seed: 0 .. 2^64 - 1; the row's noise, the same for whatever batch, drafts or k it is decoded with.
     timestamps: the grammar that tokens keep to; None for none.
+    top_k: with a temperature, the draw is among so many of the largest masked logits, and those equal to the
+        least of them; 0 for all.
     """
 
     temperature: float = 0.0
     seed: int = 0
     timestamps: Timestamps | None = None
+    top_k: int = 0
 
 
 def check_rule(name: str, rule: Rule) -> None:
     """Raise TypeError or ValueError, naming the rule's field, unless it is one."""
-    temperature, seed, timestamps = rule
+    temperature, seed, timestamps, top_k = rule
     name = f"{name}." if name else ""
     if not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
         raise TypeError(f"{name}temperature must be a number, got {type(temperature).__name__}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"{name}temperature must be 0 or a positive number, got {temperature}")
     integer(f"{name}seed", seed, 0, 2**64 - 1)
+    integer(f"{name}top_k", top_k, 0, _LAST)
+    if top_k and not temperature:
+        raise ValueError(f"{name}top_k must be 0 without a temperature, got {top_k}")
     if timestamps is None:
         return
     if not isinstance(timestamps, Timestamps):
@@ -69,22 +75,23 @@ def check_rule(name: str, rule: Rule) -> None:
 
 
 def pack_rules(rules: Sequence[Rule], first: Sequence[int]) -> Tensor:
-    """Rules, and the index of each row's first token that is chosen -> int32 [B, 8].
+    """Rules, and the index of each row's first token that is chosen -> int32 [B, 9].
 
     A row holds that index, the bits of the temperature, the low and the high half of the seed, the token of
-    0.00 s (0 for no grammar), the end of text, the last token of a first timestamp, and the length of the
-    prefix, as ``RowRule`` of csrc/common/rule.h.
+    0.00 s (0 for no grammar), the end of text, the last token of a first timestamp, the length of the prefix,
+    and top_k, as ``RowRule`` of csrc/common/rule.h.
     """
     packed = torch.zeros(len(rules), RULE_WORDS, dtype=torch.int32)
-    for row, ((temperature, seed, timestamps), index) in enumerate(zip(rules, first, strict=True)):
+    for row, ((temperature, seed, timestamps, top_k), index) in enumerate(zip(rules, first, strict=True)):
         halves = torch.tensor([seed & 0xFFFFFFFF, seed >> 32]).to(torch.int32)
         packed[row, 0] = index
         packed[row, 1:2] = torch.tensor([temperature], dtype=torch.float32).view(torch.int32)
         packed[row, 2:4] = halves
+        packed[row, 8] = top_k
         if timestamps is not None:
             begin, text_end, most, prefix = timestamps
             last = _LAST if most is None else min(begin + most, _LAST)
-            packed[row, 4:] = torch.tensor([begin, text_end, last, prefix])
+            packed[row, 4:8] = torch.tensor([begin, text_end, last, prefix])
     return packed
 
 
@@ -119,12 +126,15 @@ def disturb(logits: Tensor, rule: Tensor, index: int, tokens: Tensor) -> Tensor:
     """Logits [V] of ``tokens`` int [V] -> what they count as at an index of the row of a packed rule.
 
     logit / temperature - log(-log(u)), with u by :func:`uniform`: the largest is then a draw from the softmax
-    of logit / temperature (Gumbel, 1954; Maddison, Tarlow and Minka, "A* sampling", NeurIPS 2014). At
-    temperature 0 the logits themselves.
+    of logit / temperature (Gumbel, 1954; Maddison, Tarlow and Minka, "A* sampling", NeurIPS 2014). -inf for
+    what is smaller than the top_k-th largest, where the rule has one: what equals it stays, as in
+    transformers. At temperature 0 the logits themselves.
     """
-    temperature = rule[1:2].view(torch.float32)
+    temperature, top_k = rule[1:2].view(torch.float32), int(rule[8])
     if not temperature > 0:
         return logits
+    if 0 < top_k < len(logits):
+        logits = torch.where(logits < logits.topk(top_k).values[-1], -torch.inf, logits)
     low, high = (int(half) & 0xFFFFFFFF for half in rule[2:4])
     return logits / temperature - (-uniform(low, high, index, tokens).log()).log()
 

@@ -77,7 +77,13 @@ class StepParams(ctypes.Structure):
 
 
 class Rule(ctypes.Structure):
-    _fields_ = (("struct_size", c_uint32), ("temperature", c_float), ("seed", c_uint64))
+    _fields_ = (
+        ("struct_size", c_uint32),
+        ("temperature", c_float),
+        ("seed", c_uint64),
+        ("timestamps", c_int32 * 4),
+        ("top_k", c_int32),
+    )
 
 
 ON_STEP = ctypes.CFUNCTYPE(c_int32, c_void_p)
