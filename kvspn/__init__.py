@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kvspn.models import WhisperM2MConfig, WhisperM2MForConditionalGeneration, WhisperM2MProcessor
     from kvspn.speech.whisper_model import BatchedInferencePipeline, WhisperModel
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "BatchedInferencePipeline",
