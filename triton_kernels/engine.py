@@ -20,9 +20,9 @@ class TritonEngine(ReferenceEngine):
     """A step reads nothing back: lengths, finished rows and acceptance stay on the device.
 
     On a GPU the first step of each kind is captured in a CUDA or HIP graph, and later ones replay it. A kind
-    is k, draft or not, how many drafts the caller gives, and what there is of masks, rules and
-    log-probabilities; a start with another eos or max_length forgets the graphs, since those are constants in
-    them. Capturing warms up with every row finished, which changes nothing.
+    is k, draft or not, how many drafts the caller gives, and what there is of masks, rules, queries and
+    log-probabilities; a start with another eos or max_length forgets the graphs, since those are constants
+    in them. Capturing warms up with every row finished, which changes nothing.
     """
 
     ops = LAUNCHERS
@@ -58,7 +58,7 @@ class TritonEngine(ReferenceEngine):
             self._constants = (self._eos, self._max_length)
             self._graphs.clear()
         drafts = -1 if draft_tokens is None else draft_tokens.shape[1]
-        optional = (self._mask, self._first_mask, self._rules)
+        optional = (self._mask, self._first_mask, self._rules, self.cache.cross_queries)
         kind = (k, draft, drafts, *(tensor is not None for tensor in optional), self._scored)
         with torch.cuda.device(self._embed.device):
             if kind not in self._graphs:

@@ -214,13 +214,14 @@ class Engine {
 
     void bind(const py::object& kv, const py::object& lengths, const py::object& tokens,
               const py::object& finished, const py::object& stats, const py::object& cross_kv,
-              const py::object& cross_lengths, const py::object& kv_scale, const py::object& cross_kv_scale) {
+              const py::object& cross_lengths, const py::object& kv_scale, const py::object& cross_kv_scale,
+              const py::object& cross_queries) {
         Tensors held;
         auto add = [&](const char* name, const py::object& value) {
             held.push_back(std::make_unique<Tensor>(name, value, device_, true));
             return held.back()->get();
         };
-        auto scales = [&](const char* name, const py::object& value) -> const kvspn_tensor* {
+        auto optional = [&](const char* name, const py::object& value) -> const kvspn_tensor* {
             if (value.is_none()) return nullptr;
             held.push_back(std::make_unique<Tensor>(name, value, device_, true));
             return &held.back()->get();
@@ -233,8 +234,9 @@ class Engine {
                           add("stats", stats),
                           add("cross_kv", cross_kv),
                           add("cross_lengths", cross_lengths),
-                          scales("kv_scale", kv_scale),
-                          scales("cross_kv_scale", cross_kv_scale)};
+                          optional("kv_scale", kv_scale),
+                          optional("cross_kv_scale", cross_kv_scale),
+                          optional("cross_queries", cross_queries)};
         check(kvspn_engine_bind(engine_.get(), &batch));
         batch_ = std::move(held);
     }
@@ -403,7 +405,8 @@ PYBIND11_MODULE(_native, m) {
         .def("set_stream", &Engine::set_stream, py::arg("stream"))
         .def("bind", &Engine::bind, py::kw_only(), py::arg("kv"), py::arg("lengths"), py::arg("tokens"),
              py::arg("finished"), py::arg("stats"), py::arg("cross_kv"), py::arg("cross_lengths"),
-             py::arg("kv_scale") = py::none(), py::arg("cross_kv_scale") = py::none())
+             py::arg("kv_scale") = py::none(), py::arg("cross_kv_scale") = py::none(),
+             py::arg("cross_queries") = py::none())
         .def("encode", &Engine::encode, py::arg("row"), py::arg("states"))
         .def("prefill", &Engine::prefill, py::arg("row"), py::arg("count"))
         .def("set_rule", &Engine::set_rule, py::arg("row"), py::kw_only(), py::arg("temperature"),

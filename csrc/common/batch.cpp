@@ -39,6 +39,13 @@ Batch check_batch(const kvspn_batch& b, const Weights& weights) {
         check_tensor(name, *tensor, {Dtype::fp32}, {layers, 2, rows, heads, positions});
         check_contiguous(name, *tensor);
     }
+    const kvspn_tensor* queries = b.cross_queries;
+    if (queries) {
+        check_tensor("cross_queries", *queries, {Dtype::fp32}, {layers, rows, -1, heads * width});
+        require(queries->shape[2] >= capacity && queries->shape[2] < (1 << 24), "cross_queries must have ",
+                capacity, " to 2^24 positions, got ", queries->shape[2]);
+        check_contiguous("cross_queries", *queries);
+    }
     const auto cache = [](const kvspn_tensor& kv, const kvspn_tensor* scale, const kvspn_tensor& lengths) {
         return Cache{static_cast<char*>(kv.data), scale ? static_cast<float*>(scale->data) : nullptr,
                      static_cast<int32_t*>(lengths.data), int(kv.shape[4])};
@@ -53,7 +60,9 @@ Batch check_batch(const kvspn_batch& b, const Weights& weights) {
             int(tokens),
             int(layers),
             int(heads),
-            int(width)};
+            int(width),
+            queries ? static_cast<float*>(queries->data) : nullptr,
+            queries ? int(queries->shape[2]) : 0};
 }
 
 }  // namespace kvspn

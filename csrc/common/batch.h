@@ -21,6 +21,8 @@ struct Batch {
     uint8_t* finished;
     int rows, token_capacity;
     int layers, heads, head_dim;
+    float* queries;      // of cross-attention, [L, B, query_capacity, H * D]; or null
+    int query_capacity;  // at least self.capacity
 
     // Which [capacity, D] of a cache.
     int64_t plane(int layer, int part, int row, int head) const {
@@ -32,6 +34,9 @@ struct Batch {
     }
     float* scales_of(const Cache& cache, int layer) const {
         return cache.scales ? cache.scales + plane(layer, 0, 0, 0) * cache.capacity : nullptr;
+    }
+    float* queries_of(int layer, int row, int64_t position) const {
+        return queries + ((int64_t(layer) * rows + row) * query_capacity + position) * heads * head_dim;
     }
     size_t bytes_of(const Cache& cache) const {
         return size_t(plane(layers, 0, 0, 0) * cache.capacity * head_dim) * size_of(dtype);

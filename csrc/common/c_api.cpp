@@ -94,6 +94,8 @@ constexpr size_t kFirstEdition<kvspn_engine_params> = offsetof(kvspn_engine_para
 template <>
 constexpr size_t kFirstEdition<kvspn_step_params> = offsetof(kvspn_step_params, draft_tokens);
 template <>
+constexpr size_t kFirstEdition<kvspn_batch> = offsetof(kvspn_batch, cross_queries);
+template <>
 constexpr size_t kFirstEdition<kvspn_rule> = offsetof(kvspn_rule, timestamp_begin);
 #define KVSPN_FIRST_EDITION(name, Params) \
     template <>                           \

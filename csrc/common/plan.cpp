@@ -72,7 +72,9 @@ void add_base_model(const Weights& w, std::vector<Stage>& stages) {
         qkv.layer = i, qkv.keys = true;
         make.attend("self_attention", i, 1, w.heads, true, false);
         make.linear("self_out", nullptr, Place::attended, layer.self_out, Place::residual);
-        make.linear("cross_q", &layer.cross_norm, Place::residual, layer.cross_q, Place::wide);
+        Stage& cross_q =
+            make.linear("cross_q", &layer.cross_norm, Place::residual, layer.cross_q, Place::wide);
+        cross_q.layer = i, cross_q.queries = true;
         make.attend("cross_attention", i, 1, w.heads, false, true);
         make.linear("cross_out", nullptr, Place::attended, layer.cross_out, Place::residual);
         make.feed_forward("fc1", "fc2", layer.ffn_norm, layer.fc1, layer.fc2);

@@ -34,7 +34,8 @@ struct Stage {
     const Norm* norm = nullptr;
     const Matrix* matrix = nullptr;
     bool gelu = false, accumulate = false;
-    bool keys = false;  // the last outputs are keys and values of `layer`, the encoder's where to is cross
+    bool keys = false;     // the last outputs are keys and values of `layer`, the encoder's where to is cross
+    bool queries = false;  // the outputs are queries of `layer`'s cross-attention, which a batch may want
     // attend: wide -> attended, to `layers` layers from `layer` on under one softmax. causal: to the row's
     // own keys too, which it appends. cross: to the encoder's.
     int layer = 0, layers = 1, query_heads = 0;

@@ -319,6 +319,17 @@ void CpuRunner::linear(int thread, const Stage& stage) {
                     stage.accumulate);
     if (stage.gelu)
         for (int r = 0; r < rows_; ++r) kernels_.gelu(y + r * y_stride + first, last - first);
+    if (stage.queries && batch_.queries) keep_queries(stage.layer, first, last);
+}
+
+// Columns of the queries of all slots, for the batch.
+void CpuRunner::keep_queries(int layer, int first, int last) {
+    for (int i = 0; i < slot_count_; ++i)
+        for (int q = 0; q < slots_[i].queries; ++q) {
+            const float* from = wide_.as<float>() + int64_t(slots_[i].first + q) * wide_stride_;
+            std::copy(from + first, from + last,
+                      batch_.queries_of(layer, slots_[i].row, slots_[i].position + q) + first);
+        }
 }
 
 // A head's keys and values of a slot's rows of x go to their positions in a layer's cache.

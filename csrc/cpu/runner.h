@@ -49,6 +49,7 @@ class CpuRunner : public Runner {
     void embed();
     Rows input(int thread, const Norm* norm, const float* x, const Matrix& matrix);
     void linear(int thread, const Stage& stage);
+    void keep_queries(int layer, int first, int last);
     void attend(int thread, const Stage& stage);
     void append(const Slot& slot, int layer, int head);
     void write_position(const Cache& cache, int layer, int part, int row, int head, int position,

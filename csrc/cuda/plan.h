@@ -53,6 +53,7 @@ struct alignas(16) Stage {
     float* kv_scale = nullptr;                                               // of int8, for each position
     int32_t kept = 0, capacity = 0, layers = 1, query_heads = 0, lanes = 0;  // lanes of a position
     bool causal = false, cross = false;
+    bool queries = false;  // linear: kv is where the batch wants its outputs too, fp32 [B, capacity, outputs]
 };
 
 // Keys in memory, with the way to their values (part); strides count elements.

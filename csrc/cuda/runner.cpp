@@ -299,6 +299,11 @@ Stage CudaRunner::placed(const kvspn::Stage& stage) const {
         s.inputs = matrix->inputs, s.outputs = matrix->outputs;
         s.gelu = stage.gelu, s.accumulate = stage.accumulate;
     }
+    if (stage.queries && batch_.queries) {
+        s.queries = true, s.kv = reinterpret_cast<char*>(batch_.queries_of(stage.layer, 0, 0));
+        s.kept = s.outputs, s.capacity = batch_.query_capacity;
+        return s;
+    }
     const bool cross = stage.cross || stage.to == Place::cross;
     const Cache& cache = cross ? batch_.cross : batch_.self;
     if (stage.kind == Kind::attend) {

@@ -119,6 +119,10 @@ __device__ __forceinline__ void linear(const Model& m, const Stage& s, const Pas
         } else {
             float* y = s.y + r * s.y_stride + n;
             *y = s.accumulate ? added.residual + value : value;
+            if (!s.queries) return;
+            const int slot = r / pass.queries, position = slots.position[slot] + r % pass.queries;
+            const int64_t at = int64_t(slots.row[slot]) * s.capacity + position;
+            if (position < s.capacity) reinterpret_cast<float*>(s.kv)[at * m.width + n] = value;
         }
     };
     project<W, R, true>(s, StageRows{s}, slots.count * pass.queries, x, m.shared_floats, start, begin, end);

@@ -91,6 +91,10 @@ typedef struct kvspn_batch {
     /* FP32 [L, 2, B, H, S] and [L, 2, B, H, E], what the D values of a position are times; or NULL, but
      * where the caches are INT8. */
     const kvspn_tensor *kv_scale, *cross_kv_scale;
+    /* FP32 [L, B, S or more, H * D]: where a step and a prefill leave the queries of cross-attention of each
+     * token they process, at its position; with the keys of cross_kv they say what a token listens to. Or
+     * NULL. */
+    const kvspn_tensor* cross_queries;
 } kvspn_batch;
 
 typedef struct kvspn_step_params {

@@ -59,6 +59,7 @@ def decode(
     top_k: int = 0,
     timestamps: Timestamps | None = None,
     log_probs: bool = False,
+    cross_queries: bool = False,
     streamer: Streamer | None = None,
 ) -> DecodeResult:
     """Decode one batch until every row has ended.
@@ -82,6 +83,7 @@ def decode(
         top_k: with a temperature, tokens are drawn among so many of the likeliest; 0 for all.
         timestamps: the grammar of timestamps that every row keeps to, its tokens in the vocabulary.
         log_probs: whether the result tells those of the generated tokens.
+        cross_queries: whether :meth:`Engine.cross_scores` can be read afterwards.
         streamer: called as streamer(row, new_token_ids) after each step for each row that grew. For a
             TextStreamer of transformers and a batch of one, pass
             ``lambda row, ids: text_streamer.put(torch.tensor(ids))`` and call its ``end()`` afterwards.
@@ -107,6 +109,7 @@ def decode(
             begin_mask=begin_mask,
             rules=rules,
             log_probs=log_probs,
+            cross_queries=cross_queries,
         )
         sequences = [list(ids) for ids in prompt]
         seconds = [0.0] * len(sequences)

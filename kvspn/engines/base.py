@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvspn.checks import FLOATS, FP32, Shapes, boolean, finite, integer
-from kvspn.engines.cache import StepCache
+from kvspn.engines.cache import StepCache, draft_first
 from kvspn.ops import K_INF
 from kvspn.ops.decoder_step import check_drafts
 from kvspn.ops.rules import Rule, check_rule
@@ -84,6 +84,7 @@ class Engine(abc.ABC):
         begin_mask: Tensor | None = None,
         rules: Sequence[Rule] | None = None,
         log_probs: bool = False,
+        cross_queries: bool = False,
     ) -> None:
         """Forget the last utterances, take new ones, and process their prompts up to the newest token.
 
@@ -99,6 +100,7 @@ class Engine(abc.ABC):
             begin_mask: fp32 [V], added to ``mask`` for the first generated token alone.
             rules: how each row's tokens are chosen; None for greedy.
             log_probs: whether steps write ``self.log_probs``.
+            cross_queries: whether the prompts' passes and steps keep what :meth:`cross_scores` reads.
 
         Raises:
             TypeError, ValueError: naming the argument, before anything changes.
@@ -118,6 +120,23 @@ class Engine(abc.ABC):
             TypeError, ValueError: naming the argument; or a row whose logits give no token, see
                 :meth:`check`. The other rows have moved on.
             RuntimeError: another call is using the engine.
+        """
+
+    @abc.abstractmethod
+    def cross_scores(self, row: int, heads: Sequence[tuple[int, int]], positions: Sequence[int]) -> Tensor:
+        """What tokens listen to: queries times keys of cross-attention over sqrt(D), before the softmax.
+
+        From the passes that decoded the row, after a start() with ``cross_queries``: no other pass is made.
+
+        Args:
+            row: of the batch.
+            heads: layer and head of each that is asked.
+            positions: of tokens of the row that are in the cache, 0 .. lengths[row] - 1.
+
+        Returns: fp32 [heads, positions, E], over the row's E encoder positions in their order.
+
+        Raises:
+            ValueError: naming the argument; or the last start() did not ask for cross_queries.
         """
 
     def check(self) -> None:
@@ -180,6 +199,7 @@ class CachedEngine(Engine):
         self._mask: Tensor | None = None
         self._first_mask: Tensor | None = None
         self._scored = False  # whether steps write log_probs
+        self._queried = False  # whether the cache has the row's queries of cross-attention
         self._eos, self._max_length = -1, 1
 
     @_alone
@@ -195,6 +215,7 @@ class CachedEngine(Engine):
         begin_mask: Tensor | None = None,
         rules: Sequence[Rule] | None = None,
         log_probs: bool = False,
+        cross_queries: bool = False,
     ) -> None:
         self._check_start(encoder_states, prompt, eos, max_length, mask, begin_mask)
         rules = [Rule()] * len(prompt) if rules is None else rules
@@ -205,8 +226,12 @@ class CachedEngine(Engine):
             if rule.timestamps is not None:
                 integer(f"rules[{row}].timestamps.begin", rule.timestamps.begin, 1, len(self._embed) - 1)
         boolean("log_probs", log_probs)
+        boolean("cross_queries", cross_queries)
         self._eos, self._max_length, self._mask, self._scored = eos, max_length, mask, log_probs
         self._first_mask = begin_mask if mask is None or begin_mask is None else mask + begin_mask
+        self._queried = cross_queries
+        if cross_queries and self.cache.keep_queries():
+            self._bind()
         if encoder_states is None:
             self.lengths.zero_()
         else:
@@ -253,6 +278,35 @@ class CachedEngine(Engine):
             self._step(k, draft)
         elif steps:
             self._run(k, draft, steps)
+
+    @torch.no_grad()
+    def cross_scores(self, row: int, heads: Sequence[tuple[int, int]], positions: Sequence[int]) -> Tensor:
+        layers, _, batch, all_heads, _, width = self.cache.cross_kv.shape
+        integer("row", row, 0, batch - 1)
+        for layer, head in heads:
+            integer("every layer of heads", layer, 0, layers - 1)
+            integer("every head of heads", head, 0, all_heads - 1)
+        length = int(self.lengths[row])
+        for position in positions:
+            integer("every one of positions", position, 0, length - 1)
+        queries, scale = self.cache.cross_queries, self.cache.cross_kv_scale
+        if queries is None or not self._queried:
+            raise ValueError("cross_queries must be True in start() to have cross_scores, got False")
+        device, encoded = queries.device, int(self.cache.cross_lengths[row])
+        chosen = torch.tensor(list(heads), device=device).view(-1, 2)
+        at = torch.tensor(list(positions), device=device, dtype=torch.long)
+        of, head = chosen.T
+        asked = queries[:, row].unflatten(-1, (all_heads, width))[of[:, None], at, head[:, None]]
+        keys = self.cache.cross_kv[of, 0, row, head, :encoded].float()
+        if scale is not None:
+            keys *= scale[of, 0, row, head, :encoded, None]
+        order = draft_first(torch.arange(encoded, device=device), self._weights.encoder_stride)
+        scores = queries.new_empty(len(chosen), len(at), encoded)
+        scores[..., order] = asked @ keys.mT * width**-0.5
+        return scores
+
+    def _bind(self) -> None:
+        """Take the cache's buffers anew, of which there are more now."""
 
     @abc.abstractmethod
     def _encode(self, row: int, states: Tensor) -> None:

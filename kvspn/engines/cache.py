@@ -26,6 +26,8 @@ class StepCache:
     cross_kv: [L, 2, B, H, E, D], written once per utterance; cross_lengths: int32 [B].
     kv_scale, cross_kv_scale: fp32 [L, 2, B, H, S] and [L, 2, B, H, E], of int8 caches, else None: a position
     of a head is its int8 values times its scale (see :func:`kvspn.ops.append_kv.quantise`).
+    cross_queries: fp32 [L, B, S + 1, H * D] once :meth:`keep_queries` has been called, else None: the queries
+    of cross-attention of each token that was processed, at its position.
 
     No address changes after creation, and what lies past the lengths is never read: fresh buffers hold
     anything. Rolling back moves lengths alone.
@@ -65,13 +67,25 @@ class StepCache:
             self.cross_kv_scale = torch.empty(cross, device=device) if scaled else None
             self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
             self.cross_lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.cross_queries: Tensor | None = None
         self._cross_written = [False] * batch
+
+    def keep_queries(self) -> bool:
+        """Make room for the queries of cross-attention; whether there was none before."""
+        if self.cross_queries is not None:
+            return False
+        layers, _, batch, heads, capacity, width = self.kv.shape
+        with torch.inference_mode(False):
+            shape = (layers, batch, capacity + 1, heads * width)
+            self.cross_queries = torch.empty(shape, device=self.kv.device)
+        return True
 
     @property
     def tensors(self) -> Caches:
         """What a step works on."""
         return Caches(
-            self.kv, self.lengths, self.cross_kv, self.cross_lengths, self.kv_scale, self.cross_kv_scale
+            *(self.kv, self.lengths, self.cross_kv, self.cross_lengths),
+            *(self.kv_scale, self.cross_kv_scale, self.cross_queries),
         )
 
     @property
@@ -136,6 +150,8 @@ class StepCache:
         positions = torch.arange(self.kv.shape[4], dtype=torch.int32, device=self.kv.device)
         source = torch.where(positions < lengths[:, None], positions, -1)
         compact_kv(self.kv, beam_index.int(), source, torch.zeros_like(lengths), self.kv_scale)
+        if self.cross_queries is not None:
+            self.cross_queries.copy_(self.cross_queries[:, beam_index])
         self.lengths.copy_(lengths)
 
     def reset(self) -> None:

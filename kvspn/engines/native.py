@@ -49,6 +49,14 @@ class NativeEngine(CachedEngine):
             threads=min(torch.get_num_threads(), default_threads()),
             device=self.device,
         )
+        self._bind()
+
+    @property
+    def _engine(self) -> Any:
+        """The C++ object, ready for a call."""
+        return self._made
+
+    def _bind(self) -> None:
         self._engine.bind(
             kv=self.cache.kv,
             lengths=self.lengths,
@@ -59,12 +67,8 @@ class NativeEngine(CachedEngine):
             cross_lengths=self.cache.cross_lengths,
             kv_scale=self.cache.kv_scale,
             cross_kv_scale=self.cache.cross_kv_scale,
+            cross_queries=self.cache.cross_queries,
         )
-
-    @property
-    def _engine(self) -> Any:
-        """The C++ object, ready for a call."""
-        return self._made
 
     def _encode(self, row: int, states: Tensor) -> None:
         self._engine.encode(row, states.detach())

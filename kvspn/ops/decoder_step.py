@@ -44,6 +44,7 @@ class Caches(NamedTuple):
     cross_lengths: Tensor
     kv_scale: Tensor | None = None
     cross_kv_scale: Tensor | None = None
+    cross_queries: Tensor | None = None
 
     def row(self, b: int) -> Caches:
         """One row as a batch, in the same memory."""
@@ -55,6 +56,7 @@ class Caches(NamedTuple):
             self.cross_lengths[here],
             part(self.kv_scale, *_ALL, here),
             part(self.cross_kv_scale, *_ALL, here),
+            part(self.cross_queries, slice(None), here),
         )
 
 
@@ -283,7 +285,7 @@ def base_pass(
     Appends their keys and values to ``kv``, but for rows that are finished; returns [B, Q, d], before the
     final LayerNorm.
     """
-    kv, lengths, cross_kv, cross_lengths, kv_scale, cross_kv_scale = caches
+    kv, lengths, cross_kv, cross_lengths, kv_scale, cross_kv_scale, cross_queries = caches
     x = embed(w, ids, lengths)
     for i, layer in enumerate(w.layers):
         q, k, v = split_heads(linear(ops, x, layer.self_qkv, layer.self_norm), 3, w.heads)
@@ -292,7 +294,10 @@ def base_pass(
         heads = ops.flat_kv_attention(q, kv[here], lengths, True, kv_scale=part(kv_scale, here))
         x = linear(ops, heads, layer.self_out, residual=x)
         cross, scale = cross_kv[here], part(cross_kv_scale, here)
-        x = attend(ops, x, layer.cross_norm, layer.cross_q, layer.cross_out, cross, cross_lengths, scale)
+        queries = linear(ops, x, layer.cross_q, layer.cross_norm)
+        if cross_queries is not None:
+            _keep(queries, cross_queries[i], lengths, finished)
+        x = attend(ops, x, queries, layer.cross_out, cross, cross_lengths, scale)
         x = feed_forward(ops, x, layer.ffn_norm, layer.fc1, layer.fc2)
     return x
 
@@ -301,18 +306,20 @@ def propose(
     w: DecoderWeights, newest: Tensor, state: StepState, rule: StepRule, ops: Any = REFERENCE
 ) -> Tensor:
     """The draft network's guess int32 [B, 1] of what follows the newest token int32 [B, 1]; -1: none."""
-    kv, lengths, cross_kv, cross_lengths, kv_scale, cross_kv_scale = state.caches
+    kv, lengths, cross_kv, cross_lengths, kv_scale, cross_kv_scale, _ = state.caches
     x = embed(w, newest, lengths)
     if w.encoder_stride > 1:
         cross_lengths = (cross_lengths + (w.encoder_stride - 1)) // w.encoder_stride
     for i, block in enumerate(w.blocks):
         layers = w.group(i)
         scale = part(kv_scale, layers)
-        x = attend(ops, x, block.kv_norm, block.kv_q, block.kv_out, kv[layers], lengths, scale)
+        queries = linear(ops, x, block.kv_q, block.kv_norm)
+        x = attend(ops, x, queries, block.kv_out, kv[layers], lengths, scale)
         if block.cross_norm and block.cross_q and block.cross_out:
             last = slice(layers.stop - 1, layers.stop)
             cross, scale = cross_kv[last], part(cross_kv_scale, last)
-            x = attend(ops, x, block.cross_norm, block.cross_q, block.cross_out, cross, cross_lengths, scale)
+            queries = linear(ops, x, block.cross_q, block.cross_norm)
+            x = attend(ops, x, queries, block.cross_out, cross, cross_lengths, scale)
         x = feed_forward(ops, x, block.ffn_norm, block.fc1, block.fc2)
     head, norm = w.draft_output, w.draft_norm or (None, None)
     none = newest[:, :0]
@@ -332,17 +339,26 @@ def embed(w: DecoderWeights, ids: Tensor, lengths: Tensor) -> Tensor:
 def attend(
     ops: Any,
     x: Tensor,
-    norm: Norm,
-    q: Linear,
+    queries: Tensor,
     out: Linear,
     kv: Tensor,
     lengths: Tensor,
     kv_scale: Tensor | None,
 ) -> Tensor:
-    """x [B, Q, d] plus its attention to all the keys of ``kv``."""
-    (query,) = split_heads(linear(ops, x, q, norm), 1, q.weight.shape[0] // kv.shape[-1])
-    heads = ops.flat_kv_attention(query, kv, lengths, False, kv_scale=kv_scale)
+    """x [B, Q, d] plus the attention of queries [B, Q, Hq * D] to all the keys of ``kv``."""
+    (split,) = split_heads(queries, 1, queries.shape[-1] // kv.shape[-1])
+    heads = ops.flat_kv_attention(split, kv, lengths, False, kv_scale=kv_scale)
     return linear(ops, heads, out, residual=x)
+
+
+def _keep(queries: Tensor, kept: Tensor, lengths: Tensor, finished: Tensor | None) -> None:
+    """Queries [B, Q, d] to their positions of fp32 [B, S + 1, d], whose last takes what has no place."""
+    last = kept.shape[1] - 1
+    positions = lengths[:, None] + torch.arange(queries.shape[1], dtype=torch.int32, device=kept.device)
+    if finished is not None:
+        positions = positions.masked_fill(finished[:, None], last)
+    at = positions.clamp_(max=last).long()[..., None].expand_as(queries)
+    kept.scatter_(1, at, queries.float())
 
 
 def feed_forward(ops: Any, x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> Tensor:
