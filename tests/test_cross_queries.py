@@ -5,7 +5,9 @@ import torch
 
 from kvspn.decoding import decode
 from kvspn.engines import backends, engine
+from kvspn.engines.reference import ReferenceEngine
 from kvspn.models import convert_whisper
+from kvspn.models.weights import decoder_weights
 from kvspn.weights.random import random_decoder
 from support import tiny
 
@@ -78,6 +80,25 @@ def test_rows_are_apart(whisper, backend):
     short, _ = decoded(model, states, backend, draft=False, max_length=[7, 7])
     positions = list(range(len(sequences[0]) - 1))
     assert torch.equal(*(each.cross_scores(0, HEADS, positions) for each in (e, short)))
+
+
+def test_all_rows_in_one_pass(whisper):
+    """As Triton's engine steps: what a finished row has kept stays, and what has no place is no one's."""
+
+    class Together(ReferenceEngine):
+        def _step(self, k, draft, draft_tokens=None):
+            self._together(self._rule(k, draft, draft_tokens))
+
+    _, model, states = whisper
+    settings = {"eos": -1, "max_length": [7, CAPACITY], "cross_queries": True, "draft": False}
+    prompts = [[3, 4, 5], [3]]
+    kept = []
+    for kind in (ReferenceEngine, Together):
+        e = kind(decoder_weights(model), batch=2, capacity=CAPACITY, cross_capacity=40)
+        decode(e, states, prompts, draft_tokens=[[], [5] * 40], **settings)
+        kept.append([e.cross_scores(row, HEADS, range(count)) for row, count in ((0, 6), (1, CAPACITY - 1))])
+    for one, together in zip(*kept, strict=True):
+        torch.testing.assert_close(one, together, atol=1e-4, rtol=1e-4)
 
 
 def test_int8_caches(whisper, backend):

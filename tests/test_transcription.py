@@ -97,7 +97,9 @@ class Scripted:
     ) -> Any:
         return list(before), language, prefix
 
-    def hear(self, states: Any, prompts: Any, by: Choice, seed: int, rows: int = 1) -> list[Heard]:
+    def hear(
+        self, states: Any, prompts: Any, by: Choice, seed: int, rows: int = 1, frames: Sequence[int] = ()
+    ) -> list[Heard]:
         found = []
         for features, (before, language, prefix) in zip(states, prompts, strict=True):
             first = int(features[0, 0])
@@ -295,7 +297,7 @@ def attempts(
     monkeypatch.setattr(
         Windows,
         "_decode",
-        lambda self, engine, prompts, silent, by, temperature, seed: [next(left[temperature])],
+        lambda self, engine, prompts, silent, by, temperature, *_: [next(left[temperature])],
     )
     states = windows.encode(windows.features(tiny.sound(1)))
     (found,) = windows.hear([states], [Prompt([windows._start], [], 0)], by, 3)

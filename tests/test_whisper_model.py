@@ -137,7 +137,8 @@ def test_arguments_have_their_effect(model: WhisperModel) -> None:
     ("options", "error", "message"),
     [
         ({"beam_size": 5}, ValueError, "beam_size must be 1, since no engine honours it yet, got 5"),
-        ({"word_timestamps": True}, ValueError, "word_timestamps must be False"),
+        ({"word_timestamps": 1}, TypeError, "word_timestamps must be a bool"),
+        ({"append_punctuations": None}, TypeError, "append_punctuations must be a string, got NoneType"),
         ({"patience": 2}, ValueError, "patience"),
         ({"length_penalty": 0.5}, ValueError, "length_penalty"),
         ({"repetition_penalty": 1.1}, ValueError, "repetition_penalty"),
@@ -145,7 +146,7 @@ def test_arguments_have_their_effect(model: WhisperModel) -> None:
         (
             {"hallucination_silence_threshold": 2.0},
             ValueError,
-            "hallucination_silence_threshold must be None",
+            "word_timestamps must be True with hallucination_silence_threshold",
         ),
         ({"task": "sing"}, ValueError, "task must be one of transcribe, translate, got 'sing'"),
         ({"language": "xx"}, ValueError, "language must be one of"),
@@ -321,7 +322,7 @@ def test_joined_speech_finds_its_times_again() -> None:
     found = joined.samples(samples)
     assert (len(found), found[0], found[32_000]) == (48_000, 16_000, 80_000)
     assert [joined.time(each) for each in (0, 1.5, 2.5, 3)] == [1.0, 2.5, 5.5, 6.0]
-    assert (joined.time(2.0), joined.time(2.0, end=True)) == (5.0, 3.0)  # at the seam
+    assert (joined.time(2.0), joined.time(2.0, joined.stretch(2.0, end=True))) == (5.0, 3.0)  # at the seam
     assert joined.groups(48_000) == [(0, 48_000)]
     assert joined.groups(40_000) == [(0, 32_000), (32_000, 48_000)]
     assert Joined([]).groups(10) == []

@@ -72,6 +72,10 @@ Hotwords = Annotated[
 Prefix = Annotated[
     str | None, typer.Option("--prefix", metavar="TEXT", help="How the text begins.", show_default=False)
 ]
+Words = Annotated[
+    bool,
+    typer.Option("--words", help="With --output json: the words of each segment, with times."),
+]
 NoDraft = Annotated[
     bool, typer.Option("--no-draft", help="Decode without the draft network: plain and greedy.")
 ]
@@ -115,12 +119,17 @@ def listen(
     threads: int | None,
     strict: bool,
     no_draft: bool,
+    words: bool,
     **options: Any,
 ) -> None:
     """Runs a command; `options` are others of `Translator.translate`.
 
     A file that fails stops no other; the exit status is the number of those that did, 100 at most.
     """
+    if words and output is not Output.JSON:
+        raise typer.BadParameter(
+            f"--output must be json with --words, got {output.value if output else 'running text'}"
+        )
     files = list(_files(audio))
     written = _written(files, output, folder)
     from kvspn.assets import is_bundled
@@ -134,6 +143,8 @@ def listen(
         raise typer.BadParameter(
             f"--output must be txt or json for this model, which has no timestamps; got {output.value}"
         )
+    if words and not translator.windows.has_timestamps:
+        raise typer.BadParameter("--words must be left out for this model, which has no timestamps")
     domain = translator.model.config.training_domain
     live = sys.stdout.isatty() and output is None  # text as it comes; else a progress bar
     documents: list[dict[str, Any]] = []
@@ -172,6 +183,7 @@ def listen(
                         task=task,
                         probabilities=output is Output.JSON,
                         draft=not no_draft,
+                        word_timestamps=words,
                         on_text=shown,
                         on_chunk=partial(_advance, progress, progress.add_task(path.name, total=None)),
                         **options,

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from kvspn.cli.common import KV, Backend, Draft, EncoderFormat, K, Model, Threads, Weights
-from kvspn.cli.listen import As, Audio, Folder, Hotwords, NoDraft, Prefix, Prompt, Source, Strict, listen
+from kvspn.cli.listen import (
+    As,
+    Audio,
+    Folder,
+    Hotwords,
+    NoDraft,
+    Prefix,
+    Prompt,
+    Source,
+    Strict,
+    Words,
+    listen,
+)
 
 
 def transcribe(
@@ -13,6 +25,7 @@ def transcribe(
     hotwords: Hotwords = None,
     prefix: Prefix = None,
     k: K = "1",
+    words: Words = False,
     no_draft: NoDraft = False,
     model: Model = None,
     draft: Draft = None,
@@ -43,6 +56,7 @@ def transcribe(
         prefix=prefix,
         k=k,
         no_draft=no_draft,
+        words=words,
         model=model,
         draft=draft,
         backend=backend,

@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 from kvspn.cli.common import KV, Backend, Draft, EncoderFormat, K, Model, Threads, Weights
-from kvspn.cli.listen import As, Audio, Folder, Hotwords, NoDraft, Prefix, Prompt, Source, Strict, listen
+from kvspn.cli.listen import (
+    As,
+    Audio,
+    Folder,
+    Hotwords,
+    NoDraft,
+    Prefix,
+    Prompt,
+    Source,
+    Strict,
+    Words,
+    listen,
+)
 
 
 def translate(
@@ -26,6 +38,7 @@ def translate(
     hotwords: Hotwords = None,
     prefix: Prefix = None,
     k: K = "1",
+    words: Words = False,
     no_draft: NoDraft = False,
     model: Model = None,
     draft: Draft = None,
@@ -57,6 +70,7 @@ def translate(
         prefix=prefix,
         k=k,
         no_draft=no_draft,
+        words=words,
         model=model,
         draft=draft,
         backend=backend,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +59,10 @@ def convert_whisper(
     missing = [name for name in missing if not name.startswith(_ADDED)]
     if missing or unexpected:
         raise ValueError(f"not a Whisper checkpoint: missing {missing}, unexpected {unexpected}")
-    model.generation_config = whisper.generation_config
+    model.generation_config = copy.deepcopy(whisper.generation_config)
+    if heads := getattr(whisper.generation_config, "alignment_heads", None):
+        kept = [[layers.index(layer), head] for layer, head in heads if layer in layers]
+        model.generation_config.alignment_heads = kept or None
     if model.kvspn is not None:
         model.kvspn.start_from(model.model.decoder)
     return model

@@ -13,7 +13,7 @@ STEP = 0.02  # seconds from one timestamp to the next
 
 @dataclass
 class Word:
-    """A word with its times in seconds. No engine gives them yet: `Segment.words` is None."""
+    """A word as it stands in the text, its space in front, with its times in seconds."""
 
     start: float
     end: float
@@ -29,7 +29,7 @@ class Segment:
     tokens: text and timestamps. avg_logprob: mean logarithm of the tokens' probabilities, that of the end
     token among them, over the window. compression_ratio: bytes of the window's text over those that zlib
     makes of it. no_speech_prob: of the token after the start of the transcript. temperature: at which the
-    tokens were drawn, 0 for greedy decoding.
+    tokens were drawn, 0 for greedy decoding. words: where they were asked for.
     """
 
     id: int
@@ -73,7 +73,7 @@ def split(tokens: Sequence[int], begin: int, seconds: float) -> tuple[list[Piece
     if not pairs:
         times = [time(token) for token in tokens if token > begin]
         return [Piece(0.0, times[-1] if times else seconds, list(tokens))], seconds
-    finished = tokens[-2] < begin <= tokens[-1]
+    finished = ends_once(tokens, begin)
     ends = [*pairs, len(tokens)] if finished else pairs
     parts = [list(tokens[start:end]) for start, end in pairwise([0, *ends])]
     # With the grammar of timestamps a part begins and ends with one.
@@ -81,6 +81,11 @@ def split(tokens: Sequence[int], begin: int, seconds: float) -> tuple[list[Piece
     # Without a step forward the same window would come again, for ever.
     heard = seconds if finished else pieces[-1].end or seconds
     return pieces, heard
+
+
+def ends_once(tokens: Sequence[int], begin: int) -> bool:
+    """Whether a window's tokens end in a single timestamp, behind which nothing is said."""
+    return len(tokens) > 1 and tokens[-2] < begin <= tokens[-1]
 
 
 def compression_ratio(text: str) -> float:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from kvspn.speech.segments import Piece, Segment, split
+from kvspn.speech.segments import Piece, Segment, ends_once, split
 from kvspn.speech.windows import Choice, Heard, Windows, is_silence
+from kvspn.speech.words import Punctuation, doubt, give, words
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,9 @@ class Task:
     """What is wanted of a recording, as `kvspn.WhisperModel.transcribe` says it.
 
     target: the language to translate to; None is the one that is spoken. initial_prompt: tokens. window:
-    frames that are listened to at once. clips: where to listen, in seconds, as start and end.
+    frames that are listened to at once. clips: where to listen, in seconds, as start and end. punctuation:
+    how marks join words. hallucination_silence_threshold: seconds of silence on either side of words that
+    look invented, from which on they are; None: they are believed.
     """
 
     language: str
@@ -33,6 +37,8 @@ class Task:
     prompt_reset_on_temperature: float = 0.5
     multilingual: bool = False
     clips: Sequence[tuple[float, float]] = ((0.0, math.inf),)
+    punctuation: Punctuation = field(default_factory=Punctuation)
+    hallucination_silence_threshold: float | None = None
 
 
 def transcribe(
@@ -56,6 +62,7 @@ def transcribe(
     before = list(task.initial_prompt)
     count = 0
     language = task.language
+    spoken = 0.0  # where the last speech ended, by its words
     for start, end in task.clips:
         seek, last = round(start * rate), min(frames, round(end * rate)) if end < math.inf else frames
         while seek < last:
@@ -68,16 +75,28 @@ def transcribe(
                 *(language, task.task, task.target, before, task.hotwords, prefix),
                 without_timestamps=task.choice.without_timestamps,
             )
-            (heard,) = windows.hear([states], [prompt], task.choice, seed=seek)
+            (heard,) = windows.hear([states], [prompt], task.choice, seed=seek, frames=[size])
             if is_silence(heard, task.choice):
                 seek += size
                 on_window(heard, seek)
                 continue
-            segments, forward = _segments(windows, heard, seek, seek / rate, size / rate)
-            if not heard.whole and forward == size / rate:
-                _warn_cut(segments, seek / rate, size / rate)
+            offset, seconds = seek / rate, size / rate
+            segments, forward = _segments(windows, heard, seek, offset, seconds)
+            if not heard.whole and forward == seconds:
+                _warn_cut(segments, offset, seconds)
+            if heard.timing is not None:
+                ended = _give_words(windows, segments, heard, offset, language, task, spoken)
+                if ended > offset and not ends_once(heard.tokens, windows.begin):
+                    forward = ended - offset  # What the last word of a whole segment ends is heard.
+                if (threshold := task.hallucination_silence_threshold) is not None:
+                    edges = (offset, offset + seconds, offset + windows.frames / rate)
+                    if (doubted := doubt(segments, spoken, edges, last / rate, threshold)) is not None:
+                        stand, again = doubted
+                        del segments[stand:]
+                        forward = again - offset
+                spoken = max([spoken, *(segment.end for segment in segments if segment.words)])
             seek += max(1, round(forward * rate))
-            for segment in segments:
+            for segment in _audible(segments):
                 before += segment.tokens
                 count += 1
                 segment.id = count
@@ -97,6 +116,7 @@ def transcribe_batch(
     """
     rate = windows.frames_per_second
     count = 0
+    ended = 0.0  # where the last speech did, by its words
     for first in range(0, len(parts), batch_size):
         rows = parts[first : first + batch_size]
         states = [windows.encode(features) for *_, features in rows]
@@ -108,12 +128,19 @@ def transcribe_batch(
             )
             for language in spoken
         ]
-        found = windows.hear(states, prompts, task.choice, seed=first, rows=min(batch_size, len(parts)))
-        for (offset, seconds, _), heard in zip(rows, found, strict=True):
+        found = windows.hear(
+            *(states, prompts, task.choice),
+            seed=first,
+            rows=min(batch_size, len(parts)),
+            frames=[features.shape[1] for *_, features in rows],
+        )
+        for (offset, seconds, _), language, heard in zip(rows, spoken, found, strict=True):
             segments, forward = _segments(windows, heard, round(offset * rate), offset, seconds, rest=True)
             if not heard.whole and forward == seconds:
                 _warn_cut(segments, offset, seconds)
-            for segment in segments:
+            if heard.timing is not None:
+                ended = _give_words(windows, segments, heard, offset, language, task, ended)
+            for segment in _audible(segments):
                 count += 1
                 segment.id = count
                 yield segment
@@ -131,23 +158,45 @@ def _segments(
         forward = seconds
     found = []
     for start, end, tokens in pieces:
-        text = windows.text(tokens)
-        if start < end and text.strip():
-            segment = Segment(
-                id=0,
-                seek=seek,
-                start=round(offset + start, 3),
-                end=round(offset + end, 3),
-                text=text,
-                tokens=tokens,
-                avg_logprob=heard.avg_logprob,
-                compression_ratio=heard.compression_ratio,
-                no_speech_prob=heard.no_speech_prob,
-                words=None,
-                temperature=heard.temperature,
-            )
-            found.append(segment)
+        segment = Segment(
+            id=0,
+            seek=seek,
+            start=round(offset + start, 3),
+            end=round(offset + end, 3),
+            text=windows.text(tokens),
+            tokens=tokens,
+            avg_logprob=heard.avg_logprob,
+            compression_ratio=heard.compression_ratio,
+            no_speech_prob=heard.no_speech_prob,
+            words=None,
+            temperature=heard.temperature,
+        )
+        found.append(segment)
     return found, forward
+
+
+def _audible(segments: Sequence[Segment]) -> list[Segment]:
+    """Those that have a text and last."""
+    return [segment for segment in segments if segment.start < segment.end and segment.text.strip()]
+
+
+def _give_words(
+    windows: Windows,
+    segments: Sequence[Segment],
+    heard: Heard,
+    offset: float,
+    language: str,
+    task: Task,
+    spoken: float,
+) -> float:
+    """Give a window's segments their words; returns where the speech ends, which before them was `spoken`."""
+    assert heard.timing is not None
+    parts = [windows.text_tokens(segment.tokens) for segment in segments]
+    written = task.target or language
+    found, usual = words(windows.tokenizer, parts, heard.timing, written, task.punctuation)
+    for word in itertools.chain(*found):
+        word.start, word.end = word.start + offset, word.end + offset
+    return give(segments, found, usual, spoken)
 
 
 def _warn_cut(segments: Sequence[Segment], offset: float, seconds: float) -> None:

@@ -149,6 +149,7 @@ class Translator:
         hotwords: str | None = None,
         prefix: str | None = None,
         probabilities: bool = False,
+        word_timestamps: bool = False,
         k: int | float | str = 1,
         draft: bool = True,
         on_text: Callable[[str], object] = lambda text: None,
@@ -165,6 +166,7 @@ class Translator:
             hotwords: words to expect, likewise; without effect beside a prefix.
             prefix: how the text of the first chunk begins; it is not repeated in the text.
             probabilities: whether to say how likely each language was, where it is detected.
+            word_timestamps: whether segments have words with times, of a model with timestamps.
             k: a draft is accepted if among the base model's k likeliest tokens; "inf" accepts all.
             draft: False for plain greedy decoding, as always where no draft network has been trained.
             on_text: called with each new piece of text; the pieces together are the whole text.
@@ -184,10 +186,12 @@ class Translator:
         if not chunks:
             raise ValueError("samples must hold speech, got only silence")
         if self.windows.has_timestamps:
-            choice = Choice(k=k, draft=draft)
+            choice = Choice(k=k, draft=draft, word_timestamps=word_timestamps)
             return self._segments(
                 *(samples, target, source, task, prompt, hotwords, prefix, choice, on_text, on_chunk)
             )
+        if word_timestamps:
+            raise ValueError("word_timestamps must be False for a model without timestamps, got True")
         pieces: list[str] = []
         sources: list[str] = []
         tokens: list[int] = []

@@ -200,10 +200,14 @@ class Joined:
             before = end
         return [*parts, (start, before)] if before > start else parts
 
-    def time(self, seconds: float, end: bool = False) -> float:
-        """Seconds in the recording of a time in what was joined; at a seam, an `end` belongs before it."""
+    def stretch(self, seconds: float, end: bool = False) -> int:
+        """Which stretch a time in what was joined belongs to: at a seam, an `end` to that before it."""
         at = round(seconds * SAMPLING_RATE)
         i = int(np.searchsorted(self._ends, at, side="left" if end else "right"))
-        i = min(i, len(self._ends) - 1)
+        return min(i, len(self._ends) - 1)
+
+    def time(self, seconds: float, stretch: int | None = None) -> float:
+        """Seconds in the recording of a time in what was joined, as of its own stretch or that one."""
+        i = self.stretch(seconds) if stretch is None else stretch
         _, stop = self._stretches[i]
-        return round((stop - (int(self._ends[i]) - at)) / SAMPLING_RATE, 3)
+        return round((stop - (int(self._ends[i]) - round(seconds * SAMPLING_RATE))) / SAMPLING_RATE, 3)

@@ -26,6 +26,7 @@ from kvspn.speech.segments import Segment, Word
 from kvspn.speech.transcription import Task, transcribe, transcribe_batch
 from kvspn.speech.vad import Joined, VadOptions, open_silero, speech
 from kvspn.speech.windows import Choice, Windows
+from kvspn.speech.words import Punctuation
 
 __all__ = [
     "BatchedInferencePipeline",
@@ -73,8 +74,6 @@ _NOT_HONOURED: Mapping[str, object] = {
     "length_penalty": 1,
     "repetition_penalty": 1,
     "no_repeat_ngram_size": 0,
-    "word_timestamps": False,
-    "hallucination_silence_threshold": None,
 }
 
 # What clips that are decoded beside each other do not do, and the values that ask for nothing.
@@ -85,6 +84,7 @@ _NOT_BATCHED: Mapping[str, tuple[object, ...]] = {
     "condition_on_previous_text": (True, False),
     "prompt_reset_on_temperature": (0.5,),
     "prefix": (None,),
+    "hallucination_silence_threshold": (None,),
 }
 
 
@@ -256,9 +256,8 @@ class WhisperModel:
             language: what is spoken, its code or name; None detects it at the start.
             task: "transcribe", or "translate" to English.
             log_progress: whether a bar on stderr tells how far it is.
-            beam_size, patience, length_penalty, repetition_penalty, no_repeat_ngram_size, word_timestamps,
-                hallucination_silence_threshold: must be at their defaults, that of beam_size being 1 here:
-                decoding is greedy.
+            beam_size, patience, length_penalty, repetition_penalty, no_repeat_ngram_size: must be at their
+                defaults, that of beam_size being 1 here: decoding is greedy.
             best_of: draws at a temperature above 0, of which the likeliest counts.
             temperature: one, or several that are tried in turn where a window's text fails a threshold. 0 is
                 greedy; draws depend on the window and the attempt alone, so that a run repeats bit for bit.
@@ -274,7 +273,9 @@ class WhisperModel:
             suppress_tokens: that never come; -1 stands for annotations of what is no speech.
             without_timestamps: whether a window is one segment; so it must be for a model without timestamps.
             max_initial_timestamp: seconds into the window at which its text begins, at most.
-            prepend_punctuations, append_punctuations: without effect, as words have no times.
+            word_timestamps: whether segments have words with times, from the attention of the passes that
+                decode the text.
+            prepend_punctuations, append_punctuations: marks that belong to the word behind, and in front.
             multilingual: whether the language is detected in each window.
             vad_filter: whether only speech is listened to, found by Silero's detector (`kvspn[vad]`).
             vad_parameters: a VadOptions, or some of its fields.
@@ -282,6 +283,8 @@ class WhisperModel:
             chunk_length: seconds of a window, at most the model's.
             clip_timestamps: "start,end,start,...", seconds; the last end may be left out. Not with
                 vad_filter.
+            hallucination_silence_threshold: seconds of silence beside words that look invented, from which on
+                they are left out and what follows is heard again; with word_timestamps.
             hotwords: words to expect, told to each window; without effect beside a prefix.
             language_detection_threshold, language_detection_segments: so many windows are asked, until the
                 likeliest language is above the threshold; if none is, that of most of them counts.
@@ -328,6 +331,8 @@ class WhisperModel:
             clips=clips,
             window=window,
             choice=choice,
+            punctuation=Punctuation(prepend_punctuations, append_punctuations),
+            hallucination_silence_threshold=hallucination_silence_threshold,
         )
         segments = _restored(transcribe(self.windows, features, wanted), joined)
         if log_progress:
@@ -523,6 +528,7 @@ class BatchedInferencePipeline:
             multilingual=multilingual,
             window=windows.frames,
             choice=choice,
+            punctuation=Punctuation(chosen.prepend_punctuations, chosen.append_punctuations),
         )
         segments = _restored(transcribe_batch(windows, found, batch_size, wanted), joined)
         duration = len(samples) / SAMPLING_RATE
@@ -591,12 +597,22 @@ def _options(arguments: Mapping[str, Any]) -> TranscriptionOptions:
             _number(name, arguments[name], -math.inf, math.inf)
     for name in (
         *("log_progress", "condition_on_previous_text", "suppress_blank", "without_timestamps"),
-        "multilingual",
+        *("multilingual", "word_timestamps"),
     ):
         boolean(name, arguments[name])
     for name in ("prefix", "hotwords"):
         if not isinstance(arguments[name], str | None):
             raise TypeError(f"{name} must be a string or None, got {type(arguments[name]).__name__}")
+    for name in ("prepend_punctuations", "append_punctuations"):
+        if not isinstance(arguments[name], str):
+            raise TypeError(f"{name} must be a string, got {type(arguments[name]).__name__}")
+    if (threshold := arguments["hallucination_silence_threshold"]) is not None:
+        _number("hallucination_silence_threshold", threshold, 0, math.inf)
+        if not arguments["word_timestamps"]:
+            raise ValueError(
+                "word_timestamps must be True with hallucination_silence_threshold, which looks at words, "
+                "got False"
+            )
     integer("best_of", arguments["best_of"], 1, 1000)
     if arguments["max_new_tokens"] is not None:
         integer("max_new_tokens", arguments["max_new_tokens"], 1, 100_000)
@@ -686,9 +702,14 @@ def _speech(samples: np.ndarray, options: VadOptions) -> list[tuple[int, int]]:
 def _restored(segments: Iterator[Segment], joined: Joined | None) -> Iterator[Segment]:
     """Segments at their times in the recording, of which only speech was listened to."""
     for segment in segments:
-        if joined is not None:
+        if joined is not None and segment.words:
+            for word in segment.words:  # Both ends are of the stretch that the word's middle is in.
+                stretch = joined.stretch((word.start + word.end) / 2)
+                word.start, word.end = (joined.time(each, stretch) for each in (word.start, word.end))
+            segment.start, segment.end = segment.words[0].start, segment.words[-1].end
+        elif joined is not None:
             segment.start = joined.time(segment.start)
-            segment.end = joined.time(segment.end, end=True)
+            segment.end = joined.time(segment.end, joined.stretch(segment.end, end=True))
         yield segment
 
 

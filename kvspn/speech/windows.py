@@ -18,7 +18,9 @@ from kvspn.models import WhisperM2MForConditionalGeneration, WhisperM2MProcessor
 from kvspn.models.checkpoints.vocabulary import not_speech, prompt_tokens
 from kvspn.models.languages import language_probabilities
 from kvspn.ops.rules import Timestamps
+from kvspn.speech import alignment
 from kvspn.speech.segments import STEP, compression_ratio
+from kvspn.speech.words import Timing
 
 _BLOCK = 3_000  # frames of which a spectrum is taken at once: 30 s
 
@@ -41,6 +43,7 @@ class Choice:
     without_timestamps: bool = False
     max_initial_timestamp: float = 1.0
     max_new_tokens: int | None = None
+    word_timestamps: bool = False
     k: int | float | str = 1
     draft: bool = True
 
@@ -59,7 +62,8 @@ class Heard:
     """What was made of a window.
 
     tokens: generated ones without the end token; `whole`: whether there was one, else a limit came first.
-    The figures: as in `kvspn.speech.segments.Segment`; `stats`: of all attempts together.
+    The figures: as in `kvspn.speech.segments.Segment`; `stats`: of all attempts together; `timing`: of the
+    text's tokens, where words are asked for.
     """
 
     tokens: list[int]
@@ -70,6 +74,7 @@ class Heard:
     no_speech_prob: float
     temperature: float
     stats: DecodeStats
+    timing: Timing | None = None
 
 
 class Windows:
@@ -162,7 +167,11 @@ class Windows:
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of tokens, white space at its ends included, timestamps and special tokens left out."""
-        return self.tokenizer.decode([token for token in tokens if token < self._end])
+        return self.tokenizer.decode(self.text_tokens(tokens))
+
+    def text_tokens(self, tokens: Sequence[int]) -> list[int]:
+        """Without timestamps and special tokens."""
+        return [token for token in tokens if token < self._end]
 
     def prompt(
         self,
@@ -196,10 +205,12 @@ class Windows:
         by: Choice,
         seed: int,
         rows: int = 1,
+        frames: Sequence[int] = (),
     ) -> list[Heard]:
         """Windows, a row of an engine each, by their states [E, d] and prompts.
 
         Args:
+            frames: of each window, those that are sound, where words are asked for.
             rows: of the engine; those above the windows' number stay idle.
 
         A single window is tried again at the next temperature where its text compresses too well or is too
@@ -209,13 +220,15 @@ class Windows:
         with engine.lock:
             silent = self._silence(engine, states, [prompt.before for prompt in prompts])
             if rows > 1:
-                return self._decode(engine, prompts, silent, by, by.temperatures[0], seed)
+                return self._decode(engine, prompts, silent, by, by.temperatures[0], seed, frames)
             tried: list[Heard] = []
             spent: list[DecodeStats] = []
             for i, temperature in enumerate(by.temperatures):
                 draws = range(by.best_of if temperature else 1)
                 seeds = ((seed * 100 + i) * 1000 + draw for draw in draws)
-                heard = [self._decode(engine, prompts, silent, by, temperature, each)[0] for each in seeds]
+                heard = [
+                    self._decode(engine, prompts, silent, by, temperature, each, frames)[0] for each in seeds
+                ]
                 tried.append(max(heard, key=_likelihood))
                 spent += [each.stats for each in heard]
                 if not _failed(tried[-1], by):
@@ -259,6 +272,7 @@ class Windows:
         by: Choice,
         temperature: float,
         seed: int,
+        frames: Sequence[int],
     ) -> list[Heard]:
         """The rows whose states are in the engine, once."""
         starts = [[*prompt.before, *prompt.after] for prompt in prompts]
@@ -283,12 +297,15 @@ class Windows:
             seed=seed,
             log_probs=True,
             timestamps=grammar,
+            cross_queries=by.word_timestamps,
         )
         assert found.log_probs is not None
         heard = []
         rows = len(prompts)
-        for tokens, start, log_probs, no_speech, stats in zip(
-            found.sequences[:rows], starts, found.log_probs[:rows], silent, found.rows[:rows], strict=True
+        for row, (tokens, start, log_probs, no_speech, stats) in enumerate(
+            zip(
+                found.sequences[:rows], starts, found.log_probs[:rows], silent, found.rows[:rows], strict=True
+            )
         ):
             new = tokens[len(start) :]
             whole = new[-1:] == [self._end]
@@ -304,9 +321,42 @@ class Windows:
                     no_speech_prob=no_speech,
                     temperature=temperature,
                     stats=stats,
+                    timing=self._timing(engine, row, tokens, len(start), log_probs, frames[row])
+                    if by.word_timestamps
+                    else None,
                 )
             )
         return heard
+
+    def _timing(
+        self,
+        engine: Engine,
+        row: int,
+        tokens: Sequence[int],
+        first: int,
+        log_probs: Sequence[float],
+        frames: int,
+    ) -> Timing:
+        """When the text of a row's tokens is said, those from `first` on being its window's own."""
+        text = [i for i in range(first, len(tokens)) if tokens[i] < self._end]
+        sound = max(1, frames // 2)
+        if not text:
+            return Timing([0.0], [])
+        # A token is chosen at the one before it; where the last one's end is chosen, it has been processed.
+        chosen = [i - 1 for i in text] + [text[-1]] * (text[-1] + 1 < len(tokens))
+        begin = alignment.starts(engine.cross_scores(row, self.alignment_heads, chosen), sound)
+        probabilities = [float(np.exp(log_probs[i - first])) for i in text]
+        return Timing([*begin, sound * alignment.POSITION][: len(text) + 1], probabilities)
+
+    @cached_property
+    def alignment_heads(self) -> list[tuple[int, int]]:
+        """Layer and head of cross-attention that follow the speech; where the model names none, those of the
+        upper half of its layers, as in OpenAI's Whisper."""
+        config = self.model.config
+        heads = range(config.decoder_attention_heads)
+        upper = range(config.decoder_layers // 2, config.decoder_layers)
+        named = self._said.get("alignment_heads") or [(layer, head) for layer in upper for head in heads]
+        return [(layer, head) for layer, head in named]
 
     def _limit(self, prompt: int, max_new_tokens: int | None) -> int:
         """Tokens of a row, its prompt included."""
