@@ -37,7 +37,9 @@ class DraftRecipe:
         blocks, groups: of the draft network, as in WhisperM2MConfig; None for three, or the most below that
             divide the decoder's layers.
         ffn_dim: width of a block's FFN; None is the base decoder's.
-        encoder_attention: whether a block reads the encoder's output; encoder_stride: every n-th position.
+        encoder_attention: whether a block reads the encoder's output; encoder_stride: every n-th position,
+            which lie first in the cache then: above 1 the base's own sums over them round in another order,
+            and its text is the same but for rounding.
         draft_vocabulary: the tokens that it can guess, those that the base said most often; None,
             or as many as there are, for all.
 
@@ -61,7 +63,7 @@ class DraftRecipe:
     groups: int | None = None
     ffn_dim: int | None = None
     encoder_attention: bool = True
-    encoder_stride: int = 2
+    encoder_stride: int = 1
     draft_vocabulary: int | None = 16_384
     loss: str = "distillation"
     steps: int = 6000
