@@ -94,6 +94,23 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "rows": [{**row, "ms_median": 8.765}],
         },
         "ops-cpu": {"machine": machine, "ops": [{**row, "what": "fused_linear/fc1", "ms_median": 0.1234}]},
+        "encoder-cpu": {
+            "machine": {"device": "A processor"},
+            "gflop": 87.4,
+            "rows": [
+                {
+                    "encoder": "native int8",
+                    "instruction_set": "amx",
+                    "threads": 2,
+                    "ms": 123.4,
+                    "cpu_ms": 234.5,
+                    "gflop_per_cpu_s": 345.6,
+                    "over_torch_fp32": 4.567,
+                    "over_torch_fp32_cpu": 5.678,
+                    "relative_error": 0.037,
+                }
+            ],
+        },
         "step-cpu-cheap-draft": {
             "machine": machine,
             "summary": cheap,
@@ -120,6 +137,7 @@ def test_written(folders: Path) -> None:
     assert "flattened 50.0%; strided not measured" in page
     assert "list of 9,000 of" in page
     assert "| whisperM2M/native/int8 | 7.4% | 21.3% | 40.0% | 1.73 | 2.35 openvino |" in page
+    assert "| native int8 | 2 | 123 | 234 | 346 | 4.57 × | 5.68 × | 3.7e-02 |" in page
     assert {file.stem for file in (folders / "docs/plots").iterdir()} == set(performance.plots())
 
 
