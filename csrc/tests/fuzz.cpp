@@ -5,6 +5,7 @@
 // larger than the memory behind it cannot be told.
 #include <chrono>
 #include <climits>
+#include <cmath>
 #include <cstring>
 #include <random>
 
@@ -175,6 +176,34 @@ void use(kvspn_engine* engine, Batch& batch) {
     CHECK(ok || batch.state() == before);
 }
 
+// An encoder of damaged weights, and one of whole ones with damaged features or states.
+void encode(const Model& model, kvspn_encoder* encoder) {
+    std::vector<kvspn_tensor> weights = model.tensors();
+    kvspn_encoder_params params{0,
+                                kLayers,
+                                kHeads,
+                                any_of({KVSPN_FP32, KVSPN_BF16, KVSPN_INT8}),
+                                int32_t(random_bits() % 3),
+                                int32_t(chance(50)),
+                                nullptr};
+    set_size(params);
+    if (chance(40))
+        *any_of({&params.layers, &params.heads, &params.format}) = number();
+    else
+        damage(weights[random_bits() % weights.size()]);
+    kvspn_encoder* other = nullptr;
+    if (made(kvspn_encoder_create(&params, weights.data(), int32_t(weights.size()), &other)))
+        kvspn_encoder_destroy(other);
+    else
+        CHECK(!other);
+    Sound sound;
+    kvspn_tensor from = sound.input(), to = sound.output();
+    if (chance(80)) damage_one({&from, &to});
+    if (chance(20)) sound.features[random_bits() % sound.features.size()] = NAN;
+    const std::vector<float> before = sound.states;
+    if (!made(kvspn_encoder_encode(encoder, chance(5) ? nullptr : &from, &to))) CHECK(sound.states == before);
+}
+
 // The ops, each on tensors of which one is damaged as a rule.
 void op() {
     constexpr int64_t B = 2, H = 2, Q = 3, S = 20, D = 8, N = 40;
@@ -303,13 +332,20 @@ int main(int argc, char** argv) {
     kvspn_engine* engine = model.engine(2);
     Batch batch(engine);
     const std::vector<int32_t> expected = batch.generate(0);
+    kvspn_encoder* encoder = model.encoder(KVSPN_FP32, 2);
+    Sound sound;
+    CHECK(sound.encode(encoder) == KVSPN_OK);
+    const std::vector<float> states = sound.states;
     const auto start = std::chrono::steady_clock::now();
     while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds) {
         create(model);
         for (int n = 0; n < 40; ++n) use(engine, batch);
         for (int n = 0; n < 40; ++n) op();
+        for (int n = 0; n < 10; ++n) encode(model, encoder);
         CHECK(batch.generate(1) == expected);
+        CHECK(sound.encode(encoder) == KVSPN_OK && sound.states == states);
     }
     kvspn_engine_destroy(engine);
+    kvspn_encoder_destroy(encoder);
     std::printf("%ld calls, %ld of them refused\n", calls, refused);
 }

@@ -19,7 +19,7 @@
     } while (0)
 
 constexpr int kLayers = 2, kHeads = 2, kWidth = 16, kHidden = 32, kVocabulary = 29, kRows = 3, kCapacity = 24,
-              kStates = 5;
+              kStates = 5, kBands = 7;
 
 // Reproducible numbers in [-0.5, 0.5).
 struct Noise {
@@ -64,6 +64,18 @@ class Model {
         add("blocks.0.kv_out.weight", {kWidth, kWidth});
         add("blocks.0.fc1.weight", {kHidden, kWidth});
         add("blocks.0.fc2.weight", {kWidth, kHidden});
+        add_matrix("encoder.conv1", {kWidth, kBands, 3});
+        add_matrix("encoder.conv2", {kWidth, kWidth, 3});
+        add("encoder.embed_positions", {kStates, kWidth});
+        add_norm("encoder.norm");
+        for (int i = 0; i < kLayers; ++i) {
+            const std::string layer = "encoder.layers." + std::to_string(i) + ".";
+            for (const char* norm : {"self_norm", "ffn_norm"}) add_norm(layer + norm);
+            add_matrix(layer + "self_qkv", {3 * kWidth, kWidth});
+            add_matrix(layer + "self_out", {kWidth, kWidth});
+            add_matrix(layer + "fc1", {kHidden, kWidth});
+            add_matrix(layer + "fc2", {kWidth, kHidden});
+        }
     }
 
     kvspn_engine* engine(int threads) const {
@@ -74,12 +86,23 @@ class Model {
         return made;
     }
 
+    kvspn_encoder* encoder(int32_t format, int threads) const {
+        const kvspn_encoder_params params{sizeof params, kLayers, kHeads, format, threads, 0, nullptr};
+        kvspn_encoder* made = nullptr;
+        CHECK(kvspn_encoder_create(&params, tensors_.data(), int32_t(tensors_.size()), &made) == KVSPN_OK);
+        return made;
+    }
+
     const std::vector<kvspn_tensor>& tensors() const { return tensors_; }
 
   private:
     void add_norm(const std::string& name) {
         add(name + ".weight", {kWidth});
         add(name + ".bias", {kWidth});
+    }
+    void add_matrix(const std::string& name, const std::vector<int64_t>& shape) {
+        add(name + ".weight", shape);
+        add(name + ".bias", {shape[0]});
     }
     void add(const std::string& name, const std::vector<int64_t>& shape) {
         int64_t count = 1;
@@ -94,6 +117,22 @@ class Model {
     std::deque<std::string> names_;
     std::deque<std::vector<float>> data_;
     std::vector<kvspn_tensor> tensors_;
+};
+
+// Features, and the states that an encoder makes of them.
+struct Sound {
+    std::vector<float> features = std::vector<float>(kBands * 2 * kStates),
+                       states = std::vector<float>(kStates * kWidth);
+    Sound() {
+        Noise noise;
+        for (float& value : features) value = noise.next();
+    }
+    kvspn_tensor input() { return tensor("features", features.data(), KVSPN_FP32, {kBands, 2 * kStates}); }
+    kvspn_tensor output() { return tensor("states", states.data(), KVSPN_FP32, {kStates, kWidth}); }
+    kvspn_status encode(kvspn_encoder* encoder) {
+        const kvspn_tensor from = input(), to = output();
+        return kvspn_encoder_encode(encoder, &from, &to);
+    }
 };
 
 // A batch, its buffers, and an utterance that starts over and over.
@@ -117,6 +156,7 @@ class Batch {
                 tensor("cross_kv", cross_.data(), KVSPN_FP32, {kLayers, 2, kRows, kHeads, kStates, head}),
                 tensor("cross_lengths", cross_lengths, KVSPN_INT32, {kRows}),
                 nullptr,
+                nullptr,
                 nullptr};
     }
 
@@ -135,7 +175,7 @@ class Batch {
     }
 
     static kvspn_step_params step_params(int draft) {
-        return {sizeof(kvspn_step_params), nullptr, 1, -1, kCapacity, draft, nullptr};
+        return {sizeof(kvspn_step_params), nullptr, 1, -1, kCapacity, draft, nullptr, nullptr, nullptr};
     }
 
     bool done() const {

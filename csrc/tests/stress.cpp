@@ -84,6 +84,31 @@ void share(const Model& model, const std::vector<int32_t>& expected) {
     kvspn_engine_destroy(engine);
 }
 
+// Encoders of 1 to 4 threads at the same time, and one that three threads share, where a call is made or
+// refused: the states are those of one thread.
+void encode(const Model& model) {
+    for (const int32_t format : {KVSPN_FP32, KVSPN_BF16, KVSPN_INT8}) {
+        kvspn_encoder* alone = model.encoder(format, 1);
+        Sound expected;
+        CHECK(expected.encode(alone) == KVSPN_OK);
+        std::vector<std::thread> callers;
+        for (int threads = 1; threads <= 4; ++threads) {
+            callers.emplace_back([&, threads] {
+                kvspn_encoder* own = model.encoder(format, threads);
+                for (int again = 0; again < 20; ++again) {
+                    Sound sound;
+                    CHECK(sound.encode(own) == KVSPN_OK && sound.states == expected.states);
+                    const kvspn_status status = sound.encode(alone);
+                    CHECK(status == KVSPN_BUSY || (status == KVSPN_OK && sound.states == expected.states));
+                }
+                kvspn_encoder_destroy(own);
+            });
+        }
+        for (std::thread& caller : callers) caller.join();
+        kvspn_encoder_destroy(alone);
+    }
+}
+
 #if !defined(__SANITIZE_THREAD__)
 // A child process goes on with the engine that it has a copy of, or only ends; so does the parent.
 void fork_and_go_on(const Model& model, const std::vector<int32_t>& expected) {
@@ -143,6 +168,7 @@ int main(int argc, char** argv) {
     }
     for (std::thread& caller : callers) caller.join();
     share(model, expected);
+    encode(model);
 #if !defined(__SANITIZE_THREAD__)  // which cannot follow a child's threads
     fork_and_go_on(model, expected);
 #endif

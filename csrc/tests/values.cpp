@@ -153,6 +153,17 @@ void attention(const std::string& name, int32_t dtype) {
                 (unsigned long long)hash(out.data(), out.size() * sizeof(float)));
 }
 
+// fp32 alone: bf16 and int8 meet the products that an instruction set has for them.
+void encoder() {
+    const Model model;
+    kvspn_encoder* made = model.encoder(KVSPN_FP32, 1);
+    Sound sound;
+    CHECK(sound.encode(made) == KVSPN_OK);
+    std::printf("encoder fp32: %016llx\n",
+                (unsigned long long)hash(sound.states.data(), sound.states.size() * sizeof(float)));
+    kvspn_encoder_destroy(made);
+}
+
 }  // namespace
 
 int main() {
@@ -162,4 +173,5 @@ int main() {
     for (const auto& [name, dtype] : kFormats) linear(name, dtype);
     for (const auto& [name, dtype] : kFormats)
         if (is_cache(dtype)) attention(name, dtype);
+    encoder();
 }
