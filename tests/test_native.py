@@ -211,7 +211,8 @@ def test_int4_in_groups_that_no_block_divides():
 def test_an_unknown_instruction_set(monkeypatch):
     monkeypatch.setenv("KVSPN_CPU", "sse9")
     with pytest.raises(
-        ValueError, match=r"^KVSPN_CPU must be avx512vnni, avx512, avx2 or portable, got sse9"
+        ValueError,
+        match=r"^KVSPN_CPU must be amx, avx512bf16, avx512vnni, avx512, avx2 or portable, got sse9",
     ):
         engine("native", random_decoder(), batch=1, capacity=4, cross_capacity=4)
 
