@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -155,6 +157,29 @@ def test_rules_disturb_choice_and_rank(ops, dtype):
     assert torch.equal(argmax, expected_argmax)
     forbidden = mask[draft.long()] == -torch.inf
     assert torch.equal(rank[~forbidden], expected_rank[~forbidden])
+
+
+@pytest.mark.parametrize(("top_k", "n", "kept"), [(0, 0, 0), (5, 0, 1), (0, 2, 1)])
+def test_logits_are_kept_where_they_are_asked_for_alone(top_k, n, kept, monkeypatch):
+    """What Triton launches for rules: most have no top_k, and must not store the vocabulary."""
+    module = sys.modules.get("kvspn.triton_kernels.lm_head_verify")
+    if module is None or torch.cuda.is_available():
+        pytest.skip("the triton backend does not run on this device")
+    launched = []
+    monkeypatch.setattr(
+        module, "launch", lambda kernel, *_, **__: launched.append(kernel.__name__), raising=True
+    )
+    rules = pack_rules([Rule(0.7, 1, None, top_k), Rule()], [1, 1])
+    assert rules.shape == (2, 9 if top_k else 8)
+    listed = {}
+    if n:
+        listed = {"best_tokens": torch.zeros(2, 1, n).int(), "best_logits": torch.zeros(2, 1, n)}
+    module.launch_lm_head_verify(
+        *(torch.randn(2, 1, 16), torch.randn(40, 16), torch.zeros(2, 0, dtype=torch.int32)),
+        **{"rules": rules, "lengths": i32(0, 0), "tokens": i32([0], [0]), **listed},
+    )
+    assert "vocabulary_kernel" in launched
+    assert launched.count("kept_kernel") == kept
 
 
 def test_ids_are_the_tokens_of_rows(ops):

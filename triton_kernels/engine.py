@@ -38,14 +38,15 @@ class TritonEngine(ReferenceEngine):
         rows = len(self.tokens)
         with torch.inference_mode(False):
             self._mask_buffers = torch.zeros(2, len(self._embed), device=device)
-            self._rules_buffer = torch.zeros(rows, RULE_WORDS, dtype=torch.int32, device=device)
+            self._rules_buffer = torch.zeros(rows * (RULE_WORDS + 1), dtype=torch.int32, device=device)
             self._drafts_buffer = torch.zeros(MOST_DRAFTS, rows, dtype=torch.int32, device=device)
 
     def _choose(self, rules: Sequence[Rule], first: Sequence[int]) -> None:
         super()._choose(rules, first)
         mask, first_mask = self._mask_buffers
         self._mask, self._first_mask = _copied(mask, self._mask), _copied(first_mask, self._first_mask)
-        self._rules = _copied(self._rules_buffer, self._rules)
+        if self._rules is not None:
+            self._rules = self._rules_buffer[: self._rules.numel()].view_as(self._rules).copy_(self._rules)
 
     def _step(self, k: int, draft: bool, draft_tokens: Tensor | None = None) -> None:
         if draft_tokens is not None:
@@ -58,8 +59,9 @@ class TritonEngine(ReferenceEngine):
             self._constants = (self._eos, self._max_length)
             self._graphs.clear()
         drafts = -1 if draft_tokens is None else draft_tokens.shape[1]
-        optional = (self._mask, self._first_mask, self._rules, self.cache.cross_queries)
-        kind = (k, draft, drafts, *(tensor is not None for tensor in optional), self._scored)
+        optional = (self._mask, self._first_mask, self.cache.cross_queries)
+        words = 0 if self._rules is None else self._rules.shape[1]
+        kind = (k, draft, drafts, words, *(tensor is not None for tensor in optional), self._scored)
         with torch.cuda.device(self._embed.device):
             if kind not in self._graphs:
                 self._graphs[kind] = self._capture(rule)

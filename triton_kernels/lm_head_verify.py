@@ -1,7 +1,7 @@
 """lm_head_verify: the vocabulary tile by tile; a tile leaves its best token and how many beat the draft.
 
 First, with rules, what the grammar of each row lets come next; then the drafts' own logits, by the same sums
-as in the tiles; then the tiles; then one program per row that combines them. With rules, or where the best
+as in the tiles; then the tiles; then one program per row that combines them. With a top_k, or where the best
 tokens are asked for, the tiles leave the masked logits too, and at last a program per row goes through them.
 """
 
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvspn.ops import K_INF
+from kvspn.ops.rules import RULE_WORDS
 from kvspn.triton_kernels.configurations import ROWS, matrix
 from kvspn.triton_kernels.fused_linear import scale_layout
 from kvspn.triton_kernels.launch import launch, register
@@ -310,11 +311,12 @@ def _order(logits):
 def kept_kernel(
     kept, rules, lengths, windows, ids, draft, argmax, rank, scores, best_tokens, best_logits,
     rows, queries, v, draft_b, rules_b, scores_b, scores_q, tokens_b, tokens_q, logits_b, logits_q,
-    BLOCK: tl.constexpr, N: tl.constexpr,
+    BLOCK: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """From all masked logits of a row, a program each: its N best tokens, and the draw of a rule with top_k.
 
     The draw is among the logits that are no smaller than the top_k-th largest, which is found bit by bit.
+    CUT: whether the rules have one.
     """
     row = tl.program_id(0) + tl.arange(0, 1)
     b, query = (tl.program_id(0) // queries).to(tl.int64), tl.program_id(0) % queries
@@ -322,12 +324,10 @@ def kept_kernel(
     inside = column < v
     logits = tl.load(kept + tl.program_id(0).to(tl.int64) * v + column, mask=inside, other=float("-inf"))
     token = column if ids is None else tl.load(ids + column, mask=inside, other=0)
-    cut = 0
     if rules is not None:
         rule = rules + b * rules_b
         times, text = tl.load(rule + 4), tl.load(windows + 3 * tl.program_id(0))
         logits = tl.where((times > 0) & (token < times) & (token < text), float("-inf"), logits)
-        cut = tl.where(tl.load(rule + 1).to(tl.float32, bitcast=True) > 0, tl.load(rule + 8), 0)
     chosen = tl.load(argmax + tl.program_id(0)) >= 0
     left = logits
     for i in tl.static_range(N):
@@ -338,7 +338,9 @@ def kept_kernel(
         tl.store(best_tokens + b * tokens_b + query * tokens_q + i, tl.where(there, best, -1))
         tl.store(best_logits + b * logits_b + query * logits_q + i, tl.where(there, largest, float("-inf")))
         left = tl.where(column == at, float("-inf"), left)
-    if rules is not None:  # noqa: SIM102 - The compiler knows.
+    if CUT:
+        rule = rules + b * rules_b
+        cut = tl.where(tl.load(rule + 1).to(tl.float32, bitcast=True) > 0, tl.load(rule + 8), 0)
         if chosen & (cut > 0):
             order = _order(logits)
             least = tl.zeros([1], tl.uint32)
@@ -393,7 +395,8 @@ def launch_lm_head_verify(
     best = floats(kinds, rows, tiles)
     choice, ahead = draft.new_empty(2, kinds, rows, tiles).unbind()
     parts = None if scores is None and rules is None else floats(3, kinds, rows, tiles)
-    kept = None if best_tokens is None and rules is None else floats(rows, v)
+    cut = rules is not None and rules.shape[1] > RULE_WORDS
+    kept = floats(rows, v) if cut or best_tokens is not None else None
     argmax, rank = draft.new_empty(batch, queries), draft.new_empty(batch, queries - 1)
     judged = queries > 1
     own, own_logit = floats(rows) if judged else None, floats(rows) if judged and scores is not None else None
@@ -457,6 +460,7 @@ def launch_lm_head_verify(
             *(rows, queries, v, draft.stride(0), rules_b, *scores_strides, *listed),
             BLOCK=block,
             N=0 if best_tokens is None else best_tokens.shape[2],
+            CUT=cut,
             num_warps=min(max(block // 2048, 4), 16),
         )
     return argmax, rank

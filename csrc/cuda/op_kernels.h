@@ -22,7 +22,7 @@ struct VerifyOp {
     uint64_t* best;            // [rows], zeros
     int32_t *above, *arrived;  // [rows] and [1], zeros
     Part* parts;               // [blocks, kKinds, rows] where rows are scored, listed or have rules, or null
-    float* kept;               // [rows, outputs] where rows are listed or have rules, or null
+    float* kept;               // [rows, outputs] where rows are listed or may be cut, or null
 };
 
 struct AttentionOp {

@@ -164,7 +164,8 @@ void lm_head_verify(const kvspn_verify_params& p) {
     op.above = reinterpret_cast<int32_t*>(op.best + rows), op.arrived = op.above + rows;
     if (given(p.scores) || given(p.rules) || given(p.best_tokens))
         op.parts = allocate<Part>(p.stream, rows * kKinds * device.multiprocessors);
-    if (given(p.rules) || given(p.best_tokens)) op.kept = allocate<float>(p.stream, rows * p.weight.shape[0]);
+    if ((given(p.rules) && p.rules.shape[1] == kRuleWords) || given(p.best_tokens))
+        op.kept = allocate<float>(p.stream, rows * p.weight.shape[0]);
     launch(device, op, stream);
 }
 

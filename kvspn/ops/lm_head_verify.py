@@ -8,7 +8,7 @@ from torch import Tensor
 from kvspn.checks import FLOATS, FP32, INT32, Shapes
 from kvspn.ops._library import register
 from kvspn.ops.fused_linear import check_norm, project
-from kvspn.ops.rules import RULE_WORDS, constrain, disturb
+from kvspn.ops.rules import check_packed, constrain, disturb
 from kvspn.weights.linear import check_weight, dequantise
 
 K_INF = 2**31 - 1  # the k that accepts every draft
@@ -56,7 +56,7 @@ def check(
     if rules is None and first_mask is not None:
         raise ValueError("rules must be given with first_mask, got None")
     if rules is not None and lengths is not None and tokens is not None:
-        shapes.tensor("rules", rules, f"B {RULE_WORDS}", INT32)
+        check_packed(shapes, rules)
         shapes.tensor("lengths", lengths, "B", INT32)
         shapes.tensor("tokens", tokens, "B N", INT32)
     if scores is not None:
@@ -102,9 +102,9 @@ def reference(
         ids: int32 [V], with Q = 1: the tokens that the rows of weight stand for, as those of a draft
             vocabulary do. argmax is then one of these, and the masks are of all tokens.
         first_mask: as mask, in its place where a choice is its row's first; with rules.
-        rules: int32 [B, 9], packed by ``kvspn.ops.rules.pack_rules``: a row with a temperature is sampled,
-            and one with timestamps keeps to their grammar. Its logits count as ``kvspn.ops.rules.constrain``
-            and then ``disturb`` make them, for argmax and rank alike.
+        rules: int32 [B, 8 or 9], packed by ``kvspn.ops.rules.pack_rules``: a row with a temperature is
+            sampled, and one with timestamps keeps to their grammar. Its logits count as
+            ``kvspn.ops.rules.constrain`` and then ``disturb`` make them, for argmax and rank alike.
         lengths: int32 [B], with rules: row j chooses the token at the index lengths[b] + j + 1 of row b.
         tokens: int32 [B, N], with rules: of row b the first lengths[b] + 1, which the grammar goes by.
         scores: fp32 [B, Q, 3], written: the log-sum-exp of each row's masked logits, and of these those of

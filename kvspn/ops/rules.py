@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvspn.checks import integer
+from kvspn.checks import INT32, Shapes, integer
 
-RULE_WORDS = 9  # int32 of a packed rule
+RULE_WORDS = 8  # int32 of a packed rule; one more where a rule of the batch has a top_k
 _LAST = 2**31 - 1  # no token, and above all
 
 
@@ -74,20 +74,30 @@ def check_rule(name: str, rule: Rule) -> None:
     integer(f"{name}timestamps.prefix", timestamps.prefix, 0, _LAST)
 
 
+def check_packed(shapes: Shapes, rules: Tensor) -> None:
+    """Raise TypeError or ValueError unless they can be the packed rules of B rows."""
+    shapes.tensor("rules", rules, "B W", INT32)
+    if shapes["W"] not in (RULE_WORDS, RULE_WORDS + 1):
+        raise ValueError(
+            f"rules must hold {RULE_WORDS} or {RULE_WORDS + 1} words of a row, got {shapes['W']}"
+        )
+
+
 def pack_rules(rules: Sequence[Rule], first: Sequence[int]) -> Tensor:
-    """Rules, and the index of each row's first token that is chosen -> int32 [B, 9].
+    """Rules, and the index of each row's first token that is chosen -> int32 [B, 8], or [B, 9] with a top_k.
 
     A row holds that index, the bits of the temperature, the low and the high half of the seed, the token of
     0.00 s (0 for no grammar), the end of text, the last token of a first timestamp, the length of the prefix,
-    and top_k, as ``RowRule`` of csrc/common/rule.h.
+    and top_k, as ``RowRule`` of csrc/common/rule.h. Without it a device need not keep the logits of any row.
     """
-    packed = torch.zeros(len(rules), RULE_WORDS, dtype=torch.int32)
+    cut = any(rule.top_k for rule in rules)
+    packed = torch.zeros(len(rules), RULE_WORDS + cut, dtype=torch.int32)
     for row, ((temperature, seed, timestamps, top_k), index) in enumerate(zip(rules, first, strict=True)):
         halves = torch.tensor([seed & 0xFFFFFFFF, seed >> 32]).to(torch.int32)
         packed[row, 0] = index
         packed[row, 1:2] = torch.tensor([temperature], dtype=torch.float32).view(torch.int32)
         packed[row, 2:4] = halves
-        packed[row, 8] = top_k
+        packed[row, RULE_WORDS:] = top_k
         if timestamps is not None:
             begin, text_end, most, prefix = timestamps
             last = _LAST if most is None else min(begin + most, _LAST)
@@ -130,7 +140,7 @@ def disturb(logits: Tensor, rule: Tensor, index: int, tokens: Tensor) -> Tensor:
     what is smaller than the top_k-th largest, where the rule has one: what equals it stays, as in
     transformers. At temperature 0 the logits themselves.
     """
-    temperature, top_k = rule[1:2].view(torch.float32), int(rule[8])
+    temperature, top_k = rule[1:2].view(torch.float32), int(rule[RULE_WORDS:].sum())
     if not temperature > 0:
         return logits
     if 0 < top_k < len(logits):
