@@ -5,6 +5,7 @@ import torch
 
 from kvspn.decoding import decode
 from kvspn.engines import backends, engine
+from kvspn.engines.cache import StepCache
 from kvspn.engines.reference import ReferenceEngine
 from kvspn.models import convert_whisper
 from kvspn.models.weights import decoder_weights
@@ -111,6 +112,36 @@ def test_int8_caches(whisper, backend):
     positions = [0, 1, 2]  # of the prompt, so that both engines have the same tokens there
     wanted = exact.cross_scores(0, HEADS, positions)
     assert 0 < (e.cross_scores(0, HEADS, positions) - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_rows_are_reordered_with_their_queries():
+    cache = StepCache(2, 3, 1, 4, 5, 1)
+    assert cache.keep_queries()
+    assert not cache.keep_queries()
+    cache.lengths += 2
+    for buffer in (cache.kv, cache.cross_queries):
+        buffer.copy_(torch.arange(buffer.numel()).view(buffer.shape))
+    before = cache.cross_queries.clone()
+    cache.reorder(torch.tensor([2, 0, 0]))
+    assert torch.equal(cache.cross_queries, before[:, [2, 0, 0]])
+
+
+@pytest.mark.skipif("native" not in READY, reason="the extension is not built")
+@pytest.mark.parametrize(
+    ("queries", "message"),
+    [
+        (torch.zeros(2, 1, 7, 32), r"cross_queries must have 8 to 2\^24 positions, got 7"),
+        (torch.zeros(2, 1, 8, 31), r"cross_queries must have shape \[2, 1, any, 32\]"),
+        (torch.zeros(3, 1, 8, 32), r"cross_queries must have shape \[2, 1, any, 32\]"),
+        (torch.zeros(2, 1, 8, 32).half(), "cross_queries must be fp32, got fp16"),
+        (torch.zeros(2, 1, 8, 64)[..., :32], "cross_queries must be contiguous"),
+    ],
+)
+def test_a_batch_with_other_queries_is_refused(queries, message):
+    e = engine("native", random_decoder(heads=2, head_dim=16), batch=1, capacity=8, cross_capacity=4)
+    e.cache.cross_queries = queries
+    with pytest.raises(ValueError, match=message):
+        e._bind()
 
 
 def test_bad_input(backend):

@@ -18,7 +18,7 @@ from kvspn.ops.flat_kv_attention import reference as flat_kv_attention
 from kvspn.ops.fused_linear import reference as fused_linear
 from kvspn.ops.lm_head_verify import K_INF
 from kvspn.ops.lm_head_verify import reference as lm_head_verify
-from kvspn.ops.rules import RULE_WORDS
+from kvspn.ops.rules import check_packed
 from kvspn.weights import DecoderWeights, Linear, Norm
 
 REFERENCE = SimpleNamespace(
@@ -156,7 +156,7 @@ def check(
         if rules is None:
             raise ValueError("rules must be given with first_mask, got None")
     if rules is not None:
-        shapes.tensor("rules", rules, f"B {RULE_WORDS}", INT32)
+        check_packed(shapes, rules)
     if log_probs is not None:
         shapes.tensor("log_probs", log_probs, "B N", FP32)
 
@@ -287,6 +287,8 @@ def base_pass(
     """
     kv, lengths, cross_kv, cross_lengths, kv_scale, cross_kv_scale, cross_queries = caches
     x = embed(w, ids, lengths)
+    if cross_queries is not None:
+        kept_at = _places(x, cross_queries, lengths)
     for i, layer in enumerate(w.layers):
         q, k, v = split_heads(linear(ops, x, layer.self_qkv, layer.self_norm), 3, w.heads)
         here = slice(i, i + 1)
@@ -296,7 +298,7 @@ def base_pass(
         cross, scale = cross_kv[here], part(cross_kv_scale, here)
         queries = linear(ops, x, layer.cross_q, layer.cross_norm)
         if cross_queries is not None:
-            _keep(queries, cross_queries[i], lengths, finished)
+            cross_queries[i].scatter_(1, kept_at, queries.float())
         x = attend(ops, x, queries, layer.cross_out, cross, cross_lengths, scale)
         x = feed_forward(ops, x, layer.ffn_norm, layer.fc1, layer.fc2)
     return x
@@ -351,14 +353,13 @@ def attend(
     return linear(ops, heads, out, residual=x)
 
 
-def _keep(queries: Tensor, kept: Tensor, lengths: Tensor, finished: Tensor | None) -> None:
-    """Queries [B, Q, d] to their positions of fp32 [B, S + 1, d], whose last takes what has no place."""
-    last = kept.shape[1] - 1
-    positions = lengths[:, None] + torch.arange(queries.shape[1], dtype=torch.int32, device=kept.device)
-    if finished is not None:
-        positions = positions.masked_fill(finished[:, None], last)
-    at = positions.clamp_(max=last).long()[..., None].expand_as(queries)
-    kept.scatter_(1, at, queries.float())
+def _places(x: Tensor, kept: Tensor, lengths: Tensor) -> Tensor:
+    """Where a layer's [B, S + 1, d] keeps queries like x [B, Q, d]; its last takes what has no place.
+
+    A finished row's are written too, past its length, where nothing is read.
+    """
+    positions = lengths[:, None] + torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
+    return positions.clamp_(max=kept.shape[2] - 1).long()[..., None].expand_as(x)
 
 
 def feed_forward(ops: Any, x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> Tensor:
