@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-from kvspn.decoding import DecodeStats
+from kvspn.decoding import DecodeStats, compression_ratio
 from kvspn.models.folder import open_model
-from kvspn.speech.segments import Segment, compression_ratio, split
+from kvspn.speech.segments import Segment, split
 from kvspn.speech.transcription import Task, transcribe, transcribe_batch
 from kvspn.speech.windows import Choice, Heard, Prompt, Windows, is_silence
 from support import tiny

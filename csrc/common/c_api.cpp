@@ -50,6 +50,7 @@ class Entry {
         held_ = false;
         handle_->entered.store(false, std::memory_order_release);
     }
+    auto& operator*() const { return handle_->made; }
     auto* operator->() const { return &handle_->made; }
 
   private:
@@ -306,7 +307,7 @@ kvspn_status kvspn_encoder_encode(kvspn_encoder* encoder, const kvspn_tensor* fe
     return guard([&] {
         kvspn::require(features, "features must be given, got a null pointer");
         kvspn::require(states, "states must be given, got a null pointer");
-        (*Entry(encoder).operator->())->encode(*features, *states);
+        (*Entry(encoder))->encode(*features, *states);
     });
 }
 

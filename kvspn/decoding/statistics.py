@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -42,3 +43,9 @@ class DecodeStats:
         counts = [(row.tokens, row.steps, row.drafted, row.accepted) for row in rows]
         tokens, steps, drafted, accepted = (sum(column) for column in zip((0, 0, 0, 0), *counts, strict=True))
         return cls(tokens, steps, drafted, accepted, seconds)
+
+
+def compression_ratio(text: str) -> float:
+    """Bytes of UTF-8 over what zlib makes of them: what repeats itself is far above 2."""
+    data = text.encode()
+    return len(data) / len(zlib.compress(data))

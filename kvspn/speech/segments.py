@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -86,9 +85,3 @@ def split(tokens: Sequence[int], begin: int, seconds: float) -> tuple[list[Piece
 def ends_once(tokens: Sequence[int], begin: int) -> bool:
     """Whether a window's tokens end in a single timestamp, behind which nothing is said."""
     return len(tokens) > 1 and tokens[-2] < begin <= tokens[-1]
-
-
-def compression_ratio(text: str) -> float:
-    """Bytes of UTF-8 over what zlib makes of them: what repeats itself is far above 2."""
-    data = text.encode()
-    return len(data) / len(zlib.compress(data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvspn.decoding import DecodeStats, decode
+from kvspn.decoding import DecodeStats, compression_ratio, decode
 from kvspn.engines import Engine
 from kvspn.models import WhisperM2MForConditionalGeneration, WhisperM2MProcessor, prompts, settings
 from kvspn.models.checkpoints.vocabulary import not_speech, prompt_tokens
 from kvspn.models.languages import language_probabilities
 from kvspn.ops.rules import Timestamps
 from kvspn.speech import alignment
-from kvspn.speech.segments import STEP, compression_ratio
+from kvspn.speech.segments import STEP
 from kvspn.speech.words import Timing
 
 _BLOCK = 3_000  # frames of which a spectrum is taken at once: 30 s
@@ -345,7 +346,7 @@ class Windows:
         # A token is chosen at the one before it; where the last one's end is chosen, it has been processed.
         chosen = [i - 1 for i in text] + [text[-1]] * (text[-1] + 1 < len(tokens))
         begin = alignment.starts(engine.cross_scores(row, self.alignment_heads, chosen), sound)
-        probabilities = [float(np.exp(log_probs[i - first])) for i in text]
+        probabilities = [math.exp(log_probs[i - first]) for i in text]
         return Timing([*begin, sound * alignment.POSITION][: len(text) + 1], probabilities)
 
     @cached_property

@@ -7,7 +7,6 @@ on with the shard at which it stopped, and several processes make shards of thei
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvspn.atomic import atomic
-from kvspn.decoding import DecodeStats
+from kvspn.decoding import DecodeStats, compression_ratio
 from kvspn.engines import Engine
 from kvspn.models import WhisperM2MForConditionalGeneration, WhisperM2MProcessor, prompts, settings
 from kvspn.models.languages import language_probabilities
@@ -117,8 +116,8 @@ class Speaker:
         return list(self._languages)[int(likely.argmax())]
 
     def _repeats(self, tokens: Sequence[int]) -> bool:
-        text = self._processor.tokenizer.decode(tokens, skip_special_tokens=True).strip().encode()
-        return len(text) / len(zlib.compress(text)) > _REPEATS
+        text = self._processor.tokenizer.decode(tokens, skip_special_tokens=True)
+        return compression_ratio(text.strip()) > _REPEATS
 
     def _engine(self, rows: int) -> Engine:
         if rows not in self._engines:
