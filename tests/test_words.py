@@ -23,7 +23,7 @@ from kvspn.speech.segments import Segment, Word
 from kvspn.speech.transcription import Task, transcribe
 from kvspn.speech.whisper_model import BatchedInferencePipeline, WhisperModel, _restored
 from kvspn.speech.windows import Choice
-from kvspn.speech.words import Punctuation, Timing, doubt, give, looks_invented, words
+from kvspn.speech.words import Punctuation, Timing, doubt, ended, give, looks_invented, words
 from support import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:the text of")
@@ -133,10 +133,10 @@ def end_to_end(*times: float, probability: float = 0.9) -> list[Word]:
 
 def test_segments_take_their_words_and_their_times() -> None:
     segments = [segment(0, 2), segment(2, 3), segment(3, 3.5)]
-    ended = give(segments, [end_to_end(0.3, 0.7, 1.8), [], end_to_end(1.8, 3.2)], 0.5, 0.0)
+    give(segments, [end_to_end(0.3, 0.7, 1.8), [], end_to_end(1.8, 3.2)], 0.5, 0.0)
     assert [[word.word for word in each.words or []] for each in segments] == [[" w0", " w1"], [], [" w0"]]
     assert (segments[0].start, segments[0].end, segments[1].start, segments[2].end) == (0.3, 1.8, 2, 3.2)
-    assert ended == 3.2
+    assert (ended(segments, 1.0), ended(segments[1:2], 1.0)) == (3.2, 1.0)
 
 
 def test_a_long_word_yields_to_its_segment() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvspn.speech.segments import Piece, Segment, ends_once, split
 from kvspn.speech.windows import Choice, Heard, Windows, is_silence
-from kvspn.speech.words import Punctuation, doubt, give, words
+from kvspn.speech.words import Punctuation, doubt, ended, give, words
 
 
 @dataclass(frozen=True)
@@ -85,16 +85,17 @@ def transcribe(
             if not heard.whole and forward == seconds:
                 _warn_cut(segments, offset, seconds)
             if heard.timing is not None:
-                ended = _give_words(windows, segments, heard, offset, language, task, spoken)
-                if ended > offset and not ends_once(heard.tokens, windows.begin):
-                    forward = ended - offset  # What the last word of a whole segment ends is heard.
+                _give_words(windows, segments, heard, offset, language, task, spoken)
+                said = ended(segments, 0.0)
+                if said > offset and not ends_once(heard.tokens, windows.begin):
+                    forward = said - offset  # What the last word of a whole segment ends is heard.
                 if (threshold := task.hallucination_silence_threshold) is not None:
                     edges = (offset, offset + seconds, offset + windows.frames / rate)
                     if (doubted := doubt(segments, spoken, edges, last / rate, threshold)) is not None:
                         stand, again = doubted
                         del segments[stand:]
                         forward = again - offset
-                spoken = max([spoken, *(segment.end for segment in segments if segment.words)])
+                spoken = ended(segments, spoken)
             seek += max(1, round(forward * rate))
             for segment in _audible(segments):
                 before += segment.tokens
@@ -116,7 +117,7 @@ def transcribe_batch(
     """
     rate = windows.frames_per_second
     count = 0
-    ended = 0.0  # where the last speech did, by its words
+    said = 0.0  # where the last speech ended, by its words
     for first in range(0, len(parts), batch_size):
         rows = parts[first : first + batch_size]
         states = [windows.encode(features) for *_, features in rows]
@@ -139,7 +140,8 @@ def transcribe_batch(
             if not heard.whole and forward == seconds:
                 _warn_cut(segments, offset, seconds)
             if heard.timing is not None:
-                ended = _give_words(windows, segments, heard, offset, language, task, ended)
+                _give_words(windows, segments, heard, offset, language, task, said)
+                said = ended(segments, said)
             for segment in _audible(segments):
                 count += 1
                 segment.id = count
@@ -188,15 +190,15 @@ def _give_words(
     language: str,
     task: Task,
     spoken: float,
-) -> float:
-    """Give a window's segments their words; returns where the speech ends, which before them was `spoken`."""
+) -> None:
+    """Give a window's segments their words; the speech before them ended at `spoken`."""
     assert heard.timing is not None
     parts = [windows.text_tokens(segment.tokens) for segment in segments]
     written = task.target or language
     found, usual = words(windows.tokenizer, parts, heard.timing, written, task.punctuation)
     for word in itertools.chain(*found):
         word.start, word.end = word.start + offset, word.end + offset
-    return give(segments, found, usual, spoken)
+    give(segments, found, usual, spoken)
 
 
 def _warn_cut(segments: Sequence[Segment], offset: float, seconds: float) -> None:

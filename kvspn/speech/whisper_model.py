@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -22,6 +20,14 @@ from kvspn.models.checkpoints.packages import PACKAGED, files
 from kvspn.models.folder import open_model
 from kvspn.models.settings import code
 from kvspn.speech.audio import SAMPLING_RATE, load_audio
+from kvspn.speech.options import (
+    TranscriptionOptions,
+    check_number,
+    read_batch_clips,
+    read_clips,
+    read_options,
+    read_vad_options,
+)
 from kvspn.speech.segments import Segment, Word
 from kvspn.speech.transcription import Task, transcribe, transcribe_batch
 from kvspn.speech.vad import Joined, VadOptions, open_silero, speech
@@ -67,15 +73,6 @@ _SIZES = {
     },
 }
 
-# What no engine does yet, and the one value that asks for nothing.
-_NOT_HONOURED: Mapping[str, object] = {
-    "beam_size": 1,
-    "patience": 1,
-    "length_penalty": 1,
-    "repetition_penalty": 1,
-    "no_repeat_ngram_size": 0,
-}
-
 # What clips that are decoded beside each other do not do, and the values that ask for nothing.
 _NOT_BATCHED: Mapping[str, tuple[object, ...]] = {
     "compression_ratio_threshold": (2.4, None),
@@ -86,38 +83,6 @@ _NOT_BATCHED: Mapping[str, tuple[object, ...]] = {
     "prefix": (None,),
     "hallucination_silence_threshold": (None,),
 }
-
-
-@dataclass
-class TranscriptionOptions:
-    """What a transcription was asked for; the fields are those of faster-whisper."""
-
-    beam_size: int
-    best_of: int
-    patience: float
-    length_penalty: float
-    repetition_penalty: float
-    no_repeat_ngram_size: int
-    log_prob_threshold: float | None
-    no_speech_threshold: float | None
-    compression_ratio_threshold: float | None
-    condition_on_previous_text: bool
-    prompt_reset_on_temperature: float
-    temperatures: list[float]
-    initial_prompt: str | Iterable[int] | None
-    prefix: str | None
-    suppress_blank: bool
-    suppress_tokens: Sequence[int] | None
-    without_timestamps: bool
-    max_initial_timestamp: float
-    word_timestamps: bool
-    prepend_punctuations: str
-    append_punctuations: str
-    multilingual: bool
-    max_new_tokens: int | None
-    clip_timestamps: Any
-    hallucination_silence_threshold: float | None
-    hotwords: str | None
 
 
 @dataclass
@@ -236,8 +201,8 @@ class WhisperModel:
         without_timestamps: bool = False,
         max_initial_timestamp: float = 1.0,
         word_timestamps: bool = False,
-        prepend_punctuations: str = "\"'“¿([{-",
-        append_punctuations: str = "\"'.。,，!！?？:：”)]}、",
+        prepend_punctuations: str = Punctuation.before,
+        append_punctuations: str = Punctuation.after,
         multilingual: bool = False,
         vad_filter: bool = False,
         vad_parameters: VadOptions | Mapping[str, Any] | None = None,
@@ -295,13 +260,13 @@ class WhisperModel:
             TypeError, ValueError: naming the argument, before anything is decoded.
             kvspn.speech.audio.AudioError: a file that is no audio, or silent.
         """
-        options = _options(locals())
+        options = read_options(locals())
         choice = self._choice(options)
-        clips = _clips(clip_timestamps)
+        clips = read_clips(clip_timestamps)
         boolean("vad_filter", vad_filter)
         if vad_filter and clip_timestamps != "0":
             raise ValueError(f"vad_filter must be False with clip_timestamps, got {clip_timestamps!r}")
-        vad = _vad_options(vad_parameters, {})
+        vad = read_vad_options(vad_parameters, {})
         window = self._window(chunk_length)
         language = self._languages(language, task, multilingual)
         samples = _samples(audio)
@@ -355,7 +320,7 @@ class WhisperModel:
         """The language of samples [N] at 16 kHz, its probability, and those of all (see `transcribe`)."""
         samples = _samples(audio)
         if vad_filter:
-            samples = Joined(_speech(samples, _vad_options(vad_parameters, {}))).samples(samples)
+            samples = Joined(_speech(samples, read_vad_options(vad_parameters, {}))).samples(samples)
         most = language_detection_segments * self.windows.frames
         found = self._language(
             None,
@@ -394,7 +359,7 @@ class WhisperModel:
             return given or "en", 1.0, None
         integer("language_detection_segments", segments, 1, 10_000)
         if threshold is not None:
-            _number("language_detection_threshold", threshold, 0, 1)
+            check_number("language_detection_threshold", threshold, 0, 1)
         best: dict[str, list[float]] = {}
         width = self.windows.frames
         for i in range(segments):
@@ -484,7 +449,7 @@ class BatchedInferencePipeline:
             clip_timestamps=clip_timestamps,
             condition_on_previous_text=False,
         )
-        chosen = _options(arguments)
+        chosen = read_options(arguments)
         chosen.temperatures = chosen.temperatures[:1]
         choice = model._choice(chosen)
         integer("batch_size", batch_size, 1, 4096)
@@ -492,12 +457,12 @@ class BatchedInferencePipeline:
         window = model._window(chunk_length) / windows.frames_per_second
         if vad_parameters is None:
             vad_parameters = {"min_silence_duration_ms": 160}
-        vad = _vad_options(vad_parameters, {"max_speech_duration_s": window})
+        vad = read_vad_options(vad_parameters, {"max_speech_duration_s": window})
         language = model._languages(language, task, multilingual)
         samples = _samples(audio)
         joined = None
         if clip_timestamps is not None:
-            clips = _given_clips(clip_timestamps, window, len(samples))
+            clips = read_batch_clips(clip_timestamps, window, len(samples))
             parts = [(start / SAMPLING_RATE, samples[start:end]) for start, end in clips]
         elif vad_filter:
             joined = Joined(_speech(samples, vad))
@@ -574,91 +539,6 @@ def _arguments(**given: Any) -> dict[str, Any]:
     return known | given
 
 
-def _options(arguments: Mapping[str, Any]) -> TranscriptionOptions:
-    """The arguments of `WhisperModel.transcribe`, by their names, checked each by itself."""
-    for name, neutral in _NOT_HONOURED.items():
-        if arguments[name] != neutral:
-            raise ValueError(
-                f"{name} must be {neutral!r}, since no engine honours it yet, got {arguments[name]!r}"
-            )
-    temperature = arguments["temperature"]
-    temperatures = list(temperature) if isinstance(temperature, (list, tuple)) else [temperature]
-    if not temperatures:
-        raise ValueError("temperature must be a number from 0, or several, got none")
-    for name, values in (
-        ("temperature", temperatures),
-        ("max_initial_timestamp", [arguments["max_initial_timestamp"]]),
-        ("prompt_reset_on_temperature", [arguments["prompt_reset_on_temperature"]]),
-    ):
-        for value in values:
-            _number(name, value, 0, sys.float_info.max)
-    for name in ("compression_ratio_threshold", "log_prob_threshold", "no_speech_threshold"):
-        if arguments[name] is not None:
-            _number(name, arguments[name], -math.inf, math.inf)
-    for name in (
-        *("log_progress", "condition_on_previous_text", "suppress_blank", "without_timestamps"),
-        *("multilingual", "word_timestamps"),
-    ):
-        boolean(name, arguments[name])
-    for name in ("prefix", "hotwords"):
-        if not isinstance(arguments[name], str | None):
-            raise TypeError(f"{name} must be a string or None, got {type(arguments[name]).__name__}")
-    for name in ("prepend_punctuations", "append_punctuations"):
-        if not isinstance(arguments[name], str):
-            raise TypeError(f"{name} must be a string, got {type(arguments[name]).__name__}")
-    if (threshold := arguments["hallucination_silence_threshold"]) is not None:
-        _number("hallucination_silence_threshold", threshold, 0, math.inf)
-        if not arguments["word_timestamps"]:
-            raise ValueError(
-                "word_timestamps must be True with hallucination_silence_threshold, which looks at words, "
-                "got False"
-            )
-    integer("best_of", arguments["best_of"], 1, 1000)
-    if arguments["max_new_tokens"] is not None:
-        integer("max_new_tokens", arguments["max_new_tokens"], 1, 100_000)
-    names = {field.name for field in dataclasses.fields(TranscriptionOptions)} - {"temperatures"}
-    return TranscriptionOptions(
-        **{name: arguments[name] for name in names}, temperatures=[float(each) for each in temperatures]
-    )
-
-
-def _clips(given: str | Sequence[float]) -> list[tuple[float, float]]:
-    """ "0,3.5,10" -> [(0, 3.5), (10, inf)]."""
-    try:
-        points = [float(each) for each in (given.split(",") if isinstance(given, str) else given)]
-    except (TypeError, ValueError):
-        points = [math.nan]
-    points = points or [0.0]
-    if any(not 0 <= point < math.inf for point in points) or points != sorted(points):
-        raise ValueError(
-            f"clip_timestamps must be seconds in ascending order, as 'start,end,start,...', got {given!r}"
-        )
-    if len(points) % 2:
-        points.append(math.inf)
-    return list(zip(points[::2], points[1::2], strict=True))
-
-
-def _given_clips(given: Sequence[Mapping[str, float]], window: float, total: int) -> list[tuple[int, int]]:
-    """[{"start": 0, "end": 3.5}] -> samples from and to."""
-    clips = []
-    for clip in given:
-        if not isinstance(clip, Mapping) or clip.keys() != {"start", "end"}:
-            raise ValueError(f"clip_timestamps must be dicts of start and end in seconds, got {clip!r}")
-        start, end = clip["start"], clip["end"]
-        if not 0 <= start < end <= start + window:
-            raise ValueError(
-                f"clip_timestamps must have a start before its end, {window:g} seconds apart at most, "
-                f"got {clip!r}"
-            )
-        if start * SAMPLING_RATE >= total:
-            raise ValueError(
-                f"clip_timestamps must start within the {total / SAMPLING_RATE:.1f} seconds of audio, "
-                f"got {clip!r}"
-            )
-        clips.append((round(start * SAMPLING_RATE), min(total, round(end * SAMPLING_RATE))))
-    return clips
-
-
 def _samples(audio: Audio) -> np.ndarray:
     """float32 [N], mono at 16 kHz."""
     if not isinstance(audio, np.ndarray):
@@ -671,28 +551,6 @@ def _samples(audio: Audio) -> np.ndarray:
     if not np.isfinite(audio).all():
         raise ValueError("audio must be finite, got NaN or infinity")
     return np.ascontiguousarray(audio, np.float32)
-
-
-def _vad_options(given: VadOptions | Mapping[str, Any] | None, fixed: Mapping[str, Any]) -> VadOptions:
-    """fixed: fields that are not to be given."""
-    known = {field.name for field in dataclasses.fields(VadOptions)}
-    said = vars(given) if isinstance(given, VadOptions) else dict(given or {})
-    if unknown := said.keys() - known:
-        raise ValueError(f"vad_parameters must be of {', '.join(sorted(known))}, got {min(unknown)!r}")
-    for name in fixed.keys() & said.keys():
-        if said[name] != getattr(VadOptions(), name):
-            raise ValueError(f"vad_parameters must leave out {name}: chunk_length says it")
-    for name, value in said.items():
-        if (name, value) != ("neg_threshold", None):
-            _number(f"vad_parameters[{name!r}]", value, 0, math.inf)
-    return VadOptions(**{**said, **fixed})
-
-
-def _number(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be from {low:g} to {high:g}, got {value}")
 
 
 def _speech(samples: np.ndarray, options: VadOptions) -> list[tuple[int, int]]:

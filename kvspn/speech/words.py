@@ -18,7 +18,6 @@ from kvspn.speech.segments import Segment, Word
 
 _WITHOUT_SPACES = {"zh", "ja", "th", "lo", "my", "yue"}
 _SENTENCE_ENDS = ".。!！?？"
-_PUNCTUATION = "\"'“¿([{-\"'.。,，!！?？:：”)]}、"
 _LONGEST_MEDIAN = 0.7  # seconds
 
 
@@ -94,8 +93,8 @@ def _joined(found: Sequence[Word], punctuation: Punctuation) -> list[Word]:
     return joined
 
 
-def give(segments: Sequence[Segment], found: Sequence[list[Word]], usual: float, spoken: float) -> float:
-    """Give segments their words, and the segments the times of these; returns where the speech ends.
+def give(segments: Sequence[Segment], found: Sequence[list[Word]], usual: float, spoken: float) -> None:
+    """Give segments their words, and the segments the times of these.
 
     Args:
         found: of each segment, their times in seconds of the recording.
@@ -111,7 +110,11 @@ def give(segments: Sequence[Segment], found: Sequence[list[Word]], usual: float,
             word.start, word.end = round(word.start, 2), round(word.end, 2)
         segment.start, segment.end = round(segment.start, 3), round(segment.end, 3)
         spoken = segment.end
-    return spoken
+
+
+def ended(segments: Sequence[Segment], spoken: float) -> float:
+    """Where the speech of segments ends by their words; where none has words, the end of that before them."""
+    return next((segment.end for segment in reversed(segments) if segment.words), spoken)
 
 
 def _settle(segment: Segment, found: list[Word], usual: float, spoken: float) -> None:
@@ -138,7 +141,8 @@ def looks_invented(segment: Segment | None) -> bool:
     """Whether the first words of a segment are too unlikely, too short or too long for speech."""
     if segment is None or not segment.words:
         return False
-    found = [word for word in segment.words if word.word not in _PUNCTUATION][:8]
+    marks = Punctuation.before + Punctuation.after
+    found = [word for word in segment.words if word.word not in marks][:8]
     strangeness = sum(map(_strangeness, found))
     return strangeness >= 3 or strangeness + 0.01 >= len(found)
 
