@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import WhisperConfig
 
 from bench.machine import machine
+from kvspn.engines.encoder import FORMATS
 from kvspn.models import WhisperM2MConfig, WhisperM2MForConditionalGeneration
 from kvspn.models.folder import open_model
 
 BASE = {"d_model": 512, "encoder_layers": 6, "encoder_attention_heads": 8, "encoder_ffn_dim": 2048}
-FORMATS = ("fp32", "bf16", "int8")
 
 
 def gflop(config: WhisperConfig) -> float:

@@ -162,6 +162,16 @@ def test_large_scores_and_large_activations_stay_finite():
         assert encoder("64", weights, format)(features).isfinite().all()
 
 
+@pytest.mark.parametrize("format", ERRORS)
+def test_scores_that_rise_from_block_to_block_of_keys(instruction_set, format):
+    """What was summed up under a smaller largest score must be brought to the larger one."""
+    weights, features = random_encoder("64", 515), sound("64", 1030)
+    weights["encoder.embed_positions"] *= torch.linspace(0.2, 3, 515)[:, None]
+    weights["encoder.layers.0.self_qkv.weight"] *= 2
+    found = encoder("64", weights, format, variant=instruction_set)(features)
+    assert relative(found, reference("64", weights, features)) < ERRORS[format]
+
+
 def test_several_at_once():
     weights = random_encoder("64", 100)
     made = [encoder("64", weights, format, 2) for format in ERRORS]
