@@ -370,6 +370,11 @@ class Encoder {
         encoder_.reset(encoder);
     }
 
+    void log_mel(const py::object& samples, const py::object& features) {
+        const Tensor from("samples", samples, kCpu), to("features", features, kCpu, true);
+        without_gil([&] { return kvspn_encoder_log_mel(encoder_.get(), &from.get(), &to.get()); });
+    }
+
     void encode(const py::object& features, const py::object& states) {
         const Tensor from("features", features, kCpu), to("states", states, kCpu, true);
         without_gil([&] { return kvspn_encoder_encode(encoder_.get(), &from.get(), &to.get()); });
@@ -429,6 +434,7 @@ PYBIND11_MODULE(_native, m) {
                       const std::optional<std::string>&>(),
              py::arg("weights"), py::kw_only(), py::arg("layers"), py::arg("heads"), py::arg("format"),
              py::arg("threads"), py::arg("output_positions") = false, py::arg("variant") = py::none())
+        .def("log_mel", &Encoder::log_mel, py::arg("samples"), py::arg("features"))
         .def("encode", &Encoder::encode, py::arg("features"), py::arg("states"))
         .def_property_readonly("instruction_set", &Encoder::instruction_set);
 }

@@ -302,6 +302,15 @@ kvspn_status kvspn_encoder_create(const kvspn_encoder_params* params, const kvsp
 
 void kvspn_encoder_destroy(kvspn_encoder* encoder) { delete encoder; }
 
+kvspn_status kvspn_encoder_log_mel(kvspn_encoder* encoder, const kvspn_tensor* samples,
+                                   const kvspn_tensor* features) {
+    return guard([&] {
+        kvspn::require(samples, "samples must be given, got a null pointer");
+        kvspn::require(features, "features must be given, got a null pointer");
+        (*Entry(encoder))->log_mel(*samples, *features);
+    });
+}
+
 kvspn_status kvspn_encoder_encode(kvspn_encoder* encoder, const kvspn_tensor* features,
                                   const kvspn_tensor* states) {
     return guard([&] {

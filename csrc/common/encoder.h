@@ -68,6 +68,8 @@ std::vector<EncoderStage> plan_encoder(const EncoderWeights& weights);
 class Encoder {
   public:
     virtual ~Encoder() = default;
+    // samples FP32 [N] -> features FP32 [bands, (N + 159) / 160].
+    virtual void log_mel(const kvspn_tensor& samples, const kvspn_tensor& features) = 0;
     // features FP32 [bands, T] -> states FP32 [(T + 1) / 2, width].
     virtual void encode(const kvspn_tensor& features, const kvspn_tensor& states) = 0;
     virtual const char* instruction_set() const = 0;

@@ -35,6 +35,7 @@ CpuEncoder::CpuEncoder(const kvspn_encoder_params& params, const kvspn_tensor* w
       row_kernels_(select_kernels(params.variant)),
       format_(Dtype(params.format)),
       weights_(params, weights, count, packing(kernels_)),
+      log_mel_(weights_.bands),
       stages_(plan_encoder(weights_)),
       team_(threads_of(params)),
       own_(size_t(team_.size())),

@@ -6,6 +6,7 @@
 #include "common/encoder.h"
 #include "cpu/encoder_kernels.h"
 #include "cpu/kernels.h"
+#include "cpu/log_mel.h"
 #include "cpu/team.h"
 
 namespace kvspn::cpu {
@@ -14,6 +15,9 @@ class CpuEncoder : public Encoder {
   public:
     CpuEncoder(const kvspn_encoder_params& params, const kvspn_tensor* weights, int count);
 
+    void log_mel(const kvspn_tensor& samples, const kvspn_tensor& features) override {
+        log_mel_.run(team_, samples, features);
+    }
     void encode(const kvspn_tensor& features, const kvspn_tensor& states) override;
     const char* instruction_set() const override { return kernels_.name; }
 
@@ -38,6 +42,7 @@ class CpuEncoder : public Encoder {
     const Kernels& row_kernels_;
     const Dtype format_;
     const EncoderWeights weights_;
+    const LogMel log_mel_;
     const std::vector<EncoderStage> stages_;
     Team team_;
 

@@ -276,6 +276,13 @@ KVSPN_API kvspn_status kvspn_encoder_create(const kvspn_encoder_params* params, 
 /* Not while another call is using it. */
 KVSPN_API void kvspn_encoder_destroy(kvspn_encoder* encoder);
 
+/* samples FP32 [N], finite, mono at 16 kHz -> features FP32 [mel bands, (N + 159) / 160], as Whisper has
+ * them: Hann windows of 25 ms, 10 ms apart, Slaney's mel filters, decimal logarithms, of which none is more
+ * than 8 below the largest, (x + 4) / 4. Whisper pads the features of a window with zeros to twice as many
+ * frames as there are positions. The features do not depend on the number of threads. */
+KVSPN_API kvspn_status kvspn_encoder_log_mel(kvspn_encoder* encoder, const kvspn_tensor* samples,
+                                             const kvspn_tensor* features);
+
 /* features FP32 [mel bands, T], finite, of at most twice as many frames as there are positions -> states FP32
  * [(T + 1) / 2, d], rows of any stride. The states do not depend on the number of threads. Like an engine, an
  * encoder serves one call at a time. */

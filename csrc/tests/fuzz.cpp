@@ -204,6 +204,18 @@ void encode(const Model& model, kvspn_encoder* encoder) {
     if (!made(kvspn_encoder_encode(encoder, chance(5) ? nullptr : &from, &to))) CHECK(sound.states == before);
 }
 
+// Sound of any length, damaged as a rule.
+void log_mel(kvspn_encoder* encoder) {
+    const size_t frames = random_bits() % 9, count = frames ? 160 * frames - random_bits() % 160 : 0;
+    std::vector<float> samples(count, 0.25f), features(kBands * frames, 7);
+    if (count && chance(30)) samples[random_bits() % count] = any_of({NAN, INFINITY, -INFINITY, 3e38f});
+    kvspn_tensor from = tensor("samples", samples.data(), KVSPN_FP32, {int64_t(count)}),
+                 to = tensor("features", features.data(), KVSPN_FP32, {kBands, int64_t(frames)});
+    if (chance(60)) damage_one({&from, &to});
+    const std::vector<float> before = features;
+    if (!made(kvspn_encoder_log_mel(encoder, chance(5) ? nullptr : &from, &to))) CHECK(features == before);
+}
+
 // The ops, each on tensors of which one is damaged as a rule.
 void op() {
     constexpr int64_t B = 2, H = 2, Q = 3, S = 20, D = 8, N = 40;
@@ -342,6 +354,7 @@ int main(int argc, char** argv) {
         for (int n = 0; n < 40; ++n) use(engine, batch);
         for (int n = 0; n < 40; ++n) op();
         for (int n = 0; n < 10; ++n) encode(model, encoder);
+        for (int n = 0; n < 10; ++n) log_mel(encoder);
         CHECK(batch.generate(1) == expected);
         CHECK(sound.encode(encoder) == KVSPN_OK && sound.states == states);
     }
