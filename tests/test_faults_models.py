@@ -430,6 +430,28 @@ def test_an_utterance_is_decoded_under_the_lock():
     assert order == ["first"] * (len(result.sequences[0]) - 1) + ["second"]
 
 
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_a_streamer_cannot_use_the_engine_that_feeds_it(at):
+    """At the prompt, after the first token or later; the model answers as ever afterwards."""
+    model, x = make_m2m(), features(1)
+    expected = model.generate(x, **EN)
+    said: list[int] = []
+
+    class Asks:
+        def put(self, ids):
+            said.append(len(said))
+            if len(said) == at + 1:
+                model.generate(x, **EN)
+
+        def end(self):
+            pass
+
+    with pytest.raises(RuntimeError, match="engine must be free, got one that another call is using"):
+        model.generate(x, **EN, streamer=Asks())
+    assert len(said) == at + 1
+    assert torch.equal(model.generate(x, **EN), expected)
+
+
 # The kept engine
 
 

@@ -86,10 +86,12 @@ def decode(
         cross_queries: whether :meth:`Engine.cross_scores` can be read afterwards.
         streamer: called as streamer(row, new_token_ids) after each step for each row that grew. For a
             TextStreamer of transformers and a batch of one, pass
-            ``lambda row, ids: text_streamer.put(torch.tensor(ids))`` and call its ``end()`` afterwards.
+            ``lambda row, ids: text_streamer.put(torch.tensor(ids))`` and call its ``end()`` afterwards. It
+            may stop this by an exception, but not use the engine.
 
     Raises:
         TypeError, ValueError: naming the argument, before any step runs; or a row whose logits give no token.
+        RuntimeError: the streamer used the engine.
     """
     accept = parse_k(k)
     ends = [eos] if isinstance(eos, int) else list(eos)
@@ -136,7 +138,8 @@ def decode(
                 if not done[row] and (len(tokens) >= limits[row] or tokens[-1] in ends):
                     engine.finished[row] = done[row] = True
                 if new and streamer is not None:
-                    streamer(row, new)
+                    with engine.alone():
+                        streamer(row, new)
             finished = done
         counts = engine.stats.tolist()
         scores = engine.log_probs.tolist() if log_probs else None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import abc
 import functools
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -26,16 +26,12 @@ P = ParamSpec("P")
 
 
 def _alone(call: Callable[Concatenate[E, P], None]) -> Callable[Concatenate[E, P], None]:
-    """An engine serves one call at a time; another thread's, meanwhile, is an error and not a wait."""
+    """A call under :meth:`Engine.alone`."""
 
     @functools.wraps(call)
     def guarded(self: E, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        if not self._free.acquire(blocking=False):
-            raise RuntimeError("engine must be free, got one that another call is using")
-        try:
+        with self.alone():
             call(self, *args, **kwargs)
-        finally:
-            self._free.release()
 
     return guarded
 
@@ -59,6 +55,10 @@ class Engine(abc.ABC):
     finished: Tensor
     stats: Tensor
     log_probs: Tensor
+
+    @abc.abstractmethod
+    def alone(self) -> AbstractContextManager[None]:
+        """Serve nobody else: any call meanwhile, of another thread or of a streamer, is a RuntimeError."""
 
     @abc.abstractmethod
     def __init__(
@@ -194,13 +194,22 @@ class CachedEngine(Engine):
             self.stats = torch.zeros(batch, 3, dtype=torch.int32, device=self._embed.device)
             self.log_probs = torch.zeros(batch, capacity, device=self._embed.device)
         self.lengths = self.cache.lengths
-        self._free = threading.Lock()  # held through a call
+        self._free = threading.Lock()  # held by alone()
         self._encoded = False  # whether the cache holds every row's encoder states
         self._mask: Tensor | None = None
         self._first_mask: Tensor | None = None
         self._scored = False  # whether steps write log_probs
         self._queried = False  # whether the cache has the row's queries of cross-attention
         self._eos, self._max_length = -1, 1
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        if not self._free.acquire(blocking=False):
+            raise RuntimeError("engine must be free, got one that another call is using")
+        try:
+            yield
+        finally:
+            self._free.release()
 
     @_alone
     @torch.no_grad()

@@ -276,7 +276,8 @@ class GenerationMixin:
             ]
             limits = self._limits(list(map(len, starts)), max_new_tokens, said)
             if streamer is not None:
-                streamer.put(torch.tensor(starts))
+                with engine.alone():
+                    streamer.put(torch.tensor(starts))
             result = decode(
                 engine,
                 given,
