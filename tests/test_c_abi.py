@@ -336,6 +336,10 @@ def test_fuzzed_tensors_and_numbers(lib, weights):
         assert lib.kvspn_engine_generate(engine, byref(given)) in answers
         found = Statistics(ctypes.sizeof(Statistics))
         assert lib.kvspn_engine_read_statistics(engine, rng.choice(numbers), byref(found)) in (OK, INVALID)
+        logits = Tensor.of("logits", np.zeros(29, np.float32))
+        places = [rng.choice(numbers) for _ in range(4)]
+        answers = (OK, INVALID)
+        assert lib.kvspn_engine_prefill_from(engine, *places, byref(logits)) in answers
         for name in ("prefill", "rollback"):
             call = getattr(lib, f"kvspn_engine_{name}")
             assert call(engine, rng.choice(numbers), rng.choice(numbers)) in (OK, INVALID)

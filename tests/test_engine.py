@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from kvspn.engines import backends, engine
+from kvspn.weights.formats import quantise
 from kvspn.weights.random import random_decoder
 
 READY = [name for name, missing in backends().items() if missing is None]
@@ -56,6 +57,78 @@ def test_a_prompt_of_many_chunks_equals_steps(make_engine, count):
     assert torch.equal(e.cache.kv[..., : count - 1, :], kv)
     e.step(draft=False)
     assert e.tokens[0, count] == tokens[0, count]
+
+
+def processed(e):
+    """Of each prefill the row, where it begins and where it ends."""
+    done, prefill = [], e._prefill
+    e._prefill = lambda row, first, count, position: (
+        done.append((row, first, count)),
+        prefill(row, first, count, position),
+    )
+    return done
+
+
+def test_what_prompts_begin_with_alike_stays_with_the_states(make_engine):
+    """Bit for bit what processing it anew leaves, whatever was decoded in between."""
+    weights = random_decoder(positions=40)
+    e, fresh = (make_engine(weights, capacity=40) for _ in range(2))
+    states = [torch.randn(4, 16), torch.randn(6, 16)]
+    long = [(7 * i) % 29 for i in range(37)]
+    e.start(states, [long[:20], [4]], eos=-1, max_length=40)
+    done = processed(e)
+    for prompts, begin in (
+        ([long, [4, 5]], (19, 0)),  # longer
+        ([[*long[:18], 28, 1], [4, 5, 6]], (18, 1)),  # another ending
+        ([long[:18], [5, 5]], (17, 0)),  # shorter; and another beginning
+        ([long, [5, 5]], (17, 1)),
+    ):
+        for _ in range(2):
+            e.step()
+        done.clear()
+        e.start(None, prompts, eos=-1, max_length=40)
+        assert done == [(row, begin[row], len(prompts[row]) - 1) for row in range(2)]
+        fresh.start(states, prompts, eos=-1, max_length=40)
+        for row, ids in enumerate(prompts):
+            kept = (..., slice(len(ids) - 1), slice(None))
+            assert torch.equal(e.cache.kv[:, :, row][kept], fresh.cache.kv[:, :, row][kept])
+        e.step()
+        fresh.step()
+        assert e.tokens[0, : e.lengths[0] + 1].tolist() == fresh.tokens[0, : fresh.lengths[0] + 1].tolist()
+    done.clear()
+    e.start(states, prompts, eos=-1, max_length=40)  # the same states, but who knows
+    assert [first for _, first, _ in done] == [0, 0]
+    done.clear()
+    e.start(None, prompts, eos=-1, max_length=40, cross_queries=True)  # which were not kept so far
+    e.start(None, prompts, eos=-1, max_length=40, cross_queries=True)
+    assert [first for _, first, _ in done] == [0, 0, 36, 1]
+
+
+@pytest.mark.parametrize("storage", ["fp32", "int8"])
+def test_logits_behind_a_token_of_the_prompt(make_engine, storage):
+    """Those that a step has at that token; the position is in the first, a middle or the last pass."""
+    weights = quantise(random_decoder(positions=40), storage)
+    e, states = make_engine(weights, capacity=40), [torch.randn(4, 16), torch.randn(6, 16)]
+    prompts = [[(7 * i) % 29 for i in range(37)], [4, 5]]
+    e.start(states, prompts, eos=-1, max_length=40)
+    done = processed(e)
+    for positions in ([0, 0], [15, None], [16, 0], [35, 0], [20, 0]):
+        e.start(None, prompts, eos=-1, max_length=40, logits_at=positions)
+        found = e.logits.clone()
+        cut = [ids if at is None else ids[: at + 1] for ids, at in zip(prompts, positions, strict=True)]
+        e.start(None, cut, eos=-1, max_length=40, log_probs=True)
+        e.step(draft=False)
+        for row, at in enumerate(positions):
+            if at is None:
+                continue
+            token = e.tokens[row, at + 1]
+            assert token == found[row].argmax()
+            torch.testing.assert_close(
+                found[row].log_softmax(0)[token], e.log_probs[row, at + 1], rtol=1e-4, atol=1e-5
+            )
+    e.start(None, prompts, eos=-1, max_length=40)
+    e.start(None, prompts, eos=-1, max_length=40, logits_at=[35, None])
+    assert done[-2:] == [(0, 35, 36), (1, 1, 1)]  # No more than that token is processed again.
 
 
 def test_int8_caches(make_engine):
@@ -219,6 +292,10 @@ def test_a_missing_backend_hears_why(monkeypatch):
         ("max_length", {"max_length": 21}),
         ("mask", {"mask": torch.zeros(28)}),
         ("begin_mask", {"begin_mask": torch.zeros(29, dtype=torch.bool)}),
+        ("logits_at", {"logits_at": [0]}),
+        ("logits_at[1]", {"logits_at": [None, 0]}),  # the newest token
+        ("logits_at[0]", {"prompt": [[1, 2], [3]], "logits_at": [-1, None]}),
+        ("logits_at[0]", {"prompt": [[1, 2], [3]], "logits_at": ["0", None]}),
     ],
 )
 def test_start_errors_name_the_argument(make_engine, name, options):

@@ -252,6 +252,39 @@ def test_sizes_that_would_wrap(lib, size):
                 assert b" must " in lib.kvspn_last_error()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((3, 4, 3), "first must be 0 to 2, got 3"),  # two are in the cache
+        ((-1, 4, 3), "first must be 0 to 2, got -1"),
+        ((2, 1, 0), "first must be 0 to 1, got 2"),
+        ((1, 13, 3), "count must be 0 to 12, got 13"),
+        ((1, 4, 0), "position must be 1 to 3, got 0"),
+        ((1, 4, 4), "position must be 1 to 3, got 4"),
+        ((1, 4, 3, np.zeros(28, np.float32)), "logits must have shape"),
+        ((1, 4, 3, np.zeros(58, np.float32)[::2]), "logits must be contiguous"),
+        ((1, 4, 3, np.zeros(29, np.int32)), "logits must be fp32"),
+    ],
+)
+def test_prefill_from_refuses(lib, arguments, message):
+    *places, logits = arguments if len(arguments) == 4 else (*arguments, np.zeros(29, np.float32))
+    status, made = abi.create(lib, abi.random_weights())
+    assert status == abi.OK
+    values = abi.arrays()
+    assert lib.kvspn_engine_bind(made, byref(abi.batch(values))) == abi.OK
+    states = abi.Tensor.of("states", np.ones((4, 16), np.float32))
+    assert lib.kvspn_engine_encode(made, 0, byref(states)) == abi.OK
+    assert lib.kvspn_engine_prefill(made, 0, 2) == abi.OK
+    before = {name: value.tobytes() for name, value in values.items()}
+    given = abi.Tensor.of("logits", logits)
+    assert lib.kvspn_engine_prefill_from(made, 0, *places, byref(given)) == abi.INVALID
+    assert lib.kvspn_last_error().decode().startswith(message)
+    assert all(value.tobytes() == before[name] for name, value in values.items())
+    assert lib.kvspn_engine_prefill_from(made, 0, 1, 4, 7, None) == abi.OK  # a position that nothing reads
+    assert values["lengths"][0] == 4
+    lib.kvspn_engine_destroy(made)
+
+
 @pytest.mark.parametrize("length", [2**31 - 1, -(2**31), -1, 12, 13, 11, 1])
 def test_progress_looks_at_its_own_tokens_alone(lib, length):
     """Whatever the caller's lengths hold: of 12 tokens there are never more than 12."""

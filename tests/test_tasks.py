@@ -13,7 +13,7 @@ from transformers import WhisperForConditionalGeneration
 from typer.testing import CliRunner
 
 from kvspn.cli import app
-from kvspn.models.languages import language_probabilities
+from kvspn.models.languages import likely_languages
 from kvspn.models.prompts import text_before
 from kvspn.speech.translator import Translator
 from support import tiny
@@ -75,14 +75,19 @@ def test_languages_and_their_probabilities_are_the_models(
     assert given.language_probabilities is None
 
 
-def test_probabilities_in_every_dtype(translator: Translator) -> None:
-    ids = list(translator.model.generation_config.lang_to_id.values())
+def test_probabilities_in_every_format(
+    translator: Translator, theirs: WhisperForConditionalGeneration
+) -> None:
+    ids = translator.windows.languages
     states = translator.model.encode(features(translator))[0]
     start = translator.model.config.decoder_start_token_id
-    exact = language_probabilities(translator.model.double(), states.double(), start, ids)
-    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)):
-        found = language_probabilities(translator.model.to(dtype), states.to(dtype), start, ids)
-        assert (found - exact).abs().max() < error
+    exact = theirs(encoder_outputs=(states[None],), decoder_input_ids=torch.tensor([[start]])).logits[0, 0]
+    exact = exact[list(ids.values())].softmax(0)
+    for weights, error in (("fp32", 1e-5), ("bf16", 0.1), ("fp16", 0.02), ("int8", 0.1)):
+        e = translator.model.engine(1, len(states), weights=weights)
+        (likely,) = likely_languages(e, [states], start, ids)
+        found = torch.tensor([likely[code] for code in ids])
+        assert 0 < (found - exact).abs().max() < error
 
 
 def test_the_prompts_of_a_whisper(translator: Translator, monkeypatch: pytest.MonkeyPatch) -> None:

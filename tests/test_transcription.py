@@ -86,8 +86,8 @@ class Scripted:
     def encode(self, features: Tensor) -> Tensor:
         return features
 
-    def likely(self, states: Tensor) -> dict[str, float]:
-        return {self.spoken[int(states[0, 0])]: 0.9}
+    def likely(self, states: Sequence[Tensor]) -> list[dict[str, float]]:
+        return [{self.spoken[int(each[0, 0])]: 0.9} for each in states]
 
     def text(self, tokens: Sequence[int]) -> str:
         return "".join(f" w{token}" for token in tokens if token < BEGIN)
@@ -271,6 +271,63 @@ def test_no_speech_is_as_likely_as_the_model_says(folder: Path, windows: Windows
             0,
         )
         assert found.no_speech_prob == pytest.approx(expected, rel=1e-4)
+
+
+def passes(windows: Windows, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What the engines of all rows do: ("encode", row), ("prefill", tokens) and ("step", 1)."""
+    done: list[tuple[str, int]] = []
+    kind = type(windows.engine(1))
+    encode, prefill, step = kind._encode, kind._prefill, kind._step
+
+    def noted_encode(self: Any, row: int, states: Tensor) -> None:
+        done.append(("encode", row))
+        encode(self, row, states)
+
+    def noted_prefill(self: Any, row: int, first: int, count: int, position: int | None) -> None:
+        if count > first:
+            done.append(("prefill", count - first))
+        prefill(self, row, first, count, position)
+
+    def noted_step(self: Any, *arguments: Any) -> None:
+        done.append(("step", 1))
+        step(self, *arguments)
+
+    for name, noted in (("_encode", noted_encode), ("_prefill", noted_prefill), ("_step", noted_step)):
+        monkeypatch.setattr(kind, name, noted)
+    return done
+
+
+def test_a_window_is_encoded_and_its_prompt_processed_once(
+    windows: Windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its language, its silence and every attempt together; the speech encoder hears it once, too."""
+    heard: list[int] = []
+    encoder = type(windows.model.model.encoder)
+    forward = encoder.forward
+    monkeypatch.setattr(encoder, "forward", lambda self, x: (heard.append(len(x)), forward(self, x))[1])
+    features = windows.features(tiny.sound(2, 5))  # which no other test has heard last
+    done = passes(windows, monkeypatch)
+    (likely,) = windows.likely([windows.encode(features)])
+    assert done == [("encode", 0), ("prefill", 1)]
+    by = Choice(temperatures=(0.0, 0.5), best_of=2, log_prob_threshold=0.0, no_speech_threshold=None)
+    before = windows.ids("Wo ist der Bahnhof?")
+    prompt = windows.prompt(next(iter(likely)), "transcribe", None, before, None, None, True)
+    states = windows.encode(features)
+    done.clear()
+    (found,) = windows.hear([states], [prompt], by, 0)
+    tokens = len(prompt.before) + len(prompt.after) - 1
+    assert found.temperature == 0.5
+    assert [each for each in done if each[0] != "step"] == [("prefill", tokens)]
+    # The same again, from the start of the transcript on: whose logits nobody has kept.
+    done.clear()
+    (again,) = windows.hear([states], [prompt], by, 0)
+    assert (again.text, again.no_speech_prob) == (found.text, found.no_speech_prob)
+    assert [each for each in done if each[0] != "step"] == [("prefill", len(prompt.after))]
+    assert heard == [1]
+    other = windows.encode(windows.features(tiny.sound(2, 6)))
+    done.clear()
+    windows.hear([other], [prompt], replace(by, temperatures=(0.0,)), 0)
+    assert done[:2] == [("encode", 0), ("prefill", tokens)]
 
 
 def test_log_probabilities_are_those_of_the_tokens(folder: Path, windows: Windows) -> None:

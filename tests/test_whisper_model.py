@@ -258,7 +258,7 @@ def test_a_model_without_timestamps(tmp_path: Path) -> None:
 def test_the_language_of_most_windows(model: WhisperModel, monkeypatch: pytest.MonkeyPatch) -> None:
     said = [{"de": 0.4, "en": 0.1}, {"en": 0.3}, {"de": 0.45}]
     likely = iter(said)
-    monkeypatch.setattr(type(model.windows), "likely", lambda self, states: next(likely))
+    monkeypatch.setattr(type(model.windows), "likely", lambda self, states, rows: [next(likely)])
     assert model.detect_language(tiny.sound(6), language_detection_segments=3)[:2] == ("de", 0.45)
     likely = iter(said)
     found = model.detect_language(

@@ -246,8 +246,14 @@ class Engine {
         without_gil([&] { return kvspn_engine_encode(engine_.get(), row, &tensor.get()); });
     }
 
-    void prefill(int row, int count) {
-        without_gil([&] { return kvspn_engine_prefill(engine_.get(), row, count); });
+    void prefill(int row, int count, int first, int position, const py::object& logits) {
+        if (logits.is_none())
+            return without_gil(
+                [&] { return kvspn_engine_prefill_from(engine_.get(), row, first, count, 0, nullptr); });
+        Tensor tensor("logits", logits, device_, true);
+        without_gil([&] {
+            return kvspn_engine_prefill_from(engine_.get(), row, first, count, position, &tensor.get());
+        });
     }
 
     void set_rule(int row, float temperature, uint64_t seed, int begin, int text_end, int max_initial,
@@ -413,7 +419,8 @@ PYBIND11_MODULE(_native, m) {
              py::arg("kv_scale") = py::none(), py::arg("cross_kv_scale") = py::none(),
              py::arg("cross_queries") = py::none())
         .def("encode", &Engine::encode, py::arg("row"), py::arg("states"))
-        .def("prefill", &Engine::prefill, py::arg("row"), py::arg("count"))
+        .def("prefill", &Engine::prefill, py::arg("row"), py::arg("count"), py::arg("first") = 0,
+             py::arg("position") = 0, py::arg("logits") = py::none())
         .def("set_rule", &Engine::set_rule, py::arg("row"), py::kw_only(), py::arg("temperature"),
              py::arg("seed"), py::arg("timestamp_begin"), py::arg("text_end"), py::arg("max_initial"),
              py::arg("prefix"), py::arg("top_k"))

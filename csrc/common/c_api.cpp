@@ -228,7 +228,12 @@ kvspn_status kvspn_engine_encode(kvspn_engine* engine, int32_t row, const kvspn_
 }
 
 kvspn_status kvspn_engine_prefill(kvspn_engine* engine, int32_t row, int32_t count) {
-    return guard([&] { Entry(engine)->prefill(row, count); });
+    return guard([&] { Entry(engine)->prefill(row, 0, count, 0, nullptr); });
+}
+
+kvspn_status kvspn_engine_prefill_from(kvspn_engine* engine, int32_t row, int32_t first, int32_t count,
+                                       int32_t position, const kvspn_tensor* logits) {
+    return guard([&] { Entry(engine)->prefill(row, first, count, position, logits); });
 }
 
 kvspn_status kvspn_engine_set_rule(kvspn_engine* engine, int32_t row, const kvspn_rule* rule) {

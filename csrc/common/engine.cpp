@@ -35,10 +35,20 @@ void Engine::encode(int row, const kvspn_tensor& states) {
     runner_->wait();
 }
 
-void Engine::prefill(int row, int count) {
+void Engine::prefill(int row, int first, int count, int position, const kvspn_tensor* logits) {
     check_row(row);
     require(count >= 0 && count <= length_limit(), "count must be 0 to ", length_limit(), ", got ", count);
-    runner_->prefill(row, count);
+    int32_t present = 0;
+    if (first) runner_->read(&present, batch_.self.lengths + row, sizeof present);
+    present = std::min(present, count);
+    require(first >= 0 && first <= present, "first must be 0 to ", present, ", got ", first);
+    if (logits) {
+        check_tensor("logits", *logits, {Dtype::fp32}, {weights_.vocabulary});
+        check_contiguous("logits", *logits);
+        require(position >= first && position < count, "position must be ", first, " to ", count - 1,
+                ", got ", position);
+    }
+    runner_->prefill(row, first, count, position, logits ? static_cast<float*>(logits->data) : nullptr);
     const int32_t length = count;
     runner_->write(batch_.self.lengths + row, &length, sizeof length);
     rules_[size_t(row)].first = count + 1;

@@ -16,7 +16,7 @@ class Engine {
     void set_stream(void* stream) { runner_->set_stream(stream); }
     void bind(const kvspn_batch& batch);
     void encode(int row, const kvspn_tensor& states);
-    void prefill(int row, int count);
+    void prefill(int row, int first, int count, int position, const kvspn_tensor* logits);
     void set_rule(int row, const kvspn_rule& rule);
     void step(const kvspn_step_params& params);
     // How many stages there are; of them `capacity` are filled in at most.

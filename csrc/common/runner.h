@@ -37,8 +37,9 @@ class Runner {
     virtual void bind(const Batch& batch) = 0;
     // Encoder states [E, d] of a row through the plan's encode stages.
     virtual void encode(int row, const kvspn_tensor& states) = 0;
-    // The first `count` tokens of a row through the base model.
-    virtual void prefill(int row, int count) = 0;
+    // The tokens of a row from `first` to before `count` through the base model; `logits`, or null: where
+    // those behind the one at `position` go.
+    virtual void prefill(int row, int first, int count, int position, float* logits) = 0;
     // `steps` steps of every unfinished row, fewer where all have finished.
     virtual void run(const kvspn_step_params& params, int steps) = 0;
     // One step; the timings of its stages, in the plan's order.

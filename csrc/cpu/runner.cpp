@@ -132,19 +132,31 @@ void CpuRunner::encode(int row, const kvspn_tensor& states) {
     }
 }
 
-void CpuRunner::prefill(int row, int count) {
+void CpuRunner::prefill(int row, int first, int count, int position, float* logits) {
     const int cross = cross_length(row);
     const int32_t* ids = batch_.tokens + int64_t(row) * batch_.token_capacity;
-    for (int i = 0; i < count; ++i)
+    for (int i = first; i < count; ++i)
         require(ids[i] >= 0 && ids[i] < weights_.vocabulary, "tokens must be 0 to ", weights_.vocabulary - 1,
                 ", got ", ids[i]);
-    for (int first = 0; first < count; first += kPrefillChunk) {
+    for (; first < count; first += kPrefillChunk) {
         const int queries = std::min(kPrefillChunk, count - first);
         slots_[0] = {row, first, queries, 0, cross, 0};
         slot_count_ = 1, rows_ = queries;
         std::copy_n(ids + first, queries, ids_.as<int32_t>());
         team_.run([this](int thread) { walk(thread, plan_.base, plan_.judge); });
+        if (logits && position >= first && position < first + queries) tell(position - first, logits);
     }
+}
+
+// The logits that row r of x gives.
+void CpuRunner::tell(int r, float* logits) {
+    const Matrix& head = weights_.head;
+    rows_ = 1;
+    team_.run([&](int thread) {
+        auto [first, last] = share(head.outputs, thread, team_.size(), kStrip);
+        const Rows row = input(thread, &weights_.norm, x_.as<float>() + int64_t(r) * width_stride_, head);
+        kernels_.linear(head, row, first, last, logits, head.outputs, false);
+    });
 }
 
 // The caller owns the lengths: they may hold anything, and are read once a call.

@@ -19,7 +19,7 @@ class CpuRunner : public Runner {
     void set_stream(void* stream) override;
     void bind(const Batch& batch) override;
     void encode(int row, const kvspn_tensor& states) override;
-    void prefill(int row, int count) override;
+    void prefill(int row, int first, int count, int position, float* logits) override;
     void run(const kvspn_step_params& params, int steps) override;
     std::vector<Timing> profile(const kvspn_step_params& params) override;
     Shown shown(int row) const override;
@@ -42,6 +42,7 @@ class CpuRunner : public Runner {
     void reserve(int64_t rows);
     void reserve_draws();
     bool find_slots();
+    void tell(int r, float* logits);
     void walk(int thread, int first, int last);
     void take_drafts();
     Judge judge(const Stage& stage, const Slot& slot, int query) const;

@@ -359,10 +359,17 @@ void CudaRunner::append_cross(int layer, int row, int64_t count) {
     append_kv(p);
 }
 
-void CudaRunner::prefill(int row, int count) {
+void CudaRunner::prefill(int row, int first, int count, int position, float* logits) {
     const OnDevice held = here();
-    for (int first = 0; first < count; first += kPrefillChunk)
-        launch_stages(plan_.base, plan_.judge, {row, first, std::min(kPrefillChunk, count - first)}, stream_);
+    for (; first < count; first += kPrefillChunk) {
+        const int queries = std::min(kPrefillChunk, count - first);
+        launch_stages(plan_.base, plan_.judge, {row, first, queries}, stream_);
+        if (!logits || position < first || position >= first + queries) continue;
+        Stage head = stages_[size_t(plan_.judge)];
+        head.kind = Kind::linear;
+        head.x += (position - first) * head.x_stride, head.y = logits, head.y_stride = head.outputs;
+        launch_stage(device_, model_, head, {row, position, 1}, stream_);
+    }
 }
 
 void CudaRunner::run(const kvspn_step_params& params, int steps) {

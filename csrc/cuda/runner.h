@@ -101,7 +101,7 @@ class CudaRunner : public Runner {
     void set_stream(void* stream) override { stream_ = static_cast<cudaStream_t>(stream); }
     void bind(const Batch& batch) override;
     void encode(int row, const kvspn_tensor& states) override;
-    void prefill(int row, int count) override;
+    void prefill(int row, int first, int count, int position, float* logits) override;
     void run(const kvspn_step_params& params, int steps) override;
     std::vector<Timing> profile(const kvspn_step_params& params) override;
     Shown shown(int row) const override;

@@ -208,6 +208,12 @@ KVSPN_API kvspn_status kvspn_engine_encode(kvspn_engine* engine, int32_t row, co
 /* Processes the first `count` tokens of one row into the cache: lengths[row] = count. */
 KVSPN_API kvspn_status kvspn_engine_prefill(kvspn_engine* engine, int32_t row, int32_t count);
 
+/* The same behind the first `first` tokens, which the cache holds already: first is at most lengths[row] and
+ * count. logits: FP32 [V], contiguous, which gets those of what follows the token at `position`, first to
+ * count - 1, unmasked; NULL: they are not computed. */
+KVSPN_API kvspn_status kvspn_engine_prefill_from(kvspn_engine* engine, int32_t row, int32_t first,
+                                                 int32_t count, int32_t position, const kvspn_tensor* logits);
+
 /* The rule of one row of the batch that is bound, from its next step on; until then a row is greedy. */
 KVSPN_API kvspn_status kvspn_engine_set_rule(kvspn_engine* engine, int32_t row, const kvspn_rule* rule);
 

@@ -141,7 +141,15 @@ void use(kvspn_engine* engine, Batch& batch) {
             break;
         }
         case 2:
-            ok = made(kvspn_engine_prefill(engine, row, number()));
+            if (chance(50)) {
+                ok = made(kvspn_engine_prefill(engine, row, number()));
+            } else {
+                float values[kVocabulary];
+                kvspn_tensor logits = tensor("logits", values, KVSPN_FP32, {kVocabulary});
+                if (chance(20)) damage(logits);
+                ok = made(kvspn_engine_prefill_from(engine, row, number(), number(), number(),
+                                                    chance(30) ? nullptr : &logits));
+            }
             break;
         case 3:
             ok = made(kvspn_engine_step(engine, &step));

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import abc
 import functools
+import itertools
+import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -46,6 +48,7 @@ class Engine(abc.ABC):
         stats: int32 [batch, 3]: steps, drafted tokens, accepted tokens.
         log_probs: fp32 [batch, capacity], of generated tokens, where start() asked for it: the logarithm of
             each one's probability under the masked logits, at temperature 1.
+        logits: fp32 [batch, V], unmasked, of what follows the token of each prompt that start() asked for.
         lock: held from start() to the reading of the last token, where threads share an engine.
     """
 
@@ -55,6 +58,7 @@ class Engine(abc.ABC):
     finished: Tensor
     stats: Tensor
     log_probs: Tensor
+    logits: Tensor
 
     @abc.abstractmethod
     def alone(self) -> AbstractContextManager[None]:
@@ -85,13 +89,14 @@ class Engine(abc.ABC):
         rules: Sequence[Rule] | None = None,
         log_probs: bool = False,
         cross_queries: bool = False,
+        logits_at: Sequence[int | None] | None = None,
     ) -> None:
         """Forget the last utterances, take new ones, and process their prompts up to the newest token.
 
         Args:
             encoder_states: per row one tensor [E_b, d] without padding; a tensor [batch, E, d] is such a
                 sequence too. None: those of the last start, whose cross-attention keys and values are kept,
-                for other prompts.
+                for other prompts; of these too is kept what a row's last prompt began with alike.
             prompt: per row one or more token ids; rows may differ in number.
             eos: the token that ends a row; -1 for none.
             max_length: tokens of a row at most, prompt included; at most capacity. A row whose prompt is
@@ -101,6 +106,8 @@ class Engine(abc.ABC):
             rules: how each row's tokens are chosen; None for greedy.
             log_probs: whether steps write ``self.log_probs``.
             cross_queries: whether the prompts' passes and steps keep what :meth:`cross_scores` reads.
+            logits_at: per row the index of a token of its prompt, but not of the newest: what follows it goes
+                to ``self.logits``, from the pass that processes it. None: nothing of a row, or of any.
 
         Raises:
             TypeError, ValueError: naming the argument, before anything changes.
@@ -193,9 +200,11 @@ class CachedEngine(Engine):
             self.finished = torch.ones(batch, dtype=torch.bool, device=self._embed.device)
             self.stats = torch.zeros(batch, 3, dtype=torch.int32, device=self._embed.device)
             self.log_probs = torch.zeros(batch, capacity, device=self._embed.device)
+            self.logits = torch.zeros(batch, len(self._embed), device=self._embed.device)
         self.lengths = self.cache.lengths
         self._free = threading.Lock()  # held by alone()
         self._encoded = False  # whether the cache holds every row's encoder states
+        self._prefilled: list[list[int]] = [[]] * batch  # of each row the tokens that start() has processed
         self._mask: Tensor | None = None
         self._first_mask: Tensor | None = None
         self._scored = False  # whether steps write log_probs
@@ -225,8 +234,15 @@ class CachedEngine(Engine):
         rules: Sequence[Rule] | None = None,
         log_probs: bool = False,
         cross_queries: bool = False,
+        logits_at: Sequence[int | None] | None = None,
     ) -> None:
         self._check_start(encoder_states, prompt, eos, max_length, mask, begin_mask)
+        logits_at = [None] * len(prompt) if logits_at is None else logits_at
+        if len(logits_at) != len(prompt):
+            raise ValueError(f"logits_at must hold {len(prompt)} rows, got {len(logits_at)}")
+        for row, position in enumerate(logits_at):
+            if position is not None:
+                integer(f"logits_at[{row}]", position, 0, len(prompt[row]) - 2)
         rules = [Rule()] * len(prompt) if rules is None else rules
         if len(rules) != len(prompt):
             raise ValueError(f"rules must hold {len(prompt)} rows, got {len(rules)}")
@@ -238,22 +254,27 @@ class CachedEngine(Engine):
         boolean("cross_queries", cross_queries)
         self._eos, self._max_length, self._mask, self._scored = eos, max_length, mask, log_probs
         self._first_mask = begin_mask if mask is None or begin_mask is None else mask + begin_mask
-        self._queried = cross_queries
         if cross_queries and self.cache.keep_queries():
             self._bind()
-        if encoder_states is None:
-            self.lengths.zero_()
-        else:
+        if encoder_states is not None or cross_queries > self._queried:
+            self._prefilled = [[]] * len(prompt)
+        self._queried = cross_queries
+        if encoder_states is not None:
             self._encoded = False
             self.cache.reset()
             for row, states in enumerate(encoder_states):
                 self._encode(row, states)
             self._encoded = True
         self.stats.zero_()
-        for row, ids in enumerate(prompt):
+        for row, (ids, position) in enumerate(zip(prompt, logits_at, strict=True)):
             self.tokens[row, : len(ids)] = self.tokens.new_tensor(ids)
             self.finished[row] = len(ids) >= max_length
-            self._prefill(row, len(ids) - 1)
+            before, wanted = self._prefilled[row], list(ids[:-1])
+            alike = map(operator.eq, before, wanted)
+            kept = sum(1 for _ in itertools.takewhile(bool, alike))
+            self._prefilled[row] = before[:kept]
+            self._prefill(row, kept if position is None else min(kept, position), len(wanted), position)
+            self._prefilled[row] = wanted
         self._choose(rules, [len(ids) for ids in prompt])
 
     @torch.no_grad()
@@ -322,8 +343,9 @@ class CachedEngine(Engine):
         """Write the cross-attention keys and values of one row's encoder states [E, d]."""
 
     @abc.abstractmethod
-    def _prefill(self, row: int, count: int) -> None:
-        """Process the first ``count`` tokens of one row into the cache."""
+    def _prefill(self, row: int, first: int, count: int, position: int | None) -> None:
+        """Process the tokens of one row from ``first`` to before ``count`` behind those that the cache holds,
+        and write the row's logits behind the token at ``position``."""
 
     @abc.abstractmethod
     def _choose(self, rules: Sequence[Rule], first: Sequence[int]) -> None:

@@ -73,8 +73,9 @@ class NativeEngine(CachedEngine):
     def _encode(self, row: int, states: Tensor) -> None:
         self._engine.encode(row, states.detach())
 
-    def _prefill(self, row: int, count: int) -> None:
-        self._engine.prefill(row, count)
+    def _prefill(self, row: int, first: int, count: int, position: int | None) -> None:
+        asked = {} if position is None else {"position": position, "logits": self.logits[row]}
+        self._engine.prefill(row, count, first, **asked)
 
     def _choose(self, rules: Sequence[Rule], first: Sequence[int]) -> None:
         masks = (None if mask is None else mask.contiguous() for mask in (self._mask, self._first_mask))

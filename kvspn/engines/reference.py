@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from kvspn.engines.base import CachedEngine
 from kvspn.engines.cache import draft_first
-from kvspn.ops.decoder_step import REFERENCE, StepRule, StepState, base_pass, step, step_rows
+from kvspn.ops.decoder_step import REFERENCE, StepRule, StepState, base_pass, linear, step, step_rows
 from kvspn.ops.rules import Rule, pack_rules
 from kvspn.weights.linear import dequantise
 
@@ -40,12 +40,16 @@ class ReferenceEngine(CachedEngine):
         kv = torch.stack(projections).unflatten(2, (2, self._weights.heads, -1)).permute(0, 2, 3, 1, 4)
         return kv.to(self._embed.dtype)
 
-    def _prefill(self, row: int, count: int) -> None:
-        here = slice(row, row + 1)
-        for first in range(0, count, PREFILL_CHUNK):
-            ids = self.tokens[here, first : min(first + PREFILL_CHUNK, count)]
-            base_pass(self._weights, ids, self.cache.tensors.row(row), ops=self.ops)
+    def _prefill(self, row: int, first: int, count: int, position: int | None) -> None:
+        here, w = slice(row, row + 1), self._weights
+        self.lengths[here] = first
+        for at in range(first, count, PREFILL_CHUNK):
+            ids = self.tokens[here, at : min(at + PREFILL_CHUNK, count)]
+            x = base_pass(w, ids, self.cache.tensors.row(row), ops=self.ops)
             self.lengths[here] += ids.shape[1]
+            if position is not None and 0 <= position - at < ids.shape[1]:
+                state = x[0, position - at, None].float()
+                self.logits[here] = linear(self.ops, state, w.head, w.norm)
 
     def _choose(self, rules: Sequence[Rule], first: Sequence[int]) -> None:
         plain = self._first_mask is None and all(

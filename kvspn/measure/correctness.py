@@ -96,7 +96,7 @@ class _Logits(ReferenceEngine):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.logits: list[Tensor] = []
+        self.kept: list[Tensor] = []
         self.ops = SimpleNamespace(**{**vars(REFERENCE), "lm_head_verify": self._kept})
 
     def _kept(
@@ -109,7 +109,7 @@ class _Logits(ReferenceEngine):
         *norm: Tensor,
         **choosing: Any,
     ) -> Any:
-        self.logits.append(REFERENCE.fused_linear(x, weight, None, *norm, scale=scale)[0, 0])
+        self.kept.append(REFERENCE.fused_linear(x, weight, None, *norm, scale=scale)[0, 0])
         return REFERENCE.lm_head_verify(x, weight, draft, mask, scale, *norm, **choosing)
 
     def _step(self, k: int, draft: bool, draft_tokens: Tensor | None = None) -> None:
@@ -121,5 +121,5 @@ def _logits(values: DecoderWeights, shape: Shape, kv: str | None) -> tuple[Tenso
     engine = _Logits(values, batch=1, **capacities(shape), kv=kv)
     begin(engine, shape)
     engine.step(1, True)
-    draft, base = engine.logits
+    draft, base = engine.kept
     return draft, base

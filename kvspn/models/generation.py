@@ -17,7 +17,7 @@ from kvspn.checks import finite, integer
 from kvspn.decoding import DecodeStats, decode
 from kvspn.engines import Engine, backends, default_backend, engine
 from kvspn.models import prompts, settings
-from kvspn.models.languages import language_probabilities as probabilities
+from kvspn.models.languages import likely_languages
 from kvspn.models.packed import packed_engine
 from kvspn.models.weights import decoder_weights, encoder_weights
 from kvspn.ops import K_INF
@@ -165,8 +165,8 @@ class GenerationMixin:
             return_timestamps: whether the tokens tell the times of segments, by Whisper's grammar (see
                 `kvspn.ops.rules.Timestamps`); every 20 ms has a token behind that of no timestamps. With a
                 prefix the text begins at 0.00.
-            language_probabilities: whether to say how likely each language was, where none is given: of the
-                model's own weights, by one position through its decoder beside the engine's detection.
+            language_probabilities: whether to say how likely each language was, where none is given: from the
+                engine's pass that detects it.
             log_probs: whether to tell those of the tokens, without a second pass.
             k: a draft is accepted if among the base model's k likeliest tokens; 1 gives exactly the greedy
                 output, "inf" accepts all.
@@ -261,9 +261,9 @@ class GenerationMixin:
             if languages is None and not language_ids:
                 languages = ["en"] * batch
             elif languages is None:
-                languages = self._detect(engine, states, start, language_ids)
+                likely = likely_languages(engine, states, start, language_ids)
+                languages = [next(iter(row)) for row in likely]
                 given = None  # the engine has them
-                likely = self._likely(states, start, language_ids) if language_probabilities else None
             starts = [
                 [
                     *(*context, start),
@@ -310,7 +310,7 @@ class GenerationMixin:
         return GenerateOutput(
             sequences=sequences,
             languages=languages,
-            language_probabilities=likely,
+            language_probabilities=likely if language_probabilities else None,
             log_probs=result.log_probs,
             stats=result.rows,
             total=result.total,
@@ -342,27 +342,6 @@ class GenerationMixin:
             self.encode(input_ids=row[None, each.bool()])[0]
             for row, each in zip(input_ids, kept, strict=True)
         ]
-
-    def _detect(
-        self, engine: Engine, states: list[Tensor], start: int, language_ids: Mapping[str, int]
-    ) -> list[str]:
-        """The likeliest language token after the start token, as Whisper does it."""
-        mask = torch.full((self.config.vocab_size,), -torch.inf, device=self.device)
-        mask[list(language_ids.values())] = 0
-        found = decode(engine, states, [[start]] * len(states), eos=-1, max_length=2, draft=False, mask=mask)
-        by_id = {token: code for code, token in language_ids.items()}
-        return [by_id[tokens[-1]] for tokens in found.sequences]
-
-    def _likely(
-        self, states: list[Tensor], start: int, language_ids: Mapping[str, int]
-    ) -> list[dict[str, float]]:
-        """Of each row every language's probability, the likeliest first."""
-        found = []
-        for row in states:
-            likely = probabilities(self, row, start, list(language_ids.values())).tolist()
-            order = sorted(zip(likely, language_ids, strict=True), key=lambda each: -each[0])
-            found.append({code: probability for probability, code in order})
-        return found
 
     def _text(self, name: str, given: Tensor | Sequence[int] | None, most: int) -> list[int]:
         """Token ids of a text as a list."""

@@ -69,7 +69,7 @@ def transcribe(
             size = min(task.window, last - seek)
             states = windows.encode(features[:, seek : seek + size])
             if task.multilingual:
-                language = next(iter(windows.likely(states)))
+                language = next(iter(windows.likely([states])[0]))
             prefix = task.prefix if seek == 0 else None
             prompt = windows.prompt(
                 *(language, task.task, task.target, before, task.hotwords, prefix),
@@ -121,7 +121,10 @@ def transcribe_batch(
     for first in range(0, len(parts), batch_size):
         rows = parts[first : first + batch_size]
         states = [windows.encode(features) for *_, features in rows]
-        spoken = [next(iter(windows.likely(each))) if task.multilingual else task.language for each in states]
+        size = min(batch_size, len(parts))
+        spoken = [task.language] * len(rows)
+        if task.multilingual:
+            spoken = [next(iter(likely)) for likely in windows.likely(states, size)]
         prompts = [
             windows.prompt(
                 *(language, task.task, task.target, task.initial_prompt, task.hotwords, None),
@@ -132,7 +135,7 @@ def transcribe_batch(
         found = windows.hear(
             *(states, prompts, task.choice),
             seed=first,
-            rows=min(batch_size, len(parts)),
+            rows=size,
             frames=[features.shape[1] for *_, features in rows],
         )
         for (offset, seconds, _), language, heard in zip(rows, spoken, found, strict=True):

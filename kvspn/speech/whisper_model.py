@@ -352,9 +352,10 @@ class WhisperModel:
         return None if given is None else code(given[0])
 
     def _language(
-        self, given: str | None, features: Tensor, threshold: float | None, segments: int
+        self, given: str | None, features: Tensor, threshold: float | None, segments: int, rows: int = 1
     ) -> tuple[str, float, list[tuple[str, float]] | None]:
-        """A recording's language, its probability, and where it was detected those of all."""
+        """A recording's language, its probability, and where it was detected those of all; `rows`: of the
+        engine that is asked."""
         if given is not None or not self.windows.languages:
             return given or "en", 1.0, None
         integer("language_detection_segments", segments, 1, 10_000)
@@ -366,7 +367,7 @@ class WhisperModel:
             if i and i * width >= features.shape[1]:
                 break
             states = self.windows.encode(features[:, i * width : (i + 1) * width])
-            likely = list(self.windows.likely(states).items())
+            likely = list(self.windows.likely([states], rows)[0].items())
             language, probability = likely[0]
             if threshold is None or probability > threshold:
                 return language, probability, likely
@@ -483,6 +484,7 @@ class BatchedInferencePipeline:
             torch.cat([each for *_, each in found] or [windows.features(samples[:0])], dim=1),
             language_detection_threshold,
             language_detection_segments,
+            max(1, min(batch_size, len(parts))),
         )
         wanted = Task(
             language=language,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +18,7 @@ from kvspn.decoding import DecodeStats, compression_ratio, decode
 from kvspn.engines import Engine
 from kvspn.models import WhisperM2MForConditionalGeneration, WhisperM2MProcessor, prompts, settings
 from kvspn.models.checkpoints.vocabulary import not_speech, prompt_tokens
-from kvspn.models.languages import language_probabilities
+from kvspn.models.languages import likely_languages
 from kvspn.ops.rules import Timestamps
 from kvspn.speech import alignment
 from kvspn.speech.segments import STEP
@@ -107,12 +108,15 @@ class Windows:
         self._no_speech = next((tokens[t] for t in ("<|nospeech|>", "<|nocaptions|>") if t in tokens), None)
         self._options = engine
         self._engines: dict[int, Engine] = {}
+        self._held: dict[int, Sequence[Tensor]] = {}  # by an engine's rows the states that it has
+        self._encoded: tuple[Tensor, Tensor] | None = None  # the last window's features, padded, and states
 
     def engine(self, rows: int) -> Engine:
         """The engine for so many rows; the last one is kept beside that for one."""
         if rows not in self._engines:
             for other in [n for n in self._engines if n > 1]:
                 del self._engines[other]
+                self._held.pop(other, None)
             positions = self.model.config.max_source_positions
             self._engines[rows] = self.model.engine(rows, positions, **self._options)
         return self._engines[rows]
@@ -147,20 +151,45 @@ class Windows:
 
     @torch.no_grad()
     def encode(self, features: Tensor) -> Tensor:
-        """A window's features [mel bins, frames], padded with zeros as Whisper's are -> states [E, d]."""
-        padded = F.pad(features, (0, self.frames - features.shape[1]))
-        if self._encoder is not None:
-            return self._encoder(padded).to(self.model.dtype)
-        return self.model.encode(padded[None].to(self.model.device))[0]
+        """A window's features [mel bins, frames], padded with zeros as Whisper's are -> states [E, d].
 
-    @torch.no_grad()
-    def likely(self, states: Tensor) -> dict[str, float]:
-        """Every language's probability, the likeliest first; English alone where the model knows no other."""
+        The last window's states are kept: the language is detected in a recording's first one.
+        """
+        padded = F.pad(features, (0, self.frames - features.shape[1]))
+        last = self._encoded
+        if last is not None and torch.equal(last[0], padded):
+            return last[1]
+        if self._encoder is not None:
+            states = self._encoder(padded).to(self.model.dtype)
+        else:
+            states = self.model.encode(padded[None].to(self.model.device))[0]
+        self._encoded = padded, states
+        return states
+
+    def likely(self, states: Sequence[Tensor], rows: int = 1) -> list[dict[str, float]]:
+        """Of windows by their states [E, d] every language's probability, the likeliest first; English alone
+        where the model knows no other.
+
+        rows: of the engine, which has the states then; see `hear`.
+        """
         if not self.languages:
-            return {"en": 1.0}
-        found = language_probabilities(self.model, states, self._start, list(self.languages.values()))
-        order = sorted(zip(found.tolist(), self.languages, strict=True), key=lambda each: -each[0])
-        return {code: probability for probability, code in order}
+            return [{"en": 1.0}] * len(states)
+        engine = self.engine(rows)
+        with engine.lock:
+            given = self._given(rows, states)
+            found = likely_languages(engine, given, self._start, self.languages)[: len(states)]
+            self._held[rows] = states
+        return found
+
+    def _given(self, rows: int, states: Sequence[Tensor]) -> list[Tensor] | None:
+        """What the engine for so many rows is to be started with: None where it has these states.
+
+        They count as lost until the start has been noted in `_held`.
+        """
+        held = self._held.pop(rows, ())
+        if len(held) == len(states) and all(map(operator.is_, held, states)):
+            return None
+        return [*states, *[states[0][:1]] * (rows - len(states))]
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a text that begins with a word."""
@@ -219,7 +248,7 @@ class Windows:
         """
         engine = self.engine(rows)
         with engine.lock:
-            silent = self._silence(engine, states, [prompt.before for prompt in prompts])
+            silent = self._silence(engine, states, prompts, by)
             if rows > 1:
                 return self._decode(engine, prompts, silent, by, by.temperatures[0], seed, frames)
             tried: list[Heard] = []
@@ -241,29 +270,29 @@ class Windows:
             total = DecodeStats.total(spent, sum(each.seconds for each in spent))
             return [replace(best, temperature=temperature, stats=total)]
 
-    def _silence(self, engine: Engine, states: Sequence[Tensor], starts: Sequence[list[int]]) -> list[float]:
-        """How likely "no speech" is after the start of each transcript; writes the states into the engine.
-
-        As a draft that is accepted whatever its rank, whose probability the step tells.
-        """
-        asked = self._end if self._no_speech is None else self._no_speech
-        idle = len(engine.tokens) - len(states)
-        found = decode(
-            engine,
-            [*states, *[states[0][:1]] * idle],
+    def _silence(
+        self, engine: Engine, states: Sequence[Tensor], prompts: Sequence[Prompt], by: Choice
+    ) -> list[float]:
+        """How likely "no speech" is behind the start of each transcript, from the passes of the prompts; the
+        engine has their keys and values then."""
+        rows = len(engine.tokens)
+        idle = rows - len(states)
+        # The newest token is not processed: where it would be the start of the transcript, any one follows.
+        starts = [[*prompt.before, *(prompt.after or [self._start])] for prompt in prompts]
+        given = self._given(rows, states)
+        engine.start(
+            given,
             [*starts, *[[self._start]] * idle],
             eos=-1,
-            max_length=[len(start) + 1 for start in starts] + [1] * idle,
-            k="inf",
-            draft=False,
-            draft_tokens=[[asked]] * len(engine.tokens),
-            log_probs=True,
+            max_length=max(map(len, starts)),
+            cross_queries=by.word_timestamps,
+            logits_at=[*(len(prompt.before) - 1 for prompt in prompts), *[None] * idle],
         )
-        assert found.log_probs is not None
-        return [
-            0.0 if self._no_speech is None else float(np.exp(row[0]))
-            for row in found.log_probs[: len(states)]
-        ]
+        self._held[rows] = states
+        if self._no_speech is None:
+            return [0.0] * len(states)
+        found: list[float] = engine.logits[: len(states)].softmax(-1)[:, self._no_speech].tolist()
+        return found
 
     def _decode(
         self,

@@ -122,6 +122,7 @@ def library(path) -> ctypes.CDLL:
         getattr(lib, f"kvspn_engine_{name}").argtypes = [c_void_p, c_void_p]
     for name in ("encode", "read_statistics", "set_rule"):
         getattr(lib, f"kvspn_engine_{name}").argtypes = [c_void_p, c_int32, c_void_p]
+    lib.kvspn_engine_prefill_from.argtypes = [c_void_p, *[c_int32] * 4, c_void_p]
     for name in ("prefill", "rollback"):
         getattr(lib, f"kvspn_engine_{name}").argtypes = [c_void_p, c_int32, c_int32]
     return lib

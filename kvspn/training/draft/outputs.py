@@ -20,7 +20,7 @@ from kvspn.atomic import atomic
 from kvspn.decoding import DecodeStats, compression_ratio
 from kvspn.engines import Engine
 from kvspn.models import WhisperM2MForConditionalGeneration, WhisperM2MProcessor, prompts, settings
-from kvspn.models.languages import language_probabilities
+from kvspn.models.languages import likely_languages
 from kvspn.models.validation import SAMPLING_RATE
 from kvspn.training.draft.recipe import DraftRecipe
 from kvspn.training.draft.windows import Clip, Load, Window, window_samples
@@ -112,8 +112,8 @@ class Speaker:
     def _detect(self, states: Tensor) -> str:
         if not self._languages:
             return "en"
-        likely = language_probabilities(self._model, states, self._start, list(self._languages.values()))
-        return list(self._languages)[int(likely.argmax())]
+        (likely,) = likely_languages(self._engine(1), [states], self._start, self._languages)
+        return next(iter(likely))
 
     def _repeats(self, tokens: Sequence[int]) -> bool:
         text = self._processor.tokenizer.decode(tokens, skip_special_tokens=True)
