@@ -183,6 +183,23 @@ def test_the_encoder_states_of_a_row_alone(make_engine, dtype):
         assert torch.equal(alone.cache.cross_kv[:, :, 0], together[:, :, b])
 
 
+def test_states_of_several_rows_are_encoded_once(make_engine):
+    e = make_engine(random_decoder(heads=1, head_dim=16), batch=3, kv="int8")
+    states = torch.randn(5, 16)
+    encoded, encode = [], e._encode
+    e._encode = lambda row, states: (encoded.append(row), encode(row, states))
+    e.start([states, torch.randn(2, 16), states], [[1, 2]] * 3, eos=-1, max_length=9)
+    assert encoded == [0, 1]
+    assert e.cache.cross_lengths.tolist() == [5, 2, 5]
+    for _ in range(3):
+        e.step()
+    assert e.tokens[0, : e.lengths[0] + 1].tolist() == e.tokens[2, : e.lengths[2] + 1].tolist()
+    assert torch.equal(e.cache.cross_kv[:, :, 0, :, :5], e.cache.cross_kv[:, :, 2, :, :5])
+    assert torch.equal(e.cache.cross_kv_scale[:, :, 0, :, :5], e.cache.cross_kv_scale[:, :, 2, :, :5])
+    e.start(torch.randn(3, 5, 16), [[1]] * 3, eos=-1, max_length=9)  # a tensor's rows are others, each
+    assert encoded == [0, 1, 0, 1, 2]
+
+
 def test_run_is_many_steps(make_engine):
     """It ends with the last row, makes the first token as step() does, and tells what it made."""
     e, only = make_engine(random_decoder()), torch.full((29,), -torch.inf)

@@ -309,14 +309,14 @@ def test_a_window_is_encoded_and_its_prompt_processed_once(
     done = passes(windows, monkeypatch)
     (likely,) = windows.likely([windows.encode(features)])
     assert done == [("encode", 0), ("prefill", 1)]
-    by = Choice(temperatures=(0.0, 0.5), best_of=2, log_prob_threshold=0.0, no_speech_threshold=None)
+    by = Choice(temperatures=(0.0, 0.5, 0.7), best_of=1, log_prob_threshold=0.0, no_speech_threshold=None)
     before = windows.ids("Wo ist der Bahnhof?")
     prompt = windows.prompt(next(iter(likely)), "transcribe", None, before, None, None, True)
     states = windows.encode(features)
     done.clear()
     (found,) = windows.hear([states], [prompt], by, 0)
     tokens = len(prompt.before) + len(prompt.after) - 1
-    assert found.temperature == 0.5
+    assert found.temperature == 0.7
     assert [each for each in done if each[0] != "step"] == [("prefill", tokens)]
     # The same again, from the start of the transcript on: whose logits nobody has kept.
     done.clear()
@@ -354,7 +354,9 @@ def attempts(
     monkeypatch.setattr(
         Windows,
         "_decode",
-        lambda self, engine, prompts, silent, by, temperature, *_: [next(left[temperature])],
+        lambda self, engine, states, prompts, silent, by, temperature, *_: [
+            next(left[temperature]) for _ in prompts
+        ],
     )
     states = windows.encode(windows.features(tiny.sound(1)))
     (found,) = windows.hear([states], [Prompt([windows._start], [], 0)], by, 3)
@@ -389,6 +391,35 @@ def test_a_run_with_draws_repeats_bit_for_bit(windows: Windows) -> None:
     assert list(transcribe(windows, features, task)) == first
     other = replace(task, choice=replace(task.choice, temperatures=(0.9,)))
     assert [each.tokens for each in transcribe(windows, features, other)] != [each.tokens for each in first]
+
+
+def test_draws_side_by_side_are_those_one_after_the_other(
+    windows: Windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, in groups of two, the last with an idle row, as all at once; words too."""
+    states = windows.encode(windows.features(tiny.sound(2)))
+    prompt = windows.prompt("de", "transcribe", None, [], None, None, False)
+    by = Choice((0.8,), best_of=3, log_prob_threshold=0.0, word_timestamps=True, max_new_tokens=9)
+    config = windows.model.config
+    row = 8 * config.decoder_layers * config.d_model * config.max_source_positions
+    found, drawn = [], []
+    decode = Windows._decode
+
+    def noted(self: Windows, *arguments: Any) -> list[Heard]:
+        made = decode(self, *arguments)
+        drawn.append([replace(each, stats=None) for each in made])
+        return made
+
+    monkeypatch.setattr(Windows, "_decode", noted)
+    for rows, groups in ((1, [1, 1, 1]), (2, [2, 1]), (9, [3])):
+        monkeypatch.setattr("kvspn.speech.windows._MOST_DRAWN", rows * row)
+        drawn.clear()
+        (heard,) = windows.hear([states], [prompt], by, 7, frames=[200])
+        assert [len(each) for each in drawn] == groups
+        found.append(([each for some in drawn for each in some], replace(heard, stats=None)))
+        assert (heard.stats.tokens, heard.stats.steps) == (27, 27)
+    assert found[0] == found[1] == found[2]
+    assert len({tuple(each.tokens) for each in found[0][0]}) == 3
 
 
 def test_rows_of_a_batch_are_what_they_are_alone(windows: Windows) -> None:

@@ -55,7 +55,7 @@ def decode(
     mask: Tensor | None = None,
     begin_mask: Tensor | None = None,
     temperature: float = 0.0,
-    seed: int = 0,
+    seed: int | list[int] = 0,
     top_k: int = 0,
     timestamps: Timestamps | None = None,
     log_probs: bool = False,
@@ -79,7 +79,8 @@ def decode(
             15 of its tokens are verified in a step, for as long as the row says the same. A row without a
             guess takes a plain step beside one that has.
         temperature: 0 for greedy decoding; else tokens are drawn from the softmax of logits / temperature.
-        seed: 0 .. 2^64 - 1, of the draws: each row has its own, ``kvspn.ops.rules.row_seed(seed, row)``.
+        seed: 0 .. 2^64 - 1, of the draws: each row has its own, ``kvspn.ops.rules.row_seed(seed, row)``. Or
+            one a row, with which it draws what it would draw alone.
         top_k: with a temperature, tokens are drawn among so many of the likeliest; 0 for all.
         timestamps: the grammar of timestamps that every row keeps to, its tokens in the vocabulary.
         log_probs: whether the result tells those of the generated tokens.
@@ -98,9 +99,14 @@ def decode(
     limits = [max_length] * len(prompt) if isinstance(max_length, int) else list(max_length)
     _check_stops(prompt, ends, limits)
     guesses = GivenDrafts(draft_tokens, len(prompt))
-    rule = Rule(temperature, seed, timestamps, top_k)
-    check_rule("", rule)
-    rules = [rule._replace(seed=row_seed(seed, row)) for row in range(len(prompt))]
+    several = isinstance(seed, list)
+    seeds = seed if isinstance(seed, list) else [seed] * len(prompt)
+    if len(seeds) != len(prompt):
+        raise ValueError(f"seed must be one for all rows or {len(prompt)}, got {len(seeds)}")
+    rules = [Rule(temperature, each, timestamps, top_k) for each in seeds]
+    for rule in rules:
+        check_rule("", rule)
+    rules = [rule._replace(seed=row_seed(rule.seed, 0 if several else row)) for row, rule in enumerate(rules)]
     with engine.lock:
         engine.start(
             encoder_states,

@@ -95,8 +95,9 @@ class Engine(abc.ABC):
 
         Args:
             encoder_states: per row one tensor [E_b, d] without padding; a tensor [batch, E, d] is such a
-                sequence too. None: those of the last start, whose cross-attention keys and values are kept,
-                for other prompts; of these too is kept what a row's last prompt began with alike.
+                sequence too. One tensor that stands for several rows is encoded once. None: those of the last
+                start, whose cross-attention keys and values are kept, for other prompts; of these too is kept
+                what a row's last prompt began with alike.
             prompt: per row one or more token ids; rows may differ in number.
             eos: the token that ends a row; -1 for none.
             max_length: tokens of a row at most, prompt included; at most capacity. A row whose prompt is
@@ -262,8 +263,13 @@ class CachedEngine(Engine):
         if encoder_states is not None:
             self._encoded = False
             self.cache.reset()
-            for row, states in enumerate(encoder_states):
-                self._encode(row, states)
+            given = list(encoder_states)
+            for row, states in enumerate(given):
+                first = next(i for i, other in enumerate(given) if other is states)
+                if first == row:
+                    self._encode(row, states)
+                else:
+                    self.cache.copy_cross(first, row)
             self._encoded = True
         self.stats.zero_()
         for row, (ids, position) in enumerate(zip(prompt, logits_at, strict=True)):

@@ -125,6 +125,14 @@ class StepCache:
         self.cross_kv[:, :, row, :, : shapes["E"]] = kv
         self.cross_lengths[row] = shapes["E"]
 
+    def copy_cross(self, source: int, row: int) -> None:
+        """Give a row the encoder's keys and values that another one has, of the same utterance."""
+        for buffer in (self.cross_kv, self.cross_kv_scale):
+            if buffer is not None:
+                buffer[:, :, row] = buffer[:, :, source]
+        self.cross_lengths[row] = self.cross_lengths[source]
+        self._cross_written[row] = True
+
     def rollback(self, lengths: Tensor) -> None:
         """Shorten each row to lengths[b] (int32 [B]) positions; nothing is copied, zeroed or waited for.
 

@@ -25,6 +25,7 @@ from kvspn.speech.segments import STEP
 from kvspn.speech.words import Timing
 
 _BLOCK = 3_000  # frames of which a spectrum is taken at once: 30 s
+_MOST_DRAWN = 1 << 30  # bytes of encoder's keys and values in fp32, for draws side by side
 
 
 @dataclass(frozen=True)
@@ -244,21 +245,25 @@ class Windows:
             rows: of the engine; those above the windows' number stay idle.
 
         A single window is tried again at the next temperature where its text compresses too well or is too
-        unlikely, unless no speech is what is likely. Draws depend on `seed`, temperature and attempt alone.
+        unlikely, unless no speech is what is likely. Draws are made side by side, and depend on `seed`,
+        temperature and attempt alone.
         """
         engine = self.engine(rows)
         with engine.lock:
             silent = self._silence(engine, states, prompts, by)
             if rows > 1:
-                return self._decode(engine, prompts, silent, by, by.temperatures[0], seed, frames)
+                return self._decode(engine, None, prompts, silent, by, by.temperatures[0], seed, frames)
             tried: list[Heard] = []
             spent: list[DecodeStats] = []
+            seconds = 0.0
             for i, temperature in enumerate(by.temperatures):
-                draws = range(by.best_of if temperature else 1)
-                seeds = ((seed * 100 + i) * 1000 + draw for draw in draws)
-                heard = [
-                    self._decode(engine, prompts, silent, by, temperature, each, frames)[0] for each in seeds
-                ]
+                draws = by.best_of if temperature else 1
+                seeds = [(seed * 100 + i) * 1000 + draw for draw in range(draws)]
+                heard: list[Heard] = []
+                for first in range(0, draws, abreast := self._abreast(draws)):
+                    some = seeds[first : first + abreast]
+                    heard += self._draw(abreast, states, prompts, silent, by, temperature, some, frames)
+                    seconds += max(each.stats.seconds for each in heard[first:])
                 tried.append(max(heard, key=_likelihood))
                 spent += [each.stats for each in heard]
                 if not _failed(tried[-1], by):
@@ -267,7 +272,7 @@ class Windows:
             else:
                 best = max([each for each in tried if not _repeats(each, by)] or tried, key=_likelihood)
             # Of several attempts the last temperature counts: the next window is told a text or not by it.
-            total = DecodeStats.total(spent, sum(each.seconds for each in spent))
+            total = DecodeStats.total(spent, seconds)
             return [replace(best, temperature=temperature, stats=total)]
 
     def _silence(
@@ -294,17 +299,47 @@ class Windows:
         found: list[float] = engine.logits[: len(states)].softmax(-1)[:, self._no_speech].tolist()
         return found
 
-    def _decode(
+    def _abreast(self, draws: int) -> int:
+        """How many of a window's draws are made at once: each has the encoder's keys and values beside it."""
+        config = self.model.config
+        values = 2 * config.decoder_layers * config.d_model * config.max_source_positions
+        return max(1, min(draws, _MOST_DRAWN // (4 * values)))
+
+    def _draw(
         self,
-        engine: Engine,
+        rows: int,
+        states: Sequence[Tensor],
         prompts: Sequence[Prompt],
         silent: Sequence[float],
         by: Choice,
         temperature: float,
-        seed: int,
+        seeds: list[int],
         frames: Sequence[int],
     ) -> list[Heard]:
-        """The rows whose states are in the engine, once."""
+        """One window, once for each seed, on the engine for so many rows."""
+        engine, every = self.engine(rows), list(states) * rows
+        with engine.lock:
+            given = self._given(rows, every)
+            count = len(seeds)
+            found = self._decode(
+                *(engine, given, [*prompts] * count, [*silent] * count, by, temperature, seeds),
+                [*frames] * count,
+            )
+            self._held[rows] = every
+        return found
+
+    def _decode(
+        self,
+        engine: Engine,
+        states: Sequence[Tensor] | None,
+        prompts: Sequence[Prompt],
+        silent: Sequence[float],
+        by: Choice,
+        temperature: float,
+        seed: int | list[int],
+        frames: Sequence[int],
+    ) -> list[Heard]:
+        """The rows, once. states: of all the engine's rows; None: those that it has."""
         starts = [[*prompt.before, *prompt.after] for prompt in prompts]
         limits = [self._limit(len(start), by.max_new_tokens) for start in starts]
         idle = len(engine.tokens) - len(prompts)
@@ -315,7 +350,7 @@ class Windows:
             grammar = Timestamps(self.begin, self._end, latest, prompts[0].prefix)
         found = decode(
             engine,
-            None,
+            states,
             [*starts, *[[self._start]] * idle],
             eos=self._end,
             max_length=limits + [1] * idle,
@@ -324,7 +359,7 @@ class Windows:
             mask=mask,
             begin_mask=first_mask,
             temperature=temperature,
-            seed=seed,
+            seed=seed if isinstance(seed, int) else [*seed, *[0] * idle],
             log_probs=True,
             timestamps=grammar,
             cross_queries=by.word_timestamps,
