@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from kvspn.atomic import atomic
 from kvspn.cli.common import open_translator, print_error, print_json, print_warning
+from kvspn.cli.live import listen_live
 
 if TYPE_CHECKING:
     from kvspn.speech.translator import Translation
@@ -120,12 +121,42 @@ def listen(
     strict: bool,
     no_draft: bool,
     words: bool,
+    live: float | None,
+    raw: int | None,
     **options: Any,
 ) -> None:
     """Runs a command; `options` are others of `Translator.translate`.
 
     A file that fails stops no other; the exit status is the number of those that did, 100 at most.
     """
+    if live is not None:
+        listen_live(
+            audio,
+            target,
+            task,
+            source,
+            None if output is None else output.value,
+            seconds=live,
+            raw=raw,
+            no_draft=no_draft,
+            refused={
+                "--words": words,
+                "--strict": strict,
+                "--folder": folder,
+                "--prefix": options.pop("prefix"),
+            },
+            model=model,
+            draft=draft,
+            backend=backend,
+            weights=weights,
+            kv=kv,
+            encoder_format=encoder_format,
+            threads=threads,
+            **options,
+        )
+        return
+    if raw is not None:
+        raise typer.BadParameter(f"--raw must be left out without --live, got {raw}")
     if words and output is not Output.JSON:
         raise typer.BadParameter(
             f"--output must be json with --words, got {output.value if output else 'running text'}"

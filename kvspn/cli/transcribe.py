@@ -16,6 +16,7 @@ from kvspn.cli.listen import (
     Words,
     listen,
 )
+from kvspn.cli.live import Every, Raw
 
 
 def transcribe(
@@ -37,6 +38,8 @@ def transcribe(
     strict: Strict = False,
     output: As = None,
     folder: Folder = None,
+    live: Every = None,
+    raw: Raw = None,
 ) -> None:
     """Transcribe speech, with times where the model has timestamps.
 
@@ -65,4 +68,6 @@ def transcribe(
         encoder_format=encoder_format,
         threads=threads,
         strict=strict,
+        live=live,
+        raw=raw,
     )

@@ -20,6 +20,7 @@ from kvspn.cli.listen import (
     Words,
     listen,
 )
+from kvspn.cli.live import Every, Raw
 
 
 def translate(
@@ -50,6 +51,8 @@ def translate(
     strict: Strict = False,
     output: As = None,
     folder: Folder = None,
+    live: Every = None,
+    raw: Raw = None,
 ) -> None:
     """Translate speech to text in another language.
 
@@ -79,4 +82,6 @@ def translate(
         encoder_format=encoder_format,
         threads=threads,
         strict=strict,
+        live=live,
+        raw=raw,
     )

@@ -75,9 +75,10 @@ def decode(
         max_length: tokens of a row at most, prompt included: one number for all rows or one a row.
         k: a drafted token stands if it is among the base model's k best; an int >= 1, math.inf or "inf".
         draft: False for plain greedy decoding.
-        draft_tokens: per row a guess of what follows its prompt, as the last hypothesis of a stream is; up to
-            15 of its tokens are verified in a step, for as long as the row says the same. A row without a
-            guess takes a plain step beside one that has.
+        draft_tokens: per row a guess of what follows its prompt, as the last hypothesis of a stream is, of
+            which up to 15 tokens are verified in a step (see :class:`kvspn.decoding.drafts.GivenDrafts`).
+            Where it has none to offer the draft network goes on; a row without takes a plain step beside one
+            that has.
         temperature: 0 for greedy decoding; else tokens are drawn from the softmax of logits / temperature.
         seed: 0 .. 2^64 - 1, of the draws: each row has its own, ``kvspn.ops.rules.row_seed(seed, row)``. Or
             one a row, with which it draws what it would draw alone.
@@ -98,7 +99,7 @@ def decode(
     ends = [eos] if isinstance(eos, int) else list(eos)
     limits = [max_length] * len(prompt) if isinstance(max_length, int) else list(max_length)
     _check_stops(prompt, ends, limits)
-    guesses = GivenDrafts(draft_tokens, len(prompt))
+    guesses = GivenDrafts(draft_tokens, len(prompt), repeats=accept == 1)
     several = isinstance(seed, list)
     seeds = seed if isinstance(seed, list) else [seed] * len(prompt)
     if len(seeds) != len(prompt):

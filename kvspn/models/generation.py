@@ -173,8 +173,8 @@ class GenerationMixin:
             draft: False for plain greedy decoding; by default True where the model has a draft network that
                 has been trained (a warning says that one has not). True uses an untrained one, too.
             draft_tokens: per row a guess of its output, such as the `sequences` [B, T] of an earlier call: up
-                to 15 of its tokens are verified in a step, for as long as the row says the same (see
-                `kvspn.decoding.drafts`). With k = 1 the output stays the same.
+                to 15 of its tokens are verified in a step, and where the two part it goes on where they meet
+                again (see `kvspn.decoding.drafts`). With k = 1 the output stays the same.
             max_new_tokens: at most, each row after its own prompt; by default what the decoder's positions
                 allow.
             do_sample: True draws each token from the softmax of logits / temperature, of the `top_k`

@@ -75,6 +75,55 @@ def load_audio(
     return samples
 
 
+def live_audio(
+    source: BinaryIO, raw: int | None = None, on_loss: Callable[[str], object] = warnings.warn
+) -> Iterator[np.ndarray]:
+    """What comes out of a pipe, as it comes: blocks of float32 [N], mono at 16 kHz, in [-1, 1].
+
+    Args:
+        source: open for reading bytes; it is never sought in.
+        raw: its rate in Hz, where it is headerless 16-bit samples (little-endian, mono) and nothing that
+            FFmpeg knows.
+        on_loss: as in `load_audio`, called at the end.
+
+    Raises:
+        AudioError: not audio, or not finite.
+    """
+    name = getattr(source, "name", "audio")
+    name = "standard input" if name == "<stdin>" else name
+    # Without these FFmpeg reads for seconds before it gives anything.
+    options = {"protocol_whitelist": "none", "probesize": "8192", "analyzeduration": "0"}
+    if raw is not None:
+        options |= {"sample_rate": str(raw), "ch_layout": "mono"}
+    form = None if raw is None else "s16le"
+    try:
+        with av.open(_Pipe(source), "r", format=form, options=options, buffer_size=4096) as container:
+            if not container.streams.audio:
+                raise AudioError("no audio in it")
+            track = _Track(container)
+            for block, _ in _blocks(track):
+                if len(block):
+                    yield block.clip(-1, 1)
+            for fault in track.faults():
+                on_loss(f"{name}: {fault}")
+    except AudioError as error:
+        raise AudioError(f"{name}: {error}") from error.__cause__
+    except av.error.FFmpegError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise AudioError(f"{name}: not readable as audio ({reason}); try wav, ogg, flac or --raw") from error
+
+
+class _Pipe:
+    """A file that gives what is there, where another would wait until it is full."""
+
+    def __init__(self, source: BinaryIO) -> None:
+        self._read = getattr(source, "read1", source.read)
+
+    def read(self, size: int) -> bytes:
+        found: bytes = self._read(size)
+        return found
+
+
 @contextmanager
 def _seekable(source: str | os.PathLike[str] | BinaryIO) -> Iterator[BinaryIO]:
     """The file itself, or a copy of what comes out of a pipe: containers are read to and fro."""
@@ -152,13 +201,19 @@ class _Track:
         whole = self._claimed(file, kind)
         if whole is not None and self._seconds < whole - _TOLERANCE:
             losses.append(f"ends after {self._seconds:.1f} of {whole:.1f} seconds")
-        elif self._damaged:
-            losses.append(f"damaged: {self._damaged:.1f} seconds cannot be decoded")
-        elif self._end:
-            losses.append(f"cannot be read after {self._seconds:.1f} seconds ({self._end})")
+        elif faults := self.faults():
+            losses += faults
         elif kind == "ogg" and not _ogg_ends(file):
             losses.append(f"is cut short after {self._seconds:.1f} seconds")
         return losses
+
+    def faults(self) -> list[str]:
+        """Those that decoding met."""
+        if self._damaged:
+            return [f"damaged: {self._damaged:.1f} seconds cannot be decoded"]
+        if self._end:
+            return [f"cannot be read after {self._seconds:.1f} seconds ({self._end})"]
+        return []
 
     def _claimed(self, file: BinaryIO, kind: str) -> float | None:
         """The seconds that the header counts, where it does: FFmpeg gives an estimate where it does not."""
@@ -189,6 +244,14 @@ def _mono(frames: Iterable[tuple[int, np.ndarray]]) -> tuple[np.ndarray, float]:
     """The mean of the channels at 16 kHz, float32 [N], and the highest peak of any channel."""
     mixed = bytearray()  # grows in place
     peak = 0.0
+    for block, highest in _blocks(frames):
+        mixed += block.tobytes()
+        peak = max(peak, highest)
+    return np.frombuffer(mixed, np.float32), peak
+
+
+def _blocks(frames: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[np.ndarray, float]]:
+    """The same frame by frame."""
     for rate, run in groupby(frames, itemgetter(0)):  # recordings that were joined may differ in it
         if not _RATES[0] <= rate <= _RATES[1]:
             raise AudioError(f"its sampling rate must be {_RATES[0]} to {_RATES[1]} Hz, got {rate}")
@@ -197,11 +260,9 @@ def _mono(frames: Iterable[tuple[int, np.ndarray]]) -> tuple[np.ndarray, float]:
             highest = float(np.abs(channels).max(initial=0))
             if not np.isfinite(highest):
                 raise AudioError("broken samples (NaN or infinite)")
-            peak = max(peak, highest)
             mono = channels.mean(axis=0, dtype=np.float64).astype(np.float32)
-            mixed += resampler.resample_chunk(mono).tobytes()
-        mixed += resampler.resample_chunk(np.empty(0, np.float32), last=True).tobytes()
-    return np.frombuffer(mixed, np.float32), peak
+            yield resampler.resample_chunk(mono), highest
+        yield resampler.resample_chunk(np.empty(0, np.float32), last=True), 0.0
 
 
 def _wav_bytes_missing(file: BinaryIO) -> int:

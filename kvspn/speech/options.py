@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from kvspn.checks import boolean, integer
 from kvspn.speech.audio import SAMPLING_RATE
 from kvspn.speech.vad import VadOptions
@@ -101,6 +103,20 @@ def read_options(arguments: Mapping[str, Any]) -> TranscriptionOptions:
     return TranscriptionOptions(
         **{name: arguments[name] for name in names}, temperatures=[float(each) for each in temperatures]
     )
+
+
+def read_samples(name: str, samples: np.ndarray) -> np.ndarray:
+    """float32 [N] from floats, mono at 16 kHz."""
+    if not isinstance(samples, np.ndarray) or samples.ndim != 1 or samples.dtype.kind != "f":
+        got = (
+            f"{samples.dtype} {list(samples.shape)}"
+            if isinstance(samples, np.ndarray)
+            else type(samples).__name__
+        )
+        raise ValueError(f"{name} must be float samples of one dimension, mono at 16 kHz, got {got}")
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+    return np.ascontiguousarray(samples, np.float32)
 
 
 def read_clips(given: str | Sequence[float]) -> list[tuple[float, float]]:

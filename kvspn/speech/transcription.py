@@ -81,9 +81,9 @@ def transcribe(
                 on_window(heard, seek)
                 continue
             offset, seconds = seek / rate, size / rate
-            segments, forward = _segments(windows, heard, seek, offset, seconds)
+            segments, forward = segments_of(windows, heard, seek, offset, seconds)
             if not heard.whole and forward == seconds:
-                _warn_cut(segments, offset, seconds)
+                warn_cut(segments, offset, seconds)
             if heard.timing is not None:
                 _give_words(windows, segments, heard, offset, language, task, spoken)
                 said = ended(segments, 0.0)
@@ -97,7 +97,7 @@ def transcribe(
                         forward = again - offset
                 spoken = ended(segments, spoken)
             seek += max(1, round(forward * rate))
-            for segment in _audible(segments):
+            for segment in audible(segments):
                 before += segment.tokens
                 count += 1
                 segment.id = count
@@ -139,19 +139,19 @@ def transcribe_batch(
             frames=[features.shape[1] for *_, features in rows],
         )
         for (offset, seconds, _), language, heard in zip(rows, spoken, found, strict=True):
-            segments, forward = _segments(windows, heard, round(offset * rate), offset, seconds, rest=True)
+            segments, forward = segments_of(windows, heard, round(offset * rate), offset, seconds, rest=True)
             if not heard.whole and forward == seconds:
-                _warn_cut(segments, offset, seconds)
+                warn_cut(segments, offset, seconds)
             if heard.timing is not None:
                 _give_words(windows, segments, heard, offset, language, task, said)
                 said = ended(segments, said)
-            for segment in _audible(segments):
+            for segment in audible(segments):
                 count += 1
                 segment.id = count
                 yield segment
 
 
-def _segments(
+def segments_of(
     windows: Windows, heard: Heard, seek: int, offset: float, seconds: float, rest: bool = False
 ) -> tuple[list[Segment], float]:
     """The segments of a window that begins at `offset` seconds, ids left open, and the seconds that they
@@ -180,7 +180,7 @@ def _segments(
     return found, forward
 
 
-def _audible(segments: Sequence[Segment]) -> list[Segment]:
+def audible(segments: Sequence[Segment]) -> list[Segment]:
     """Those that have a text and last."""
     return [segment for segment in segments if segment.start < segment.end and segment.text.strip()]
 
@@ -204,7 +204,7 @@ def _give_words(
     give(segments, found, usual, spoken)
 
 
-def _warn_cut(segments: Sequence[Segment], offset: float, seconds: float) -> None:
+def warn_cut(segments: Sequence[Segment], offset: float, seconds: float) -> None:
     """What a limit of tokens left unheard is not passed over in silence."""
     tokens = sum(len(segment.tokens) for segment in segments)
     warnings.warn(

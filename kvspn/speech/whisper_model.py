@@ -26,6 +26,7 @@ from kvspn.speech.options import (
     read_batch_clips,
     read_clips,
     read_options,
+    read_samples,
     read_vad_options,
 )
 from kvspn.speech.segments import Segment, Word
@@ -543,16 +544,7 @@ def _arguments(**given: Any) -> dict[str, Any]:
 
 def _samples(audio: Audio) -> np.ndarray:
     """float32 [N], mono at 16 kHz."""
-    if not isinstance(audio, np.ndarray):
-        return load_audio(audio)
-    if audio.ndim != 1 or audio.dtype.kind != "f":
-        raise ValueError(
-            f"audio must be float samples of one dimension, mono at 16 kHz, got {audio.dtype} "
-            f"{list(audio.shape)}"
-        )
-    if not np.isfinite(audio).all():
-        raise ValueError("audio must be finite, got NaN or infinity")
-    return np.ascontiguousarray(audio, np.float32)
+    return read_samples("audio", audio) if isinstance(audio, np.ndarray) else load_audio(audio)
 
 
 def _speech(samples: np.ndarray, options: VadOptions) -> list[tuple[int, int]]:

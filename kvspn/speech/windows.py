@@ -237,11 +237,13 @@ class Windows:
         seed: int,
         rows: int = 1,
         frames: Sequence[int] = (),
+        draft_tokens: Sequence[Sequence[int]] | None = None,
     ) -> list[Heard]:
         """Windows, a row of an engine each, by their states [E, d] and prompts.
 
         Args:
             frames: of each window, those that are sound, where words are asked for.
+            draft_tokens: a guess of each window's tokens, timestamps and end included, for the first attempt.
             rows: of the engine; those above the windows' number stay idle.
 
         A single window is tried again at the next temperature where its text compresses too well or is too
@@ -252,18 +254,23 @@ class Windows:
         with engine.lock:
             silent = self._silence(engine, states, prompts, by)
             if rows > 1:
-                return self._decode(engine, None, prompts, silent, by, by.temperatures[0], seed, frames)
+                return self._decode(
+                    engine, None, prompts, silent, by, by.temperatures[0], seed, frames, draft_tokens
+                )
             tried: list[Heard] = []
             spent: list[DecodeStats] = []
-            seconds = 0.0
+            seconds, guess = 0.0, draft_tokens
             for i, temperature in enumerate(by.temperatures):
                 draws = by.best_of if temperature else 1
                 seeds = [(seed * 100 + i) * 1000 + draw for draw in range(draws)]
                 heard: list[Heard] = []
                 for first in range(0, draws, abreast := self._abreast(draws)):
                     some = seeds[first : first + abreast]
-                    heard += self._draw(abreast, states, prompts, silent, by, temperature, some, frames)
+                    heard += self._draw(
+                        abreast, states, prompts, silent, by, temperature, some, frames, guess
+                    )
                     seconds += max(each.stats.seconds for each in heard[first:])
+                guess = None  # it was of the first temperature's text
                 tried.append(max(heard, key=_likelihood))
                 spent += [each.stats for each in heard]
                 if not _failed(tried[-1], by):
@@ -315,6 +322,7 @@ class Windows:
         temperature: float,
         seeds: list[int],
         frames: Sequence[int],
+        draft_tokens: Sequence[Sequence[int]] | None,
     ) -> list[Heard]:
         """One window, once for each seed, on the engine for so many rows."""
         engine, every = self.engine(rows), list(states) * rows
@@ -324,6 +332,7 @@ class Windows:
             found = self._decode(
                 *(engine, given, [*prompts] * count, [*silent] * count, by, temperature, seeds),
                 [*frames] * count,
+                None if draft_tokens is None else [*draft_tokens] * count,
             )
             self._held[rows] = every
         return found
@@ -338,6 +347,7 @@ class Windows:
         temperature: float,
         seed: int | list[int],
         frames: Sequence[int],
+        draft_tokens: Sequence[Sequence[int]] | None,
     ) -> list[Heard]:
         """The rows, once. states: of all the engine's rows; None: those that it has."""
         starts = [[*prompt.before, *prompt.after] for prompt in prompts]
@@ -356,6 +366,7 @@ class Windows:
             max_length=limits + [1] * idle,
             k=by.k,
             draft=by.draft and self.model.drafts,
+            draft_tokens=None if draft_tokens is None else [*draft_tokens, *[[]] * idle],
             mask=mask,
             begin_mask=first_mask,
             temperature=temperature,
