@@ -76,7 +76,7 @@ def main(path: Path, states: np.ndarray | None, source: str, target: str) -> lis
         cross_kv=cross_kv,
         cross_lengths=np.zeros(1, np.int32),
     )
-    task = ["transcribe"] if source == target else ["translate", f"language.{target}"]
+    task = ["task.transcribe"] if source == target else ["task.translate", f"language.{target}"]
     prompt = [int(numbers[name]) for name in ("start", f"language.{source}", *task, "no_timestamps")]
     engine.encode(0, states)
     tokens[0, : len(prompt)] = prompt

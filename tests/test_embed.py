@@ -79,22 +79,33 @@ def test_threads_memory_and_allocations(build):
 
 @pytest.mark.skipif(backends()["native"] is not None, reason="the extension is not built")
 @pytest.mark.parametrize("weights", ["fp32", "fp8", "int8/int4"])
-def test_a_c_program_translates(build, tmp_path, weights):
-    """The same text as Python's, on bundled clips."""
+def test_a_c_program_transcribes(build, tmp_path, weights):
+    """The same text as Python's, on bundled clips; and a line for what is no model or no wav."""
     run(
         "cmake",
         *("-S", ROOT / "examples" / "embed_c", "-B", build / "example"),
         f"-Dkvspn_ROOT={build / 'prefix'}",
     )
     run("cmake", "--build", build / "example")
+    program = build / "example" / "transcribe"
     model = tmp_path / "mini.safetensors"
     assert CliRunner().invoke(app, ["quantize", str(model), "--weights", weights]).exit_code == 0
-    translator = Translator.from_folder(backend="native", weights=weights)
+    translator = Translator.from_folder(backend="native", weights=weights, encoder_format="fp32")
     for clip, target in zip(read_manifest("demo")[:3], ("zh", "en", "de"), strict=True):
         wav = tmp_path / f"{clip.id}.wav"
         soundfile.write(wav, load_audio(clip.audio), SAMPLING_RATE, "PCM_16")
         expected = translator.translate(load_audio(wav), target, clip.language)
-        assert run(build / "example" / "translate", model, wav, clip.language, target) == expected.text + "\n"
+        [line] = run(program, model, wav, clip.language, target).splitlines()
+        assert line.split(" ", 2)[1:] == [clip.language, expected.text]
+    for arguments, message in (
+        ([wav, wav], "must be a safetensors file, which begins with"),
+        ([model, model], "must be a wav of 16 bits, mono at 16 kHz"),
+        ([model, wav, "xx"], "language must be the code of one that the model knows, got xx"),
+    ):
+        done = subprocess.run([program, *arguments], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == 1
 
 
 def test_quantize_refuses(tmp_path):

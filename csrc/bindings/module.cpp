@@ -395,6 +395,63 @@ class Encoder {
     std::unique_ptr<kvspn_encoder, Destroy> encoder_;
 };
 
+// What a segment of the C ABI says, for as long as Python likes.
+struct Segment {
+    double start, end;
+    std::string text;
+    std::vector<int32_t> tokens;
+    float avg_logprob, no_speech_prob;
+    std::string language;
+    float language_probability;
+    bool cut;
+};
+
+class Model {
+  public:
+    Model(const std::string& path, int threads, const std::optional<std::string>& variant) {
+        const kvspn_model_params params{sizeof params, threads, variant ? variant->c_str() : nullptr};
+        kvspn_model* model = nullptr;
+        without_gil([&] { return kvspn_model_open(path.c_str(), &params, &model); });
+        model_.reset(model);
+    }
+
+    std::vector<Segment> transcribe(const py::object& samples, const std::optional<std::string>& language,
+                                    const std::optional<std::string>& target, bool without_timestamps) {
+        const Tensor sound("samples", samples, kCpu);
+        const kvspn_tensor& own = sound.get();
+        if (own.dtype != KVSPN_FP32 || own.ndim != 1 || (own.shape[0] > 1 && own.strides[0] != 1))
+            throw py::value_error("samples must be fp32 and contiguous, of one dimension, got another array");
+        std::vector<Segment> segments;
+        kvspn_transcribe_params params{};
+        params.struct_size = sizeof params, params.without_timestamps = without_timestamps;
+        params.language = language ? language->c_str() : nullptr;
+        params.target = target ? target->c_str() : nullptr;
+        params.on_segment = [](void* context, const kvspn_segment* s) -> int32_t {
+            static_cast<std::vector<Segment>*>(context)->push_back({s->start,
+                                                                    s->end,
+                                                                    s->text,
+                                                                    {s->tokens, s->tokens + s->token_count},
+                                                                    s->avg_logprob,
+                                                                    s->no_speech_prob,
+                                                                    s->language,
+                                                                    s->language_probability,
+                                                                    s->cut != 0});
+            return 0;
+        };
+        params.context = &segments;
+        without_gil([&] {
+            return kvspn_transcribe(model_.get(), static_cast<const float*>(own.data), own.shape[0], &params);
+        });
+        return segments;
+    }
+
+  private:
+    struct Close {
+        void operator()(kvspn_model* model) const { kvspn_model_close(model); }
+    };
+    std::unique_ptr<kvspn_model, Close> model_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -444,4 +501,20 @@ PYBIND11_MODULE(_native, m) {
         .def("log_mel", &Encoder::log_mel, py::arg("samples"), py::arg("features"))
         .def("encode", &Encoder::encode, py::arg("features"), py::arg("states"))
         .def_property_readonly("instruction_set", &Encoder::instruction_set);
+    py::class_<Segment>(m, "Segment")
+        .def_readonly("start", &Segment::start)
+        .def_readonly("end", &Segment::end)
+        .def_readonly("text", &Segment::text)
+        .def_readonly("tokens", &Segment::tokens)
+        .def_readonly("avg_logprob", &Segment::avg_logprob)
+        .def_readonly("no_speech_prob", &Segment::no_speech_prob)
+        .def_readonly("language", &Segment::language)
+        .def_readonly("language_probability", &Segment::language_probability)
+        .def_readonly("cut", &Segment::cut);
+    py::class_<Model>(m, "Model")
+        .def(py::init<const std::string&, int, const std::optional<std::string>&>(), py::arg("path"),
+             py::kw_only(), py::arg("threads") = 0, py::arg("variant") = py::none())
+        .def("transcribe", &Model::transcribe, py::arg("samples"), py::kw_only(),
+             py::arg("language") = py::none(), py::arg("target") = py::none(),
+             py::arg("without_timestamps") = false);
 }

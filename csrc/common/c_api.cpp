@@ -7,6 +7,7 @@
 #include "common/cores.h"
 #include "common/engine.h"
 #include "common/error.h"
+#include "common/model.h"
 
 struct kvspn_engine {
     static constexpr const char* kName = "engine";
@@ -17,6 +18,12 @@ struct kvspn_engine {
 struct kvspn_encoder {
     static constexpr const char* kName = "encoder";
     std::unique_ptr<kvspn::Encoder> made;
+    std::atomic<bool> entered{false};
+};
+
+struct kvspn_model {
+    static constexpr const char* kName = "model";
+    kvspn::Model made;
     std::atomic<bool> entered{false};
 };
 
@@ -327,6 +334,30 @@ kvspn_status kvspn_encoder_encode(kvspn_encoder* encoder, const kvspn_tensor* fe
 
 const char* kvspn_encoder_instruction_set(const kvspn_encoder* encoder) {
     return encoder ? encoder->made->instruction_set() : "";
+}
+
+kvspn_status kvspn_model_open(const char* path, const kvspn_model_params* params, kvspn_model** model) {
+    return guard([&] {
+        kvspn::require(path, "path must be given, got a null pointer");
+        kvspn::require(model, "model must be given, got a null pointer");
+        const kvspn_model_params own = params ? take("params", params) : kvspn_model_params{};
+        *model = new kvspn_model{{path, own}};
+    });
+}
+
+void kvspn_model_close(kvspn_model* model) { delete model; }
+
+kvspn_status kvspn_transcribe(kvspn_model* model, const float* samples, int64_t count,
+                              const kvspn_transcribe_params* params) {
+    return guard([&] {
+        const kvspn_transcribe_params own = take("params", params);
+        kvspn::require(count >= 0, "count must be at least 0, got ", count);
+        if (own.statistics) take("params->statistics", own.statistics);
+        kvspn_tensor sound{};
+        sound.data = const_cast<float*>(samples), sound.dtype = KVSPN_FP32;
+        sound.ndim = 1, sound.shape[0] = count, sound.strides[0] = 1;
+        Entry(model)->transcribe(sound, own);
+    });
 }
 
 #define KVSPN_OP(name, Params) \

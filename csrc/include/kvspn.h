@@ -298,6 +298,56 @@ KVSPN_API kvspn_status kvspn_encoder_encode(kvspn_encoder* encoder, const kvspn_
 /* What it works with; "" where encoder is NULL. */
 KVSPN_API const char* kvspn_encoder_instruction_set(const kvspn_encoder* encoder);
 
+/* Sound to text, on the CPU, of any Whisper and of a whisperM2M: one file, which `kvspn quantize` writes,
+ * holds encoder, decoder, draft network, vocabulary and what a prompt is made of. */
+typedef struct kvspn_model kvspn_model;
+
+typedef struct kvspn_model_params {
+    uint32_t struct_size;
+    int32_t threads;     /* the caller's among them; 0: kvspn_default_threads() */
+    const char* variant; /* an instruction set, as of an encoder; NULL: the fastest of this machine */
+} kvspn_model_params;
+
+/* A stretch of speech with its text, there for as long as on_segment runs. */
+typedef struct kvspn_segment {
+    uint32_t struct_size; /* the library's */
+    int32_t cut;          /* 1: the text reached the model's limit of tokens, and what follows is missing */
+    double start, end;    /* seconds */
+    const char* text; /* UTF-8, as a rule with a space in front; U+FFFD where the model made no character */
+    const int32_t* tokens; /* of the text and its timestamps */
+    int32_t token_count;
+    float avg_logprob;    /* mean logarithm of its window's tokens' probabilities, the end's among them */
+    float no_speech_prob; /* of its window */
+    const char* language; /* the code of what is spoken */
+    float language_probability; /* 1 where it was given */
+} kvspn_segment;
+
+typedef struct kvspn_transcribe_params {
+    uint32_t struct_size;
+    int32_t without_timestamps; /* 1: a window is one segment, as where the model has no timestamps */
+    const char* language;       /* the code of what is spoken; NULL: the likeliest in the first window */
+    const char* target; /* the code of what to translate to, "en" for a Whisper; NULL: what is spoken */
+    /* Each segment as soon as its window is decoded; other than 0 stops there. */
+    int32_t (*on_segment)(void* context, const kvspn_segment* segment);
+    void* context;
+    kvspn_statistics* statistics; /* of all windows so far, at each segment and in the end; or NULL */
+} kvspn_transcribe_params;
+
+/* params: or NULL. A file that is damaged, or of another kind, is KVSPN_INVALID_ARGUMENT; one that is changed
+ * while it is opened is not noticed. */
+KVSPN_API kvspn_status kvspn_model_open(const char* path, const kvspn_model_params* params,
+                                        kvspn_model** model);
+/* Not while another call is using it. */
+KVSPN_API void kvspn_model_close(kvspn_model* model);
+
+/* samples [count], mono at 16 kHz, any length, all finite. Greedy, window after window, as kvspn.WhisperModel
+ * does it with temperature=0 and condition_on_previous_text=False: with timestamps the next window begins
+ * where the last whole segment ends, without them where the window does; a window is left out where "no
+ * speech" is likelier than 0.6 and the mean log-probability of its text is at most -1. A model serves one
+ * call at a time. */
+KVSPN_API kvspn_status kvspn_transcribe(kvspn_model* model, const float* samples, int64_t count,
+                                        const kvspn_transcribe_params* params);
+
 /* The ops of kvspn/ops, each with the contract of its namesake there. Any strides will do, but the last
  * dimension is contiguous. */
 

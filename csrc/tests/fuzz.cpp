@@ -3,11 +3,15 @@
 //
 // A tensor is damaged only so that it stays within its memory, or has to be refused: that a caller's shape is
 // larger than the memory behind it cannot be told.
+#include <unistd.h>
+
 #include <chrono>
 #include <climits>
 #include <cmath>
 #include <cstring>
+#include <fstream>
 #include <random>
+#include <utility>
 
 #include "model.h"
 
@@ -224,6 +228,107 @@ void log_mel(kvspn_encoder* encoder) {
     if (!made(kvspn_encoder_log_mel(encoder, chance(5) ? nullptr : &from, &to))) CHECK(features == before);
 }
 
+// A model's file as kvspn_model_open takes it: of its vocabulary 0 to 9 are text, 18 to 28 timestamps.
+std::string file_of(const Model& model) {
+    static const char words[] = "a b\xe4\xbd\xa0\xff c";
+    std::string header = "{\"__metadata__\":{", data;
+    const std::pair<const char*, int> numbers[] = {{"layers", kLayers},
+                                                   {"heads", kHeads},
+                                                   {"blocks", 1},
+                                                   {"groups", 1},
+                                                   {"last_layer_only", 0},
+                                                   {"encoder_stride", 1},
+                                                   {"encoder_layers", kLayers},
+                                                   {"encoder_heads", kHeads},
+                                                   {"encoder_format", any_of({0, 1, 3})},
+                                                   {"encoder_output_positions", 0},
+                                                   {"eos", 10},
+                                                   {"start", 11},
+                                                   {"language.de", 12},
+                                                   {"language.en", 13},
+                                                   {"target.en", 13},
+                                                   {"task.transcribe", 14},
+                                                   {"task.translate", 15},
+                                                   {"no_speech", chance(80) ? 16 : -1},
+                                                   {"no_timestamps", 17},
+                                                   {"target_follows_task", int(chance(50))}};
+    for (const auto& [name, value] : numbers)
+        header += std::string(header.back() == '{' ? "" : ",") + '"' + name + "\":\"" +
+                  std::to_string(chance(1) ? number() : value) + '"';
+    header += "}";
+    std::vector<float> mask(kVocabulary);
+    std::vector<int32_t> ends;
+    for (int i = 0; i < kVocabulary; ++i) ends.push_back(std::min(i + 1, int(sizeof words) - 1));
+    std::vector<kvspn_tensor> tensors = model.tensors();
+    for (const char* name : {"mask", "first_mask"})
+        tensors.push_back(tensor(name, mask.data(), KVSPN_FP32, {kVocabulary}));
+    tensors.push_back(tensor("vocabulary.ends", ends.data(), KVSPN_INT32, {kVocabulary}));
+    tensors.push_back(tensor("vocabulary.bytes", const_cast<char*>(words), KVSPN_INT4, {sizeof words - 1}));
+    for (const kvspn_tensor& t : tensors) {
+        const bool bytes = t.dtype == KVSPN_INT4;
+        std::string shape;
+        int64_t size = bytes ? 1 : 4;
+        for (int i = 0; i < t.ndim; ++i)
+            size *= t.shape[i], shape += (i ? "," : "") + std::to_string(t.shape[i]);
+        header += std::string(",\"") + t.name + "\":{\"dtype\":\"" +
+                  (bytes                    ? "U8"
+                   : t.dtype == KVSPN_INT32 ? "I32"
+                                            : "F32") +
+                  "\",\"shape\":[" + shape + "],\"data_offsets\":[" + std::to_string(data.size()) + ',' +
+                  std::to_string(data.size() + size_t(size)) + "]}";
+        data.append(static_cast<const char*>(t.data), size_t(size));
+    }
+    header += "}";
+    header.resize((header.size() + 7) / 8 * 8, ' ');
+    const uint64_t length = header.size();
+    return std::string(reinterpret_cast<const char*>(&length), 8) + header + data;
+}
+
+// A file that is damaged as a rule, opened, and sound of any kind.
+void transcribe(const Model& model) {
+    static const std::string path = [] {
+        char name[] = "/tmp/kvspn-fuzz-XXXXXX";
+        CHECK(close(mkstemp(name)) == 0);
+        return std::string(name);
+    }();
+    std::string content = file_of(model);
+    const size_t header = content.find("}}") + 2;
+    if (chance(30)) content.resize(random_bits() % content.size());
+    for (int n = chance(70) ? int(random_bits() % 4) : 0; n > 0; --n)  // mostly in the header
+        if (!content.empty()) {
+            char& byte =
+                content[random_bits() % (chance(80) ? std::min(header, content.size()) : content.size())];
+            byte = chance(50) ? char(random_bits()) : any_of({'0', '9', '"', '{', '}', '[', ',', '\\'});
+        }
+    std::ofstream(path, std::ios::binary) << content;
+    kvspn_model_params own{0, int32_t(random_bits() % 3), nullptr};
+    set_size(own);
+    kvspn_model* opened = nullptr;
+    const bool ok = made(kvspn_model_open(path.c_str(), &own, &opened));
+    std::remove(path.c_str());
+    CHECK(ok == (opened != nullptr));
+    if (!ok) return;
+    std::vector<float> samples(random_bits() % 9000);
+    Noise noise;
+    for (float& value : samples) value = noise.next();
+    if (!samples.empty() && chance(20))
+        samples[random_bits() % samples.size()] = any_of({NAN, INFINITY, 3e38f});
+    int64_t said = 0;
+    kvspn_transcribe_params params{};
+    params.without_timestamps = chance(30),
+    params.language = any_of({(const char*)nullptr, "de", "en", "xx"});
+    params.target = any_of({(const char*)nullptr, (const char*)nullptr, "en", "de"});
+    params.on_segment = [](void* context, const kvspn_segment* segment) -> int32_t {
+        CHECK(segment->start < segment->end && segment->token_count > 0);
+        *static_cast<int64_t*>(context) += int64_t(std::strlen(segment->text));
+        return chance(5);
+    };
+    params.context = &said;
+    set_size(params);
+    made(kvspn_transcribe(opened, samples.data(), chance(3) ? -1 : int64_t(samples.size()), &params));
+    kvspn_model_close(opened);
+}
+
 // The ops, each on tensors of which one is damaged as a rule.
 void op() {
     constexpr int64_t B = 2, H = 2, Q = 3, S = 20, D = 8, N = 40;
@@ -363,6 +468,7 @@ int main(int argc, char** argv) {
         for (int n = 0; n < 40; ++n) op();
         for (int n = 0; n < 10; ++n) encode(model, encoder);
         for (int n = 0; n < 10; ++n) log_mel(encoder);
+        for (int n = 0; n < 20; ++n) transcribe(model);
         CHECK(batch.generate(1) == expected);
         CHECK(sound.encode(encoder) == KVSPN_OK && sound.states == states);
     }

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from kvspn.decoding import DecodeStats, compression_ratio, decode
 from kvspn.engines import Engine
 from kvspn.models import WhisperM2MForConditionalGeneration, WhisperM2MProcessor, prompts, settings
-from kvspn.models.checkpoints.vocabulary import not_speech, prompt_tokens
+from kvspn.models.checkpoints.vocabulary import NO_SPEECH, not_speech, prompt_tokens
 from kvspn.models.languages import likely_languages
 from kvspn.ops.rules import Timestamps
 from kvspn.speech import alignment
@@ -106,7 +106,7 @@ class Windows:
         tokens = self.tokenizer.get_vocab()
         self._start = self._said.get("decoder_start_token_id", model.config.decoder_start_token_id)
         self._end = model.config.eos_token_id
-        self._no_speech = next((tokens[t] for t in ("<|nospeech|>", "<|nocaptions|>") if t in tokens), None)
+        self._no_speech = next((tokens[t] for t in NO_SPEECH if t in tokens), None)
         self._options = engine
         self._engines: dict[int, Engine] = {}
         self._held: dict[int, Sequence[Tensor]] = {}  # by an engine's rows the states that it has

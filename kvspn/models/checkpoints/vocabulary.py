@@ -13,6 +13,7 @@ from kvspn.models.prompts import TASKS
 from kvspn.models.validation import ModelError, reason
 
 END, START, NO_TIMESTAMPS = "<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"
+NO_SPEECH = ("<|nospeech|>", "<|nocaptions|>")  # one token's names, by the age of a tokenizer
 TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>, the last tokens of a vocabulary; many a tokenizer leaves them out
 ENGLISH_ONLY = 51_864
 """The vocabulary of OpenAI's English-only models: GPT-2's, a token shorter than the multilingual one."""
@@ -109,7 +110,7 @@ def prompt_tokens(tokenizer: WhisperTokenizer) -> list[int]:
     words = (
         START,
         *(f"<|{task}|>" for task in TASKS),
-        *("<|startofprev|>", "<|startoflm|>", "<|nospeech|>", "<|nocaptions|>"),
+        *("<|startofprev|>", "<|startoflm|>", *NO_SPEECH),
     )
     tokens: Mapping[str, int] = tokenizer.get_vocab()
     return sorted(tokens[token] for token in words if token in tokens)
