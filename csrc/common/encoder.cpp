@@ -1,5 +1,6 @@
 #include "common/encoder.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "common/error.h"
@@ -87,14 +88,20 @@ BlockMatrix EncoderWeights::read_matrix(const std::string& name, Dtype format, i
         taps == 1 ? get(name + ".weight", {outputs, inputs}) : get(name + ".weight", {outputs, inputs, taps});
     const int columns = inputs * taps;
     const auto rows = scratch<float>(size_t(outputs) * columns);
+    const float* floats =  // without a call for each
+        weight.dtype == int(Dtype::fp32) ? static_cast<const float*>(weight.data) : nullptr;
     for (int64_t output = 0; output < outputs; ++output) {
-        for (int64_t i = 0; i < columns; ++i) {
-            const int64_t tap = i / inputs, input = i % inputs;
-            const float value = element(weight, output * weight.strides[0] + input * weight.strides[1] +
-                                                    (taps == 1 ? 0 : tap * weight.strides[2]));
-            require(std::isfinite(value), name, ".weight must be finite, got ", value, " in row ", output);
-            rows[output * columns + i] = value;
+        float* row = rows.get() + output * columns;
+        for (int64_t tap = 0; tap < taps; ++tap) {
+            const int64_t first = output * weight.strides[0] + (taps == 1 ? 0 : tap * weight.strides[2]);
+            for (int64_t input = 0; input < inputs; ++input) {
+                const int64_t at = first + input * weight.strides[1];
+                row[tap * inputs + input] = floats ? floats[at] : element(weight, at);
+            }
         }
+        const float* odd =
+            std::find_if(row, row + columns, [](float value) { return !std::isfinite(value); });
+        require(odd == row + columns, name, ".weight must be finite, got ", *odd, " in row ", output);
     }
     BlockMatrix matrix;
     matrix.format = format, matrix.outputs = outputs, matrix.inputs = columns;

@@ -20,6 +20,36 @@ void copy_row(char* to, const char* from, int64_t count, int64_t stride, size_t 
     for (int64_t c = 0; c < count; ++c) std::memcpy(to + c * size, from + c * stride * int64_t(size), size);
 }
 
+// What of a row packing moves at once, a column or a pair: of each output of a tile one piece.
+template <int kBytes>
+int64_t interleave_pieces(const kvspn_tensor& tensor, int64_t pieces, int64_t size, const Matrix& matrix,
+                          char* to) {
+    for (int64_t first = 0; first < matrix.outputs; first += kLanes) {
+        const char* rows = static_cast<const char*>(tensor.data) + first * tensor.strides[0] * size;
+        const int64_t lanes = std::min<int64_t>(kLanes, matrix.outputs - first),
+                      row = tensor.strides[0] * size;
+        char* tile = to + first * matrix.columns * size;
+        for (int64_t piece = 0; piece < pieces; ++piece, tile += kLanes * kBytes)
+            for (int64_t lane = 0; lane < lanes; ++lane)
+                std::memcpy(tile + lane * kBytes, rows + lane * row + piece * kBytes, kBytes);
+    }
+    return pieces * kBytes / size;
+}
+
+// The columns from the first that lie side by side in memory, packed: how many, all but an odd last one.
+int64_t interleave(const kvspn_tensor& tensor, int64_t columns, const Matrix& matrix, char* to) {
+    if (tensor.strides[1] != 1) return 0;
+    const int64_t size = int64_t(size_of(matrix.dtype)), each = format_of(matrix.dtype).paired ? 2 : 1;
+    switch (size * each) {
+        case 1:
+            return interleave_pieces<1>(tensor, columns, size, matrix, to);
+        case 2:
+            return interleave_pieces<2>(tensor, columns / each, size, matrix, to);
+        default:
+            return interleave_pieces<4>(tensor, columns / each, size, matrix, to);
+    }
+}
+
 }  // namespace
 
 void Table::add(int row, float* x) const {
@@ -237,6 +267,7 @@ void Weights::pack(const kvspn_tensor& tensor, int columns, Matrix& matrix) {
     const size_t size = size_of(matrix.dtype);
     char* own =
         memory_.take<char>(size_t(pad(matrix.outputs, kLanes)) * matrix.columns * size / (int4 ? 2 : 1));
+    const int64_t interleaved = int4 ? 0 : interleave(tensor, columns, matrix, own);
     for (int64_t output = 0; output < matrix.outputs; ++output) {
         const int64_t tile = output / kLanes * kLanes * matrix.columns, lane = output % kLanes;
         const int64_t from = output * tensor.strides[0];
@@ -251,7 +282,7 @@ void Weights::pack(const kvspn_tensor& tensor, int columns, Matrix& matrix) {
             continue;
         }
         const bool pairs = format_of(matrix.dtype).paired;
-        for (int64_t c = 0; c < columns; ++c) {
+        for (int64_t c = interleaved; c < columns; ++c) {
             const bool paired = pairs && (c | 1) < matrix.columns;
             const int64_t place = paired ? (c - c % 2) * kLanes + 2 * lane + c % 2 : c * kLanes + lane;
             std::memcpy(
