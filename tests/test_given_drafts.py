@@ -175,6 +175,10 @@ def test_decoding_by_a_hypothesis(backend):
     assert guided.sequences == plain.sequences
     assert guided.rows[0].accepted == 8
     assert guided.rows[0].steps < plain.rows[0].steps
+    # One wrong token: it costs a step, and one more until the row is met again.
+    once = decode(e, states, [[1], [2]], draft_tokens=[[*range(2, 7), 29, *range(8, 21)], []], **options)
+    assert once.sequences == plain.sequences
+    assert (once.rows[0].steps, once.rows[0].accepted) == (3, 17)
     with pytest.raises(ValueError, match=r"^draft_tokens must hold 2 rows, got 1"):
         decode(e, states, [[1], [2]], draft_tokens=[[1]], **options)
     with pytest.raises(ValueError, match=r"^every token of draft_tokens\[1\] must be"):

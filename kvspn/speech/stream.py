@@ -159,14 +159,12 @@ class Stream:
         prompt = windows.prompt(
             *(language, task, self._target, self._before, self._hotwords, None), without_timestamps=False
         )
+        end = [windows.model.config.eos_token_id]
+        # Without a hypothesis the guess is that nothing is said: the text may then still repeat itself.
         (heard,) = windows.hear(
-            [states],
-            [prompt],
-            self._choice,
-            seed=self._seek,
-            draft_tokens=[self._draft] if self._draft else None,
+            [states], [prompt], self._choice, seed=self._seek, draft_tokens=[self._draft or end]
         )
-        self._draft = [*heard.tokens, *[windows.model.config.eos_token_id] * heard.whole]
+        self._draft = [*heard.tokens, *end * heard.whole]
         if is_silence(heard, self._choice):
             heard = replace(heard, tokens=[], text="")
         return heard, language
