@@ -79,14 +79,97 @@ def test_times_of_segments(tmp_path: Path) -> None:
     assert short["text"] == "".join(chunk["text"] for chunk in short["chunks"])
 
 
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, Pipeline]:
+    """Of a Whisper with timestamps and alignment heads; each window is decoded once, by transformers' too."""
+    folder = save_whisper(tmp_path_factory.mktemp("timed"), timestamps=True)
+    model, processor = open_model(folder, torch.float32)
+    ours = {"tokenizer": processor.tokenizer, "feature_extractor": processor.feature_extractor}
+    theirs = {**ours, "feature_extractor": WhisperFeatureExtractor.from_pretrained(folder)}
+    whisper = WhisperForConditionalGeneration.from_pretrained(folder)
+    whisper.generation_config.force_unique_generate_call = True
+    for each in (model, whisper):
+        each.generation_config.alignment_heads = [[0, 1], [2, 0], [3, 1]]
+    kind = "automatic-speech-recognition"
+    return pipeline(kind, model=model, **ours), pipeline(kind, model=whisper, **theirs)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{"return_language": True}, {"return_timestamps": True}])
+def test_languages_and_segments_are_those_of_transformers(timed: Any, options: dict[str, Any]) -> None:
+    said = {"task": "transcribe", "num_beams": 1, "max_new_tokens": 12}
+    ours, theirs = (each(SHORT, generate_kwargs=dict(said), **options) for each in timed)
+    assert ours == theirs
+    assert ours["chunks"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_times_of_tokens_and_words_are_those_of_transformers(timed: Any) -> None:
+    """Of clips of several lengths in a batch; the pipeline's words are what its tokenizer makes of them."""
+    audio = [SHORT, OTHER, sound(0.4, 3)]
+    extracted = timed[0].feature_extractor(
+        audio, sampling_rate=16_000, return_tensors="pt", return_attention_mask=True
+    )
+    said = {**SAID, "max_new_tokens": 24, "return_timestamps": True, "return_token_timestamps": True}
+    given = {"input_features": extracted.input_features, "attention_mask": extracted.attention_mask}
+    ours, theirs = (each.model.generate(**given, **said) for each in timed)
+    first = theirs["sequences"].shape[1] - ours.sequences.shape[1]
+    assert torch.equal(ours.sequences, theirs["sequences"][:, first:])
+    assert torch.equal(ours.token_timestamps, theirs["token_timestamps"][:, first:])
+    found = timed[0](audio, return_timestamps="word", generate_kwargs={**SAID, "max_new_tokens": 24})
+    for row, words in enumerate(found):
+        output = {"tokens": ours.sequences[row, None].numpy()}
+        output["token_timestamps"] = ours.token_timestamps[row, None]
+        text, more = timed[0].tokenizer._decode_asr(
+            [output], return_timestamps="word", return_language=False, time_precision=0.02
+        )
+        assert words == {"text": text, **more}
+        assert len(words["chunks"]) > 1
+    short = timed[0](SHORT, return_timestamps="word", generate_kwargs={**SAID, "max_new_tokens": 1})
+    assert "text" in short
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_words_of_long_audio(timed: Any) -> None:
+    """They go on from chunk to chunk, and the chunk's words are at the chunk's place."""
+    options = {"return_timestamps": "word", "generate_kwargs": {**SAID, "max_new_tokens": 24}}
+    found = timed[0](LONG, chunk_length_s=2, stride_length_s=0, batch_size=3, **options)
+    last = timed[0](LONG[96_000:], **options)
+    ends = [chunk["timestamp"][1] for chunk in found["chunks"]]
+    assert found["text"].endswith(last["text"])
+    assert ends[-1] == pytest.approx(6 + last["chunks"][-1]["timestamp"][1])
+    assert {int(end) // 2 for end in ends} >= {0, 1, 2, 3}
+
+
+def test_segments_hold_every_token(timed: Any) -> None:
+    model, features = timed[0].model, timed[0].feature_extractor([SHORT, OTHER], sampling_rate=16_000)
+    x = torch.tensor(features.input_features)
+    said = {**SAID, "return_timestamps": True, "return_segments": True, "max_new_tokens": 60}
+    found = model.generate(x, return_token_timestamps=True, **said)
+    plain = model.generate(x, **said)
+    assert plain.token_timestamps is None and torch.equal(plain.sequences, found.sequences)
+    begin = model.generation_config.no_timestamps_token_id + 1
+    for row, segments in enumerate(found.segments):
+        tokens = torch.cat([each["tokens"] for each in segments]).tolist()
+        assert found.sequences[row, : len(tokens)].tolist() == tokens
+        times = torch.cat([each["token_timestamps"] for each in segments])
+        assert torch.equal(found.token_timestamps[row, : len(tokens)], times)
+        assert times.tolist() == sorted(times.tolist())
+        assert len(segments) > 1
+        for each in segments:
+            first, last = each["tokens"][[0, -1]].tolist()
+            assert first < begin or float(each["start"]) == pytest.approx((first - begin) / 50)
+            assert float(each["end"]) == pytest.approx((last - begin) / 50 if last >= begin else 2)
+            assert each["result"][slice(*each["idxs"])].tolist() == each["tokens"].tolist()
+
+
 @pytest.mark.parametrize(
     ("audio", "options", "message"),
     [
         (LONG, {}, "audio must be at most 2 seconds long.*cuts it with chunk_length_s"),
         (LONG, {"chunk_length_s": 3}, "audio must be at most 2 seconds long, the model's window, got 3.0"),
         (SHORT, {"return_timestamps": True}, "the model's vocabulary has no timestamps"),
-        (SHORT, {"return_language": True}, "return_segments must be left out"),
-        (SHORT, {"return_timestamps": "word"}, "must be left out, as generate\\(\\) does not honour it"),
+        (SHORT, {"return_timestamps": "word"}, "the model's vocabulary has no timestamps"),
         (SHORT, {"generate_kwargs": {"num_beams": 3}}, "num_beams must be 1 or left out"),
         (SHORT, {"generate_kwargs": {"language": "xx"}}, "language must be one of"),
         (SHORT, {"generate_kwargs": {"task": "sing"}}, "task must be one of"),

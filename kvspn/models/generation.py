@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 from kvspn.checks import finite, integer
 from kvspn.decoding import DecodeStats, decode
 from kvspn.engines import Engine, backends, default_backend, engine
-from kvspn.models import prompts, settings
+from kvspn.models import prompts, segments, settings
 from kvspn.models.languages import likely_languages
 from kvspn.models.packed import packed_engine
 from kvspn.models.weights import decoder_weights, encoder_weights
@@ -37,6 +37,8 @@ class GenerateOutput(ModelOutput):
     log_probs: of each row those of its tokens: the logarithms of their probabilities among what may be
         chosen, at temperature 1; None unless asked for.
     stats: figures of each row; `total` those of the batch.
+    token_timestamps: fp32 [B, T], the seconds at which the tokens of `sequences` are said, and segments: of
+        each row a list; None unless asked for (see `kvspn.models.segments`).
     """
 
     sequences: Tensor | None = None
@@ -45,6 +47,8 @@ class GenerateOutput(ModelOutput):
     log_probs: list[list[float]] | None = None
     stats: list[DecodeStats] | None = None
     total: DecodeStats | None = None
+    token_timestamps: Tensor | None = None
+    segments: list[list[dict[str, Any]]] | None = None
 
 
 class GenerationMixin:
@@ -127,6 +131,8 @@ class GenerationMixin:
         prompt_ids: Tensor | Sequence[int] | None = None,
         prefix_ids: Tensor | Sequence[int] | None = None,
         return_timestamps: bool | None = None,
+        return_token_timestamps: bool | None = None,
+        return_segments: bool | None = None,
         language_probabilities: bool = False,
         log_probs: bool = False,
         k: int | float | str = 1,
@@ -152,7 +158,7 @@ class GenerationMixin:
             input_ids: source text [B, T] (from the processor), with its `attention_mask`, or
             encoder_outputs: what `encode` made of either, as `(states,)` with states [B, E, d] without
                 padding, or the rows' own, [E, d] each; one clip's may stand for several rows.
-            attention_mask: [B, T] of `input_ids`, 1 keeps; for speech it has no meaning, as in Whisper.
+            attention_mask: [B, T] of `input_ids`, 1 keeps; for speech it changes no token, as in Whisper.
             language: the source language ("de", "<|de|>" or "German"), one for all rows or one a row; None
                 takes it from the generation configuration, or else detects it. An English-only model takes
                 none but English.
@@ -165,6 +171,10 @@ class GenerationMixin:
             return_timestamps: whether the tokens tell the times of segments, by Whisper's grammar (see
                 `kvspn.ops.rules.Timestamps`); every 20 ms has a token behind that of no timestamps. With a
                 prefix the text begins at 0.00.
+            return_token_timestamps: whether to tell when each token is said, by the attention of the passes
+                that decode it, as transformers does. The `attention_mask` [B, frames] of speech, if it is
+                given, says how much of a window is sound.
+            return_segments: whether to tell the segments of the output. Either returns a GenerateOutput.
             language_probabilities: whether to say how likely each language was, where none is given: from the
                 engine's pass that detects it.
             log_probs: whether to tell those of the tokens, without a second pass.
@@ -294,10 +304,23 @@ class GenerationMixin:
                 top_k=rule.top_k,
                 timestamps=timestamps,
                 log_probs=log_probs,
+                cross_queries=bool(return_token_timestamps),
                 streamer=None if streamer is None else lambda row, new: streamer.put(torch.tensor(new)),
             )
             if streamer is not None:
                 streamer.end()
+            times = None
+            if return_token_timestamps:
+                sound = [len(row) for row in states]
+                if attention_mask is not None and input_features is not None:
+                    sound = [max(1, int(frames) // 2) for frames in attention_mask.sum(-1)]
+                heads = settings.alignment_heads(said, self.config)
+                times = [
+                    segments.token_times(
+                        engine, row, result.sequences[row], len(starts[row]), heads, sound[row]
+                    )
+                    for row in range(batch)
+                ]
         rows = [
             torch.tensor(tokens[len(prompt) :])
             for tokens, prompt in zip(result.sequences, starts, strict=True)
@@ -305,8 +328,18 @@ class GenerationMixin:
         sequences = torch.nn.utils.rnn.pad_sequence(
             rows, batch_first=True, padding_value=said.get("pad_token_id", self.config.pad_token_id)
         ).to(self.device)
-        if not said.get("return_dict_in_generate"):
+        if not (said.get("return_dict_in_generate") or return_segments or return_token_timestamps):
             return sequences
+        found = None
+        if return_segments:
+            found = [
+                segments.segments(
+                    *(result.sequences[row], len(starts[row]), ends, said["no_timestamps_token_id"] + 1),
+                    len(states[row]) * segments.POSITION,
+                    None if times is None else times[row],
+                )
+                for row in range(batch)
+            ]
         return GenerateOutput(
             sequences=sequences,
             languages=languages,
@@ -314,6 +347,10 @@ class GenerationMixin:
             log_probs=result.log_probs,
             stats=result.rows,
             total=result.total,
+            token_timestamps=None
+            if times is None
+            else torch.nn.utils.rnn.pad_sequence(times, batch_first=True).to(self.device),
+            segments=found,
         )
 
     def _encode_rows(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from reprlib import repr as short
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, WhisperConfig
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from kvspn.checks import boolean, integer
@@ -132,6 +132,14 @@ def timestamps(said: Mapping[str, Any], vocab_size: int, end: int, prefix: int) 
     if not end < begin < vocab_size:
         raise ValueError("return_timestamps must be False: the model's vocabulary has no timestamps")
     return Timestamps(begin, end, said.get("max_initial_timestamp_index"), prefix)
+
+
+def alignment_heads(said: Mapping[str, Any], config: WhisperConfig) -> list[tuple[int, int]]:
+    """Layer and head of cross-attention that follow the speech; where the model names none, those of the
+    upper half of its layers, as in OpenAI's Whisper."""
+    upper = range(config.decoder_layers // 2, config.decoder_layers)
+    every = [(layer, head) for layer in upper for head in range(config.decoder_attention_heads)]
+    return [(layer, head) for layer, head in said.get("alignment_heads") or every]
 
 
 def code(language: str) -> str:

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvspn.decoding import DecodeStats, compression_ratio, decode
+from kvspn.decoding import DecodeStats, alignment, compression_ratio, decode
 from kvspn.engines import Engine
 from kvspn.models import WhisperM2MForConditionalGeneration, WhisperM2MProcessor, prompts, settings
 from kvspn.models.checkpoints.vocabulary import NO_SPEECH, not_speech, prompt_tokens
 from kvspn.models.languages import likely_languages
 from kvspn.ops.rules import Timestamps
-from kvspn.speech import alignment
 from kvspn.speech.segments import STEP
 from kvspn.speech.words import Timing
 
@@ -420,19 +419,15 @@ class Windows:
             return Timing([0.0], [])
         # A token is chosen at the one before it; where the last one's end is chosen, it has been processed.
         chosen = [i - 1 for i in text] + [text[-1]] * (text[-1] + 1 < len(tokens))
-        begin = alignment.starts(engine.cross_scores(row, self.alignment_heads, chosen), sound)
+        scores = engine.cross_scores(row, self.alignment_heads, chosen)[..., :sound]
+        begin = alignment.starts(scores.softmax(-1))
         probabilities = [math.exp(log_probs[i - first]) for i in text]
         return Timing([*begin, sound * alignment.POSITION][: len(text) + 1], probabilities)
 
     @cached_property
     def alignment_heads(self) -> list[tuple[int, int]]:
-        """Layer and head of cross-attention that follow the speech; where the model names none, those of the
-        upper half of its layers, as in OpenAI's Whisper."""
-        config = self.model.config
-        heads = range(config.decoder_attention_heads)
-        upper = range(config.decoder_layers // 2, config.decoder_layers)
-        named = self._said.get("alignment_heads") or [(layer, head) for layer in upper for head in heads]
-        return [(layer, head) for layer, head in named]
+        """Layer and head of cross-attention that follow the speech."""
+        return settings.alignment_heads(self._said, self.model.config)
 
     def _limit(self, prompt: int, max_new_tokens: int | None) -> int:
         """Tokens of a row, its prompt included."""

@@ -11,22 +11,20 @@ POSITION = 0.02  # seconds of sound in an encoder position
 _FILTER = 7  # positions over which a median is taken, as in OpenAI's Whisper
 
 
-def starts(scores: Tensor, positions: int) -> list[float]:
+def starts(weights: Tensor) -> list[float]:
     """The seconds at which tokens begin, never falling; the last one's end where the next begins.
 
     As OpenAI's Whisper finds them: each head's attention over the window's sound, less what all tokens share,
     smoothed; and through their mean the likeliest path that only goes forward.
 
     Args:
-        scores: fp32 [heads, N, E] of the N tokens' choices, before the softmax
-            (:meth:`kvspn.engines.Engine.cross_scores`).
-        positions: of E, those that are sound.
+        weights: fp32 [heads, N, E], the attention of N tokens over the E positions that are sound: of a
+            softmax of :meth:`kvspn.engines.Engine.cross_scores`.
     """
-    weights = scores[..., :positions].softmax(-1)
     spread, mean = torch.std_mean(weights, dim=1, keepdim=True, correction=0)
     weights = (weights - mean) / spread.clamp(min=torch.finfo(torch.float32).tiny)
     half = _FILTER // 2
-    if positions > half:
+    if weights.shape[-1] > half:
         padded = F.pad(weights, (half, half), mode="reflect")
         weights = padded.unfold(-1, _FILTER, 1).median(-1).values
     token, position = path(-weights.mean(0).double().cpu().numpy())
