@@ -63,4 +63,27 @@ class Encoder:
     ) -> None: ...
     @property
     def instruction_set(self) -> str: ...
+    def log_mel(self, samples: Any, features: Any) -> None: ...
     def encode(self, features: Any, states: Any) -> None: ...
+
+class Segment:
+    start: float
+    end: float
+    text: str
+    tokens: list[int]
+    avg_logprob: float
+    no_speech_prob: float
+    language: str
+    language_probability: float
+    cut: bool
+
+class Model:
+    def __init__(self, path: str, *, threads: int = 0, variant: str | None = None) -> None: ...
+    def transcribe(
+        self,
+        samples: Any,
+        *,
+        language: str | None = None,
+        target: str | None = None,
+        without_timestamps: bool = False,
+    ) -> list[Segment]: ...

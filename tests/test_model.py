@@ -255,7 +255,7 @@ def test_cut_files(file, tmp_path):
 
 
 def test_every_byte_becomes_text(file, tmp_path):
-    """As Python has it, whatever bytes the tokens are."""
+    """As Python has it, whatever bytes the tokens are: cut, overlong, surrogates, beyond U+10FFFF."""
     from kvspn import _native
 
     content = bytearray(file.read_bytes())
@@ -263,16 +263,28 @@ def test_every_byte_becomes_text(file, tmp_path):
     header = json.loads(content[8 : 8 + size])
     first, end = (8 + size + offset for offset in header["vocabulary.bytes"]["data_offsets"])
     begin, last = (8 + size + offset for offset in header["vocabulary.ends"]["data_offsets"])
-    ends = np.frombuffer(content[begin:last], np.int32)
-    odd = bytes.fromhex("41 80 9f a0 bf c1 c2 e0 e4 bd a1 ed f0 90 8f f4 f5 ff")
-    random, samples = np.random.default_rng(0), tiny.sound(3)
-    for _ in range(40):
-        content[first:end] = bytes(random.choice(np.frombuffer(odd, np.uint8), end - first))
-        words = [bytes(content[first + a : first + b]) for a, b in zip((0, *ends), ends, strict=False)]
+    eos, samples = int(header[META]["eos"]), tiny.sound(3)
+    heard = _native.Model(str(file), threads=1).transcribe(samples, language="de")
+    used = {token for segment in heard for token in segment.tokens if token < eos}
+    # Eight bytes for each token that comes, none for the others.
+    ends = np.cumsum([8 * (token in used) for token in range((last - begin) // 4)], dtype=np.int32)
+    assert ends[-1] <= end - first
+    content[begin:last] = ends.tobytes()
+    pieces = [
+        bytes.fromhex(each)
+        for each in ["41", "20", "ff", "c0af", "e08080", "eda080", "edbfbf", "f4908080", "f08fbfbf"]
+    ]
+    pieces += ["é".encode(), "你".encode(), "🙂".encode(), "🙂".encode()[:3], "你".encode()[1:]]
+    random = np.random.default_rng(0)
+    for _ in range(5):
+        bytes_ = b"".join(pieces[i] for i in random.integers(0, len(pieces), end - first))[: end - first]
+        content[first:end] = bytes_
         (tmp_path / "a").write_bytes(content)
-        for segment in _native.Model(str(tmp_path / "a"), threads=1).transcribe(samples, language="de"):
-            spoken = b"".join(words[token] for token in segment.tokens if token < int(header[META]["eos"]))
+        found = _native.Model(str(tmp_path / "a"), threads=1).transcribe(samples, language="de")
+        for segment in found:
+            spoken = b"".join(bytes_[ends[i] - 8 : ends[i]] for i in segment.tokens if i < eos)
             assert segment.text == spoken.decode(errors="replace")
+        assert [segment.tokens for segment in found] == [segment.tokens for segment in heard]
 
 
 def test_without_torch(file, tmp_path):
