@@ -141,6 +141,71 @@ def test_words_of_long_audio(timed: Any) -> None:
     assert {int(end) // 2 for end in ends} >= {0, 1, 2, 3}
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [True, "word"])
+def test_audio_longer_than_a_window(timed: Any, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Window after window, each from where the last whole segment ended, as transformers does."""
+    monkeypatch.setattr(timed[1].generation_config, "force_unique_generate_call", False)
+    said = {"task": "transcribe", "num_beams": 1, "max_new_tokens": 24}
+    ours, theirs = (
+        q(
+            LONG[: 16_000 * 4],
+            return_timestamps=kind,
+            return_language=kind is True,
+            generate_kwargs=dict(said),
+        )
+        for q in timed
+    )
+    assert ours == theirs
+    assert len(ours["chunks"]) > 3
+
+
+def test_segments_of_long_audio_are_those_of_transformers(timed: Any) -> None:
+    given = timed[0].feature_extractor(
+        LONG, sampling_rate=16_000, padding="longest", truncation=False, return_tensors="pt"
+    )
+    said = {"return_timestamps": True, "return_segments": True, "task": "transcribe", "max_new_tokens": 24}
+    ours, theirs = (
+        each.model.generate(**given, **said, **more)
+        for each, more in zip(timed, ({}, {"force_unique_generate_call": False}), strict=True)
+    )
+    assert torch.equal(ours["sequences"], theirs["sequences"])
+    for one, other in zip(ours["segments"][0], theirs["segments"][0], strict=True):
+        assert [float(one[name]) for name in ("start", "end")] == pytest.approx(
+            [float(other[name]) for name in ("start", "end")]
+        )
+        assert torch.equal(one["tokens"], other["tokens"])
+        assert torch.equal(one["result"][slice(*one["idxs"])], one["tokens"])
+
+
+def test_long_rows_are_what_they_are_alone(timed: Any) -> None:
+    model, audio = timed[0].model, [LONG, SHORT]
+    given = timed[0].feature_extractor(
+        audio,
+        sampling_rate=16_000,
+        padding="longest",
+        return_tensors="pt",
+        return_attention_mask=True,
+    )
+    said = {"return_timestamps": True, "return_segments": True, "return_token_timestamps": True}
+    whole = model.generate(**given, **said, max_new_tokens=20, language_probabilities=True)
+    for row, mask in enumerate(given.attention_mask):
+        x = given.input_features[row : row + 1, :, : max(201, int(mask.sum()))]
+        alone = model.generate(
+            input_features=x, attention_mask=mask[None, : x.shape[-1]], **said, max_new_tokens=20
+        )
+        count = alone.sequences.shape[1]
+        assert torch.equal(whole.sequences[row, :count], alone.sequences[0])
+        assert torch.equal(whole.token_timestamps[row, :count], alone.token_timestamps[0])
+        assert whole.languages[row] == alone.languages[0] == next(iter(whole.language_probabilities[row]))
+        assert whole.stats[row].tokens == alone.total.tokens >= count
+    for name, value in (("prompt_ids", [1]), ("draft_tokens", [[1]]), ("log_probs", True)):
+        with pytest.raises(ValueError, match=f"^{name} must be left out"):
+            model.generate(**given, **said, **{name: value})
+    with pytest.raises(ValueError, match=r"^target_language must be one for all rows"):
+        model.generate(**given, **said, target_language=["en", "en"])
+
+
 def test_segments_hold_every_token(timed: Any) -> None:
     model, features = timed[0].model, timed[0].feature_extractor([SHORT, OTHER], sampling_rate=16_000)
     x = torch.tensor(features.input_features)
@@ -166,7 +231,7 @@ def test_segments_hold_every_token(timed: Any) -> None:
 @pytest.mark.parametrize(
     ("audio", "options", "message"),
     [
-        (LONG, {}, "audio must be at most 2 seconds long.*cuts it with chunk_length_s"),
+        (LONG, {}, "return_timestamps must be True for input_features of more than 200 frames"),
         (LONG, {"chunk_length_s": 3}, "audio must be at most 2 seconds long, the model's window, got 3.0"),
         (SHORT, {"return_timestamps": True}, "the model's vocabulary has no timestamps"),
         (SHORT, {"return_timestamps": "word"}, "the model's vocabulary has no timestamps"),

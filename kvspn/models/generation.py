@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
@@ -18,6 +19,7 @@ from kvspn.decoding import DecodeStats, decode
 from kvspn.engines import Engine, backends, default_backend, engine
 from kvspn.models import prompts, segments, settings
 from kvspn.models.languages import likely_languages
+from kvspn.models.long_form import generate_long
 from kvspn.models.packed import packed_engine
 from kvspn.models.weights import decoder_weights, encoder_weights
 from kvspn.ops import K_INF
@@ -154,7 +156,8 @@ class GenerationMixin:
         """Transcribes or translates speech, or translates text. Several threads may share a model.
 
         Args:
-            input_features: speech [B, mel bins, frames], or
+            input_features: speech [B, mel bins, frames], with `return_timestamps` of any length (see
+                `kvspn.models.long_form`), or
             input_ids: source text [B, T] (from the processor), with its `attention_mask`, or
             encoder_outputs: what `encode` made of either, as `(states,)` with states [B, E, d] without
                 padding, or the rows' own, [E, d] each; one clip's may stand for several rows.
@@ -232,6 +235,46 @@ class GenerationMixin:
                 "the draft network is untrained (kvspn_draft_trained is false): decoding goes without it",
                 stacklevel=3,  # past torch.no_grad
             )
+        window = 2 * self.config.max_source_positions
+        if isinstance(input_features, Tensor) and input_features.shape[-1] > window:
+            for name, value in (
+                *(("prompt_ids", prompt_ids), ("prefix_ids", prefix_ids), ("draft_tokens", draft_tokens)),
+                *(("streamer", streamer), ("log_probs", log_probs or None)),
+            ):
+                if value is not None:
+                    raise ValueError(f"{name} must be left out for speech of more than a window, got {name}")
+            if not said.get("return_timestamps"):
+                raise ValueError(
+                    f"return_timestamps must be True for input_features of more than {window} frames, the "
+                    f"model's window, got {input_features.shape[-1]}; a pipeline cuts it with chunk_length_s"
+                )
+            whole = generate_long(
+                self,
+                input_features,
+                attention_mask,
+                said,
+                bool(return_token_timestamps),
+                dict(
+                    task=task,
+                    target_language=target_language,
+                    generation_config=generation_config,
+                    k=k,
+                    draft=draft,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=do_sample,
+                    temperature=temperature,
+                    seed=seed,
+                    top_k=top_k,
+                    engine=engine,
+                    backend=backend,
+                    language_probabilities=language_probabilities,
+                    **more,
+                ),
+            )
+            sequences = self._padded(whole.pop("sequences"), said)
+            if not (said.get("return_dict_in_generate") or return_segments or return_token_timestamps):
+                return sequences
+            return GenerateOutput(sequences=sequences, **whole)
         states = self._encode_rows(input_features, input_ids, attention_mask, encoder_outputs)
         batch = len(states)
         if streamer is not None and batch != 1:
@@ -325,9 +368,7 @@ class GenerationMixin:
             torch.tensor(tokens[len(prompt) :])
             for tokens, prompt in zip(result.sequences, starts, strict=True)
         ]
-        sequences = torch.nn.utils.rnn.pad_sequence(
-            rows, batch_first=True, padding_value=said.get("pad_token_id", self.config.pad_token_id)
-        ).to(self.device)
+        sequences = self._padded(rows, said)
         if not (said.get("return_dict_in_generate") or return_segments or return_token_timestamps):
             return sequences
         found = None
@@ -347,11 +388,14 @@ class GenerationMixin:
             log_probs=result.log_probs,
             stats=result.rows,
             total=result.total,
-            token_timestamps=None
-            if times is None
-            else torch.nn.utils.rnn.pad_sequence(times, batch_first=True).to(self.device),
+            token_timestamps=None if times is None else pad_sequence(times, batch_first=True).to(self.device),
             segments=found,
         )
+
+    def _padded(self, rows: list[Tensor], said: Mapping[str, Any]) -> Tensor:
+        """Token ids [T] of each row -> [B, T]."""
+        pad = said.get("pad_token_id", self.config.pad_token_id)
+        return pad_sequence(rows, batch_first=True, padding_value=pad).to(self.device)
 
     def _encode_rows(
         self,

@@ -15,8 +15,9 @@ class WhisperM2MFeatureExtractor(WhisperFeatureExtractor):
     """Log-mel features; audio longer than the model's window is refused, where Whisper's own cuts it."""
 
     def __call__(self, raw_speech: Audio, truncation: bool = False, **kwargs: Any) -> BatchFeature:
-        """As Whisper's. Raises ValueError for audio longer than the window, unless `truncation` is True."""
-        if not truncation:
+        """As Whisper's. Raises ValueError for audio longer than the window, unless `truncation` is True, or
+        `padding` "longest", which asks for features of any length."""
+        if not truncation and kwargs.get("padding") != "longest":
             check_window(self, raw_speech)
         return super().__call__(raw_speech, truncation=truncation, **kwargs)
 

@@ -40,6 +40,11 @@ def token_times(
     return torch.tensor([*found, found[-1]])
 
 
+def pairs(tokens: Sequence[int], begin: int) -> list[int]:
+    """Where the second timestamps of pairs stand, each the start of a segment. begin: the token of 0.00 s."""
+    return [i for i, (one, other) in enumerate(pairwise(tokens), 1) if one >= begin and other >= begin]
+
+
 def segments(
     tokens: Sequence[int],
     first: int,
@@ -61,9 +66,8 @@ def segments(
     """
     new = list(tokens[first:])
     new = new[:-1] if new and new[-1] in ends else new
-    cuts = [i for i, (one, other) in enumerate(pairwise(new), 1) if one >= begin and other >= begin]
     found = []
-    for start, end in pairwise([0, *cuts, len(new)]):
+    for start, end in pairwise([0, *pairs(new, begin), len(new)]):
         piece = new[start:end]
         opened, closed = (bool(piece) and piece[i] >= begin for i in (0, -1))
         segment = {
