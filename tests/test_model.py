@@ -7,6 +7,7 @@ import json
 import struct
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ def test_as_whisper_model(folder, tmp_path, weights, encoder, language, target, 
         condition_on_previous_text=False,
         without_timestamps=not timed,
     )
-    expected = list(expected)
+    with warnings.catch_warnings(record=True) as cut:
+        warnings.simplefilter("always")
+        expected = list(expected)
     found = made.transcribe(samples, language=language, target=target, without_timestamps=not timed)
     assert len(found) >= 4
     assert said(found) == said(expected)
@@ -89,6 +92,7 @@ def test_as_whisper_model(folder, tmp_path, weights, encoder, language, target, 
         assert [getattr(each, name) for each in found] == pytest.approx(
             [getattr(each, name) for each in expected], abs=1e-3
         )
+    assert sum(each.cut for each in found) == sum("is cut short" in str(each.message) for each in cut)
     assert {each.language for each in found} == {info.language}
     assert found[0].language_probability == pytest.approx(info.language_probability, abs=1e-3)
     assert said(
