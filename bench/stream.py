@@ -94,6 +94,37 @@ def measure(windows: Windows, sound: np.ndarray, language: str, every: float) ->
     }
 
 
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of all languages together, by the time from update to update."""
+    found = []
+    for every in sorted({row["every_s"] for row in rows}):
+        some = [row for row in rows if row["every_s"] == every]
+        updates = sum(row["updates"] for row in some)
+
+        def mean(name: str, i: int, some: list[dict[str, Any]] = some, updates: int = updates) -> float:
+            return sum(row[name][i] * row["updates"] for row in some) / updates
+
+        passes, seconds = (
+            [mean(name, i) for i in (0, 1)] for name in ("passes_an_update", "decode_s_an_update")
+        )
+        found.append(
+            {
+                "every_s": every,
+                "updates": updates,
+                "identical": sum(row["identical"] for row in some),
+                "passes_an_update": [round(each, 2) for each in passes],
+                "fewer_passes": round(passes[0] / passes[1], 2),
+                "fewer_passes_median_language": round(median(row["fewer_passes"] for row in some), 2),
+                "decode_s_an_update": [round(each, 4) for each in seconds],
+                "decode_ratio": round(seconds[0] / seconds[1], 2),
+                "encode_s_an_update": round(
+                    sum(row["encode_s_an_update"] * row["updates"] for row in some) / updates, 4
+                ),
+            }
+        )
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("manifest", type=Path)
@@ -121,7 +152,6 @@ def main() -> None:
         for every in options.every:
             rows.append(measure(translator.windows, sound, language, every))
             print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
-    total = [sum(row["passes_an_update"][i] * row["updates"] for row in rows) for i in (0, 1)]
     record = {
         "machine": machine("cpu"),
         "model": Path(options.model).name,
@@ -129,11 +159,10 @@ def main() -> None:
         "weights": options.weights,
         "encoder_format": options.encoder_format,
         "seconds_a_language": options.seconds,
-        "updates": sum(row["updates"] for row in rows),
-        "fewer_passes": round(total[0] / total[1], 2),
+        "intervals": summary(rows),
         "rows": rows,
     }
-    print("fewer passes:", record["fewer_passes"])
+    print(json.dumps(record["intervals"], indent=1))
     if options.json:
         options.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
