@@ -23,6 +23,14 @@ class Engine:
         last_layer_only: bool,
         threads: int,
         encoder_stride: int = 1,
+        key_heads: int = 0,
+        rms_norm: bool = False,
+        norm_eps: float = 0.0,
+        gated: bool = False,
+        rotary_base: float = 0.0,
+        cross: bool = True,
+        device: str = "cpu",
+        variant: str | None = None,
     ) -> None: ...
     def set_stream(self, stream: int) -> None: ...
     def bind(

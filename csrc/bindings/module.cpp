@@ -184,7 +184,8 @@ void find_fp8(std::vector<kvspn_tensor>& tensors) {
 class Engine {
   public:
     Engine(const py::dict& weights, int layers, int heads, int blocks, int groups, bool last_layer_only,
-           int threads, int encoder_stride, const std::string& device,
+           int threads, int encoder_stride, int key_heads, bool rms_norm, float norm_eps, bool gated,
+           float rotary_base, bool cross, const std::string& device,
            const std::optional<std::string>& variant)
         : device_(device == "cuda" ? kCuda : kCpu) {
         if (device != "cpu" && device != "cuda")
@@ -198,6 +199,8 @@ class Engine {
         params.layers = layers, params.heads = heads, params.blocks = blocks, params.groups = groups;
         params.last_layer_only = last_layer_only, params.threads = threads;
         params.encoder_stride = encoder_stride;
+        params.key_heads = key_heads, params.rms_norm = rms_norm, params.norm_eps = norm_eps;
+        params.gated = gated, params.rotary_base = rotary_base, params.no_cross = !cross;
         params.device = device == "cuda" ? KVSPN_DEVICE_CUDA : KVSPN_DEVICE_CPU;
         params.variant = variant ? variant->c_str() : nullptr;
         kvspn_engine* engine = nullptr;
@@ -465,10 +468,12 @@ PYBIND11_MODULE(_native, m) {
     if (kvspn_has_device(KVSPN_DEVICE_CUDA)) devices["cuda"] = kCuda == kCpu ? "cpu" : "cuda";
     m.attr("DEVICES") = devices;
     py::class_<Engine>(m, "Engine")
-        .def(py::init<const py::dict&, int, int, int, int, bool, int, int, const std::string&,
-                      const std::optional<std::string>&>(),
+        .def(py::init<const py::dict&, int, int, int, int, bool, int, int, int, bool, float, bool, float,
+                      bool, const std::string&, const std::optional<std::string>&>(),
              py::arg("weights"), py::kw_only(), py::arg("layers"), py::arg("heads"), py::arg("blocks"),
              py::arg("groups"), py::arg("last_layer_only"), py::arg("threads"), py::arg("encoder_stride") = 1,
+             py::arg("key_heads") = 0, py::arg("rms_norm") = false, py::arg("norm_eps") = 0.0f,
+             py::arg("gated") = false, py::arg("rotary_base") = 0.0f, py::arg("cross") = true,
              py::arg("device") = "cpu", py::arg("variant") = py::none())
         .def("set_stream", &Engine::set_stream, py::arg("stream"))
         .def("bind", &Engine::bind, py::kw_only(), py::arg("kv"), py::arg("lengths"), py::arg("tokens"),

@@ -7,7 +7,8 @@
 namespace kvspn {
 
 Batch check_batch(const kvspn_batch& b, const Weights& weights) {
-    const int64_t layers = int64_t(weights.layers.size()), heads = weights.heads, width = weights.head_dim;
+    const int64_t layers = int64_t(weights.layers.size()), heads = weights.architecture.key_heads,
+                  width = weights.head_dim;
     check_tensor("kv", b.kv, {Dtype::fp32, Dtype::bf16, Dtype::fp16, Dtype::int8},
                  {layers, 2, -1, heads, -1, width});
     const int64_t rows = b.kv.shape[2], capacity = b.kv.shape[4];
@@ -18,9 +19,11 @@ Batch check_batch(const kvspn_batch& b, const Weights& weights) {
     check_tensor("cross_kv", b.cross_kv, {Dtype(b.kv.dtype)}, {layers, 2, rows, heads, -1, width});
     check_tensor("cross_lengths", b.cross_lengths, {Dtype::int32}, {rows});
     const int64_t cross = b.cross_kv.shape[4], tokens = b.tokens.shape[1];
-    for (int64_t size : {rows, capacity, cross, tokens})
+    for (int64_t size : {rows, capacity, tokens, weights.architecture.cross ? cross : cross + 1})
         require(size >= 1 && size < (1 << 24), "kv, cross_kv and tokens must have 1 to 2^24 rows, got ",
                 size);
+    require(weights.architecture.cross || !cross, "cross_kv must be empty with no_cross, got ", cross,
+            " positions");
     for (auto& [name, tensor] : {std::pair<const char*, const kvspn_tensor*>{"kv", &b.kv},
                                  {"lengths", &b.lengths},
                                  {"tokens", &b.tokens},
@@ -40,6 +43,8 @@ Batch check_batch(const kvspn_batch& b, const Weights& weights) {
         check_contiguous(name, *tensor);
     }
     const kvspn_tensor* queries = b.cross_queries;
+    require(!queries || weights.architecture.cross,
+            "cross_queries must be a null pointer with no_cross, got a tensor");
     if (queries) {
         check_tensor("cross_queries", *queries, {Dtype::fp32}, {layers, rows, -1, heads * width});
         require(queries->shape[2] >= capacity && queries->shape[2] < (1 << 24), "cross_queries must have ",

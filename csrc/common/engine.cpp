@@ -26,6 +26,7 @@ void Engine::bind(const kvspn_batch& b) {
 
 void Engine::encode(int row, const kvspn_tensor& states) {
     check_row(row);
+    require(weights_.architecture.cross, "states must not be given with no_cross, got a tensor");
     check_tensor("states", states, {Dtype::fp32, Dtype::bf16, Dtype::fp16}, {-1, weights_.width});
     const int64_t capacity = batch_.cross.capacity, count = states.shape[0];
     require(count >= 1 && count <= capacity, "states must hold 1 to ", capacity, " positions, got ", count);
@@ -100,7 +101,8 @@ void Engine::check_row(int row) const {
 
 // Tokens of a row at most.
 int Engine::length_limit() const {
-    return std::min({batch_.self.capacity, batch_.token_capacity, weights_.positions.count});
+    const int most = std::min(batch_.self.capacity, batch_.token_capacity);
+    return weights_.architecture.rotary_base ? most : std::min(most, weights_.positions.count);
 }
 
 void Engine::check_step(const kvspn_step_params& params) const {
@@ -211,7 +213,7 @@ std::vector<int64_t> Engine::bytes_of_stages(const kvspn_step_params& params) co
             continue;
         }
         int64_t positions = 0;
-        const int stride = stage.cross && stage.draft ? weights_.encoder_stride : 1;
+        const int stride = stage.cross && stage.draft ? weights_.architecture.encoder_stride : 1;
         for (size_t row = 0; stage.kind == Kind::attend && row < rows; ++row) {
             if (finished_[row]) continue;
             const int64_t length = std::clamp(lengths[row], 0, batch_.self.capacity),

@@ -5,7 +5,8 @@ namespace {
 
 class Maker {
   public:
-    Maker(std::vector<Stage>& stages, bool draft) : stages_(stages), draft_(draft) {}
+    Maker(const Architecture& architecture, std::vector<Stage>& stages, bool draft)
+        : architecture_(architecture), stages_(stages), draft_(draft) {}
 
     Stage& add(Kind kind, const char* name) {
         Stage stage;
@@ -30,7 +31,7 @@ class Maker {
 
     void feed_forward(const char* up, const char* down, const Norm& norm, const Matrix& fc1,
                       const Matrix& fc2) {
-        linear(up, &norm, Place::residual, fc1, Place::inner).gelu = true;
+        linear(up, &norm, Place::residual, fc1, Place::inner).activation = architecture_.activation();
         linear(down, nullptr, Place::inner, fc2, Place::residual);
     }
 
@@ -39,17 +40,19 @@ class Maker {
     }
 
   private:
+    const Architecture& architecture_;
     std::vector<Stage>& stages_;
     bool draft_;
 };
 
 void add_draft_network(const Weights& w, std::vector<Stage>& stages) {
-    Maker make(stages, true);
+    const Architecture& a = w.architecture;
+    Maker make(a, stages, true);
     make.add(Kind::embed, "draft.embed").to = Place::residual;
-    const int layers = int(w.layers.size()), blocks = int(w.blocks.size()), size = layers / w.groups;
-    for (int i = 0; i < blocks; ++i) {
+    const int size = a.layers / a.groups;
+    for (int i = 0; i < a.blocks; ++i) {
         const Block& block = w.blocks[i];
-        const int end = (i * w.groups / blocks + 1) * size, count = w.last_layer_only ? 1 : size;
+        const int end = (i * a.groups / a.blocks + 1) * size, count = a.last_layer_only ? 1 : size;
         make.linear("draft.kv_q", &block.kv_norm, Place::residual, block.kv_q, Place::wide);
         make.attend("draft.kv_attention", end - count, count, block.kv_q.outputs / w.head_dim, false, false);
         make.linear("draft.kv_out", nullptr, Place::attended, block.kv_out, Place::residual);
@@ -64,19 +67,22 @@ void add_draft_network(const Weights& w, std::vector<Stage>& stages) {
 }
 
 void add_base_model(const Weights& w, std::vector<Stage>& stages) {
-    Maker make(stages, false);
+    const Architecture& a = w.architecture;
+    Maker make(a, stages, false);
     make.add(Kind::embed, "embed").to = Place::residual;
-    for (int i = 0; i < int(w.layers.size()); ++i) {
+    for (int i = 0; i < a.layers; ++i) {
         const Layer& layer = w.layers[i];
         Stage& qkv = make.linear("self_qkv", &layer.self_norm, Place::residual, layer.self_qkv, Place::wide);
         qkv.layer = i, qkv.keys = true;
-        make.attend("self_attention", i, 1, w.heads, true, false);
+        make.attend("self_attention", i, 1, a.heads, true, false);
         make.linear("self_out", nullptr, Place::attended, layer.self_out, Place::residual);
-        Stage& cross_q =
-            make.linear("cross_q", &layer.cross_norm, Place::residual, layer.cross_q, Place::wide);
-        cross_q.layer = i, cross_q.queries = true;
-        make.attend("cross_attention", i, 1, w.heads, false, true);
-        make.linear("cross_out", nullptr, Place::attended, layer.cross_out, Place::residual);
+        if (a.cross) {
+            Stage& cross_q =
+                make.linear("cross_q", &layer.cross_norm, Place::residual, layer.cross_q, Place::wide);
+            cross_q.layer = i, cross_q.queries = true;
+            make.attend("cross_attention", i, 1, a.heads, false, true);
+            make.linear("cross_out", nullptr, Place::attended, layer.cross_out, Place::residual);
+        }
         make.feed_forward("fc1", "fc2", layer.ffn_norm, layer.fc1, layer.fc2);
     }
 }
@@ -84,15 +90,16 @@ void add_base_model(const Weights& w, std::vector<Stage>& stages) {
 }  // namespace
 
 Plan::Plan(const Weights& weights) {
-    if (!weights.blocks.empty()) add_draft_network(weights, stages);
+    const Architecture& a = weights.architecture;
+    if (a.blocks) add_draft_network(weights, stages);
     base = int(stages.size());
     add_base_model(weights, stages);
     judge = int(stages.size());
-    Maker make(stages, false);
+    Maker make(a, stages, false);
     make.verify("head", weights.norm, weights.head);
     make.add(Kind::accept, "accept");
-    Maker states(encode, false);
-    for (int i = 0; i < int(weights.layers.size()); ++i) {
+    Maker states(a, encode, false);
+    for (int i = 0; a.cross && i < a.layers; ++i) {
         const Matrix& matrix = weights.layers[i].cross_kv;
         Stage& stage = states.linear("cross_kv", nullptr, Place::states, matrix, Place::cross);
         stage.layer = i, stage.keys = true;

@@ -29,11 +29,12 @@ struct Stage {
     const char* name = "";
     Kind kind{};
     bool draft = false;  // of the draft network
-    // linear, verify: to = [LayerNorm ->] from W^T + bias [-> GELU] [+ to].
+    // linear, verify: to = [norm ->] from W^T + bias [-> activation] [+ to].
     Place from = Place::none, to = Place::none;
     const Norm* norm = nullptr;
     const Matrix* matrix = nullptr;
-    bool gelu = false, accumulate = false;
+    Activation activation = Activation::none;
+    bool accumulate = false;
     bool keys = false;     // the last outputs are keys and values of `layer`, the encoder's where to is cross
     bool queries = false;  // the outputs are queries of `layer`'s cross-attention, which a batch may want
     // attend: wide -> attended, to `layers` layers from `layer` on under one softmax. causal: to the row's

@@ -1,5 +1,6 @@
 #include "common/tensor.h"
 
+#include <algorithm>
 #include <cstring>
 #include <iterator>
 
@@ -60,6 +61,7 @@ void read_rows(const kvspn_tensor& tensor, int64_t rows, int64_t columns, float*
 }
 
 void check_contiguous(const std::string& name, const kvspn_tensor& tensor) {
+    if (std::find(tensor.shape, tensor.shape + tensor.ndim, 0) != tensor.shape + tensor.ndim) return;
     int64_t stride = 1;
     for (int i = tensor.ndim - 1; i >= 0; --i) {
         require(tensor.shape[i] <= 1 || tensor.strides[i] == stride, name, " must be contiguous, got stride ",

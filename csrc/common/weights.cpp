@@ -69,51 +69,43 @@ void Table::add(int row, float* x) const {
 }
 
 Weights::Weights(const kvspn_engine_params& params, const kvspn_tensor* tensors, int count, Layout layout)
-    : heads(params.heads),
-      groups(params.groups),
-      last_layer_only(params.last_layer_only),
-      encoder_stride(std::max(params.encoder_stride, 1)),
-      layout_(layout) {
-    require(params.layers >= 1, "layers must be at least 1, got ", params.layers);
-    require(params.heads >= 1, "heads must be at least 1, got ", params.heads);
-    require(params.blocks >= 0, "blocks must be at least 0, got ", params.blocks);
-    require(params.encoder_stride >= 0, "encoder_stride must be at least 0, got ", params.encoder_stride);
-    if (params.blocks) {
-        require(groups >= 1 && params.layers % groups == 0 && params.blocks % groups == 0,
-                "groups must divide the layers and the blocks, got ", groups);
-    }
+    : architecture(params), layout_(layout) {
     require(count >= 0 && (tensors || !count), "weights must be ", count, " tensors, got a null pointer");
     for (int i = 0; i < count; ++i) {
         require(tensors[i].name, "weights[", i, "] must have a name, got a null pointer");
         tensors_[tensors[i].name] = &tensors[i];
     }
     tokens = read_table("embed_tokens");
-    positions = read_table("embed_positions");
     width = tokens.width;
     vocabulary = tokens.count;
-    require(positions.width == width, "embed_positions must be ", width, " wide, got ", positions.width);
-    require(width % heads == 0, "embed_tokens must be a multiple of ", heads, " heads wide, got ", width);
-    head_dim = width / heads;
+    const Architecture& a = architecture;
+    if (!a.rotary_base) {
+        positions = read_table("embed_positions");
+        require(positions.width == width, "embed_positions must be ", width, " wide, got ", positions.width);
+    }
+    require(width % a.heads == 0, "embed_tokens must be a multiple of ", a.heads, " heads wide, got ", width);
+    head_dim = width / a.heads;
+    require(!a.rotary_base || head_dim % 2 == 0, "rotary_base must be 0 with heads of an odd width, got ",
+            a.rotary_base);
     const int d = width;
-    for (int i = 0; i < params.layers; ++i) {
+    for (int i = 0; i < a.layers; ++i) {
         const std::string name = "layers." + std::to_string(i) + ".";
         Layer layer;
         layer.self_norm = read_norm(name + "self_norm");
-        layer.self_qkv = read_matrix(name + "self_qkv", 3 * d, d);
+        layer.self_qkv = read_matrix(name + "self_qkv", d + 2 * a.key_heads * head_dim, d);
         layer.self_out = read_matrix(name + "self_out", d, d);
-        layer.cross_norm = read_norm(name + "cross_norm");
-        layer.cross_q = read_matrix(name + "cross_q", d, d);
-        layer.cross_kv = read_matrix(name + "cross_kv", 2 * d, d);
-        layer.cross_out = read_matrix(name + "cross_out", d, d);
-        layer.ffn_norm = read_norm(name + "ffn_norm");
-        const int ffn = rows_of(name + "fc1");
-        layer.fc1 = read_matrix(name + "fc1", ffn, d);
-        layer.fc2 = read_matrix(name + "fc2", d, ffn);
+        if (a.cross) {
+            layer.cross_norm = read_norm(name + "cross_norm");
+            layer.cross_q = read_matrix(name + "cross_q", d, d);
+            layer.cross_kv = read_matrix(name + "cross_kv", 2 * d, d);
+            layer.cross_out = read_matrix(name + "cross_out", d, d);
+        }
+        read_feed_forward(name, layer.ffn_norm, layer.fc1, layer.fc2);
         layers.push_back(layer);
     }
     norm = read_norm("norm");
     head = read_matrix("head", vocabulary, d);
-    for (int i = 0; i < params.blocks; ++i) {
+    for (int i = 0; i < a.blocks; ++i) {
         const std::string name = "blocks." + std::to_string(i) + ".";
         Block block;
         block.kv_norm = read_norm(name + "kv_norm");
@@ -121,7 +113,7 @@ Weights::Weights(const kvspn_engine_params& params, const kvspn_tensor* tensors,
         require(query && query % d == 0, name, "kv_q must have a multiple of ", d, " outputs, got ", query);
         block.kv_q = read_matrix(name + "kv_q", query, d);
         block.kv_out = read_matrix(name + "kv_out", d, query);
-        block.cross = find(name + "cross_q.weight");
+        block.cross = a.cross && find(name + "cross_q.weight");
         if (block.cross) {
             const int cross = rows_of(name + "cross_q");
             require(cross && cross % d == 0, name, "cross_q must have a multiple of ", d, " outputs, got ",
@@ -130,13 +122,10 @@ Weights::Weights(const kvspn_engine_params& params, const kvspn_tensor* tensors,
             block.cross_q = read_matrix(name + "cross_q", cross, d);
             block.cross_out = read_matrix(name + "cross_out", d, cross);
         }
-        block.ffn_norm = read_norm(name + "ffn_norm");
-        const int ffn = rows_of(name + "fc1");
-        block.fc1 = read_matrix(name + "fc1", ffn, d);
-        block.fc2 = read_matrix(name + "fc2", d, ffn);
+        read_feed_forward(name, block.ffn_norm, block.fc1, block.fc2);
         blocks.push_back(block);
     }
-    if (params.blocks) {
+    if (a.blocks) {
         draft_norm = read_norm("draft_norm");
         draft_head = head;
         if (find("draft_head.weight")) {
@@ -185,7 +174,16 @@ const float* Weights::vector(const std::string& name, int size) {
 }
 
 Norm Weights::read_norm(const std::string& name) {
-    return {vector(name + ".weight", width), vector(name + ".bias", width)};
+    return {vector(name + ".weight", width), architecture.rms_norm ? nullptr : vector(name + ".bias", width)};
+}
+
+void Weights::read_feed_forward(const std::string& name, Norm& norm, Matrix& fc1, Matrix& fc2) {
+    norm = read_norm(name + "ffn_norm");
+    const int rows = rows_of(name + "fc1");
+    require(!architecture.gated || rows % (2 * kLanes) == 0, name, "fc1 must have a multiple of ", 2 * kLanes,
+            " outputs with gated, got ", rows);
+    fc1 = read_matrix(name + "fc1", rows, width);
+    fc2 = read_matrix(name + "fc2", width, architecture.gated ? rows / 2 : rows);
 }
 
 Matrix Weights::read_matrix(const std::string& name, int outputs, int columns) {

@@ -5,6 +5,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "common/architecture.h"
 #include "common/matrix.h"
 #include "common/memory.h"
 #include "common/tensor.h"
@@ -13,7 +14,7 @@
 namespace kvspn {
 
 struct Norm {
-    const float *weight = nullptr, *bias = nullptr;
+    const float *weight = nullptr, *bias = nullptr;  // no bias: RMSNorm
 };
 
 struct Layer {
@@ -45,11 +46,9 @@ struct Weights {
     // Frees what the pointers below point to, for who has copied it.
     void release() { memory_.clear(); }
 
-    int heads, head_dim, width, vocabulary;
-    int groups;
-    bool last_layer_only;
-    int encoder_stride;
-    Table tokens, positions;
+    Architecture architecture;
+    int width, head_dim, vocabulary;
+    Table tokens, positions;  // these are empty where positions are rotary
     std::vector<Layer> layers;
     std::vector<Block> blocks;
     Norm norm, draft_norm;
@@ -61,6 +60,7 @@ struct Weights {
     const kvspn_tensor& get(const std::string& name, std::initializer_list<int64_t> shape) const;
     const float* vector(const std::string& name, int size);
     Norm read_norm(const std::string& name);
+    void read_feed_forward(const std::string& name, Norm& norm, Matrix& fc1, Matrix& fc2);
     Matrix read_matrix(const std::string& name, int outputs, int columns);
     void read_scale(const std::string& name, int columns, Matrix& matrix);
     void pack(const kvspn_tensor& tensor, int columns, Matrix& matrix);

@@ -93,7 +93,9 @@ struct Kernels {
     void (*attend)(const Attention& attention);
     void (*layer_norm)(const float* x, const float* weight, const float* bias, int width, float eps,
                        float* y);
+    void (*rms_norm)(const float* x, const float* weight, int width, float eps, float* y);
     void (*gelu)(float* x, int count);
+    void (*swiglu)(float* gate, const float* x, int count);  // gate = silu(gate) * x
     // More logits of a row, of tokens first, first + 1, ...; mask [count], or null, is added.
     void (*judge)(const float* logits, const float* mask, int first, int count, Best& best);
     // Logits of tokens first, first + 1, ..., or of those of `ids`, -> what they count as under a row's rule,

@@ -11,11 +11,24 @@
 namespace kvspn::cpu {
 namespace {
 
-constexpr float kEps = 1e-5f;  // of every LayerNorm
-
 int thread_count(int threads) {
     require(threads >= 0 && threads <= 1024, "threads must be 0 to 1024, got ", threads);
     return threads ? threads : usable_cores();
+}
+
+// [positions, 2, D / 2]: cosines, then sines, of position / base^(2 i / D), in the precision that models
+// learn them with.
+Memory rotary_angles(float base, int head_dim, int positions) {
+    const int half = base ? head_dim / 2 : 0;
+    Memory made(size_t(positions) * 2 * half * sizeof(float), false);
+    for (int i = 0; i < half; ++i) {
+        const float speed = 1.0f / std::pow(base, 2.0f * float(i) / float(head_dim));
+        for (int position = 0; position < positions; ++position) {
+            float* at = made.as<float>() + int64_t(position) * 2 * half + i;
+            at[0] = std::cos(float(position) * speed), at[half] = std::sin(float(position) * speed);
+        }
+    }
+    return made;
 }
 
 int strips(const Matrix& head) { return (head.outputs + kStrip - 1) / kStrip; }
@@ -46,17 +59,19 @@ void CpuRunner::set_stream(void* stream) {
 }
 
 void CpuRunner::bind(const Batch& batch) {
-    const int group = weights_.blocks.empty() ? 1 : int(weights_.layers.size()) / weights_.groups;
+    const Architecture& a = weights_.architecture;
+    const int group = a.blocks ? a.layers / a.groups : 1;
     const int64_t positions = std::max<int64_t>(int64_t(batch.self.capacity) * group, batch.cross.capacity) +
                               int64_t(kLanes) * group;
     require(positions < (1 << 30), "kv must have less than 2^30 positions in a group of layers, got ",
             positions);
     const int scores = pad(int(positions));
     Memory score(size_t(team_.size()) * kQueries * size_t(scores) * sizeof(float));
+    Memory rotary = rotary_angles(a.rotary_base, weights_.head_dim, batch.self.capacity);
     std::vector<Slot> slots(size_t(batch.rows));
     std::vector<RowRule> rules(size_t(batch.rows));
     reserve(2 * int64_t(batch.rows));
-    scores_ = std::move(score), scores_stride_ = scores;
+    scores_ = std::move(score), scores_stride_ = scores, rotary_ = std::move(rotary);
     slots_ = std::move(slots), rules_ = std::move(rules);
     for (const Cache* cache : {&batch.self, &batch.cross})
         prefer_huge_pages(cache->values, batch.bytes_of(*cache));
@@ -100,10 +115,11 @@ void CpuRunner::reserve_draws() {
 
 void CpuRunner::encode(int row, const kvspn_tensor& states) {
     const int count = int(states.shape[0]);
-    const int d = weights_.width, heads = weights_.heads, head_dim = weights_.head_dim;
+    const int d = weights_.width, heads = weights_.architecture.heads, head_dim = weights_.head_dim;
     Memory x(size_t(count) * width_stride_ * sizeof(float)), y(size_t(count) * 2 * d * sizeof(float));
     int at = 0;  // the draft network's positions come first
-    for (int first = 0, stride = weights_.encoder_stride; first < std::min(stride, count); ++first) {
+    for (int first = 0, stride = weights_.architecture.encoder_stride; first < std::min(stride, count);
+         ++first) {
         const kvspn_tensor rows = every(stride, first, states);
         read_rows(rows, int(rows.shape[0]), d, x.as<float>() + int64_t(at) * width_stride_, width_stride_);
         at += int(rows.shape[0]);
@@ -293,21 +309,27 @@ void CpuRunner::embed() {
             float* x = x_.as<float>() + int64_t(slots_[i].first + q) * width_stride_;
             std::memset(x, 0, width_stride_ * sizeof(float));
             weights_.tokens.add(ids[slots_[i].first + q], x);
+            if (weights_.architecture.rotary_base) continue;
             // A draft past the last position is never emitted.
             weights_.positions.add(std::min(slots_[i].position + q, weights_.positions.count - 1), x);
         }
     }
 }
 
-// [LayerNorm ->] x [-> int16], in a thread's own memory: cheaper than to wait for another's.
+// [norm ->] x [-> int16], in a thread's own memory: cheaper than to wait for another's.
 Rows CpuRunner::input(int thread, const Norm* norm, const float* x, const Matrix& matrix) {
     const int64_t first = int64_t(thread) * reserved_;
     Rows rows{x, norm ? width_stride_ : wide_stride_, rows_};
     if (norm) {
         float* normed = normed_.as<float>() + first * width_stride_;
-        for (int r = 0; r < rows_; ++r)
-            kernels_.layer_norm(x + r * rows.stride, norm->weight, norm->bias, weights_.width, kEps,
-                                normed + r * rows.stride);
+        const float eps = weights_.architecture.norm_eps;
+        for (int r = 0; r < rows_; ++r) {
+            const int64_t at = r * rows.stride;
+            if (norm->bias)
+                kernels_.layer_norm(x + at, norm->weight, norm->bias, weights_.width, eps, normed + at);
+            else
+                kernels_.rms_norm(x + at, norm->weight, weights_.width, eps, normed + at);
+        }
         rows.x = normed;
     }
     if (is_integer(matrix.dtype)) {
@@ -321,16 +343,25 @@ Rows CpuRunner::input(int thread, const Norm* norm, const float* x, const Matrix
     return rows;
 }
 
-// to = [LayerNorm ->] from W^T + b [-> GELU], or to += it: this thread's share of the outputs.
+// to = [norm ->] from W^T + b [-> activation], or to += it: this thread's share of the outputs.
 void CpuRunner::linear(int thread, const Stage& stage) {
     const Matrix& matrix = *stage.matrix;
     float* y = place(stage.to);
     const int64_t y_stride = stride(stage.to);
-    auto [first, last] = share(matrix.outputs, thread, team_.size());
-    kernels_.linear(matrix, input(thread, stage.norm, place(stage.from), matrix), first, last, y, y_stride,
-                    stage.accumulate);
-    if (stage.gelu)
+    const bool gated = stage.activation == Activation::swiglu;
+    const int outputs = gated ? matrix.outputs / 2 : matrix.outputs;
+    auto [first, last] = share(outputs, thread, team_.size());
+    const Rows rows = input(thread, stage.norm, place(stage.from), matrix);
+    kernels_.linear(matrix, rows, first, last, y, y_stride, stage.accumulate);
+    if (stage.activation == Activation::gelu)
         for (int r = 0; r < rows_; ++r) kernels_.gelu(y + r * y_stride + first, last - first);
+    if (gated) {
+        float* gated_by = place(Place::wide);  // free here
+        kernels_.linear(matrix, rows, outputs + first, outputs + last, gated_by - outputs, wide_stride_,
+                        false);
+        for (int r = 0; r < rows_; ++r)
+            kernels_.swiglu(y + r * y_stride + first, gated_by + r * wide_stride_ + first, last - first);
+    }
     if (stage.queries && batch_.queries) keep_queries(stage.layer, first, last);
 }
 
@@ -344,13 +375,31 @@ void CpuRunner::keep_queries(int layer, int first, int last) {
         }
 }
 
+// Heads in `wide_`, a slot's rows of them, are turned by the angles of their positions (Su et al. 2021): the
+// first half of a head's numbers with the second.
+void CpuRunner::rotate(const Slot& slot, int first_head, int heads) const {
+    const int half = weights_.head_dim / 2;
+    for (int q = 0; q < slot.queries; ++q) {
+        const float* cosines = rotary_.as<float>() + int64_t(slot.position + q) * 2 * half;
+        const float* sines = cosines + half;
+        float* x = wide_.as<float>() + int64_t(slot.first + q) * wide_stride_ + first_head * 2 * half;
+        for (int head = 0; head < heads; ++head, x += 2 * half)
+            for (int i = 0; i < half; ++i) {
+                const float a = x[i], b = x[half + i];
+                x[i] = a * cosines[i] - b * sines[i];
+                x[half + i] = b * cosines[i] + a * sines[i];
+            }
+    }
+}
+
 // A head's keys and values of a slot's rows of x go to their positions in a layer's cache.
 void CpuRunner::append(const Slot& slot, int layer, int head) {
     for (int q = 0; q < slot.queries; ++q) {
         const float* qkv = wide_.as<float>() + int64_t(slot.first + q) * wide_stride_;
         for (int part = 0; part < 2; ++part)
-            write_position(batch_.self, layer, part, slot.row, head, slot.position + q,
-                           qkv + (1 + part) * weights_.width + head * weights_.head_dim);
+            write_position(
+                batch_.self, layer, part, slot.row, head, slot.position + q,
+                qkv + weights_.width + (part * weights_.architecture.key_heads + head) * weights_.head_dim);
     }
 }
 
@@ -366,22 +415,29 @@ void CpuRunner::write_position(const Cache& cache, int layer, int part, int row,
         kernels_.narrow(batch_.dtype, x, width, to);
 }
 
-// Queries in `wide_` -> `attended_`: this thread's (row, head) pairs. What is causal appends its own keys and
-// values first; the draft network attends to every n-th position of the encoder, which lie in front.
+// Queries in `wide_` -> `attended_`: this thread's pairs of a row and a head of keys, with all the queries
+// that share it. What is causal appends its own keys and values first; the draft network attends to every
+// n-th position of the encoder, which lie in front.
 void CpuRunner::attend(int thread, const Stage& stage) {
+    const Architecture& architecture = weights_.architecture;
     const Cache& cache = stage.cross ? batch_.cross : batch_.self;
-    const int query_heads = stage.query_heads,
-              stride = stage.cross && stage.draft ? weights_.encoder_stride : 1;
-    const int head_dim = weights_.head_dim, shared = query_heads / weights_.heads;
+    const int stride = stage.cross && stage.draft ? architecture.encoder_stride : 1;
+    const int head_dim = weights_.head_dim, heads = architecture.key_heads,
+              shared = stage.query_heads / heads;
     const int64_t values = batch_.plane(0, 1, 0, 0) * cache.capacity;  // positions from keys to values
     const int64_t size = int64_t(head_dim) * int64_t(size_of(batch_.dtype));
     float* scores = scores_.as<float>() + int64_t(thread) * kQueries * scores_stride_;
-    for (int task = thread; task < slot_count_ * query_heads; task += team_.size()) {
-        const Slot& slot = slots_[task / query_heads];
-        const int query_head = task % query_heads, length = stage.cross ? slot.cross : slot.position;
-        const int64_t keys = batch_.plane(stage.layer, 0, slot.row, query_head / shared) * cache.capacity;
-        if (stage.causal) append(slot, stage.layer, query_head);
-        for (int first = 0; first < slot.queries; first += kQueries) {
+    for (int task = thread; task < slot_count_ * heads; task += team_.size()) {
+        const Slot& slot = slots_[task / heads];
+        const int head = task % heads, length = stage.cross ? slot.cross : slot.position;
+        const int64_t keys = batch_.plane(stage.layer, 0, slot.row, head) * cache.capacity;
+        if (architecture.rotary_base && !stage.cross) {
+            rotate(slot, head * shared, shared);
+            if (stage.causal) rotate(slot, stage.query_heads + head, 1);
+        }
+        if (stage.causal) append(slot, stage.layer, head);
+        const int queries = slot.queries * shared;
+        for (int first = 0; first < queries; first += kQueries) {
             Attention a;
             a.dtype = batch_.dtype;
             a.keys = cache.values + keys * size;
@@ -396,13 +452,14 @@ void CpuRunner::attend(int thread, const Stage& stage) {
             a.layers = stage.layers;
             a.width = head_dim;
             a.scale = 1 / std::sqrt(float(head_dim));
-            a.queries = std::min(kQueries, slot.queries - first);
+            a.queries = std::min(kQueries, queries - first);
             a.scores = scores;
-            for (int q = 0; q < a.queries; ++q) {
-                const int64_t row = int64_t(slot.first + first + q) * wide_stride_ + query_head * head_dim;
-                a.lengths[q] = stage.causal ? slot.position + first + q + 1 : (length + stride - 1) / stride;
-                a.q[q] = wide_.as<float>() + row;
-                a.out[q] = attended_.as<float>() + row;
+            for (int i = 0; i < a.queries; ++i) {
+                const int q = (first + i) / shared, query_head = head * shared + (first + i) % shared;
+                const int64_t row = int64_t(slot.first + q) * wide_stride_ + query_head * head_dim;
+                a.lengths[i] = stage.causal ? slot.position + q + 1 : (length + stride - 1) / stride;
+                a.q[i] = wide_.as<float>() + row;
+                a.out[i] = attended_.as<float>() + row;
             }
             kernels_.attend(a);
         }

@@ -52,6 +52,7 @@ class CpuRunner : public Runner {
     void linear(int thread, const Stage& stage);
     void keep_queries(int layer, int first, int last);
     void attend(int thread, const Stage& stage);
+    void rotate(const Slot& slot, int first_head, int heads) const;
     void append(const Slot& slot, int layer, int head);
     void write_position(const Cache& cache, int layer, int part, int row, int head, int position,
                         const float* x);
@@ -74,6 +75,7 @@ class CpuRunner : public Runner {
     int width_stride_, wide_stride_, scores_stride_ = 0;  // elements
     Memory x_, wide_, attended_, hidden_, normed_, quantised_, scales_, scores_, logits_, best_, parts_,
         windows_;
+    Memory rotary_;         // [capacity, D / 2]: cosines and sines of each position's angles
     Memory kept_, ranked_;  // logits of rows that are cut, and of each thread their best
     int kept_stride_, ranked_stride_ = 0;
     Memory ids_;  // int32, the tokens of the rows of x: of a slot the newest, then its drafts

@@ -540,6 +540,25 @@ void layer_norm(const float* x, const float* weight, const float* bias, int widt
 }
 
 // x * Phi(x), with erf after Abramowitz and Stegun 7.1.26 (error under 1.5e-7).
+void rms_norm(const float* x, const float* weight, int width, float eps, float* y) {
+    Vec squares = {};
+    for (int c = 0; c < width; c += kLanes) {
+        Vec v = load_some(x + c, width - c);
+        squares = fma(v, v, squares);
+    }
+    const float inverse = 1.0f / __builtin_sqrtf(sum(squares) / (float)width + eps);
+    for (int c = 0; c < width; ++c) y[c] = x[c] * inverse * weight[c];
+}
+
+void swiglu(float* gate, const float* x, int count) {
+    for (int c = 0; c < count; c += kLanes) {
+        Vec v = load_some(gate + c, count - c);
+        Vec small = exponential(-larger(v, -v));  // at most 1, whatever the sign
+        Vec sigmoid = select(v < 0.0f, small, fill(1.0f)) / (1.0f + small);
+        store_some(gate + c, v * sigmoid * load_some(x + c, count - c), count - c);
+    }
+}
+
 void gelu(float* x, int count) {
     for (int c = 0; c < count; c += kLanes) {
         Vec v = load_some(x + c, count - c);
@@ -619,7 +638,7 @@ Partition partition(const float* logits, int count) {
 
 extern const Kernels KVSPN_KERNELS;
 const Kernels KVSPN_KERNELS = {
-    KVSPN_KERNELS_NAME, linear, linear_by_rows, quantise, quantise_int8, narrow, attend,
-    layer_norm,         gelu,   judge,          disturb,  partition};
+    KVSPN_KERNELS_NAME, linear,   linear_by_rows, quantise, quantise_int8, narrow,  attend,
+    layer_norm,         rms_norm, gelu,           swiglu,   judge,         disturb, partition};
 
 }  // namespace kvspn

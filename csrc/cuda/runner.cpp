@@ -87,6 +87,13 @@ CudaRunner::CudaRunner(const kvspn_engine_params& params, Weights& weights, cons
       process_(getpid()),
       weights_(weights),
       plan_(plan) {
+    const Architecture& a = weights.architecture;
+    require(a.key_heads == a.heads, "key_heads must be 0 on a CUDA device, got ", a.key_heads);
+    require(!a.rms_norm, "rms_norm must be 0 on a CUDA device, got 1");
+    require(a.norm_eps == 1e-5f, "norm_eps must be 0 on a CUDA device, got ", a.norm_eps);
+    require(!a.gated, "gated must be 0 on a CUDA device, got 1");
+    require(!a.rotary_base, "rotary_base must be 0 on a CUDA device, got ", a.rotary_base);
+    require(a.cross, "no_cross must be 0 on a CUDA device, got 1");
     const Stream stream;  // beside what others do on the default stream
     stream_ = stream;
     upload_weights();
@@ -165,8 +172,8 @@ void CudaRunner::upload_weights() {
     }
     inner_stride_ = pad(int(inner)), wide_stride_ = pad(int(wide));
     model_.x_stride = pad(w.width);
-    model_.width = w.width, model_.heads = w.heads, model_.head_dim = w.head_dim;
-    model_.encoder_stride = w.encoder_stride;
+    model_.width = w.width, model_.heads = w.architecture.heads, model_.head_dim = w.head_dim;
+    model_.encoder_stride = w.architecture.encoder_stride;
     wait();
     w.release();
 }
@@ -297,7 +304,7 @@ Stage CudaRunner::placed(const kvspn::Stage& stage) const {
         s.pitch = pitch_of(*matrix), s.groups = groups_of(*matrix);
         while (1 << s.group_shift < matrix->span) ++s.group_shift;
         s.inputs = matrix->inputs, s.outputs = matrix->outputs;
-        s.gelu = stage.gelu, s.accumulate = stage.accumulate;
+        s.gelu = stage.activation == Activation::gelu, s.accumulate = stage.accumulate;
     }
     if (stage.queries && batch_.queries) {
         s.queries = true, s.kv = reinterpret_cast<char*>(batch_.queries_of(stage.layer, 0, 0));
@@ -323,7 +330,8 @@ void CudaRunner::encode(int row, const kvspn_tensor& states) {
     const int64_t count = states.shape[0];
     check(cudaMemsetAsync(batch_.cross.lengths + row, 0, sizeof(int32_t), stream_), "encode");
     int64_t at = 0;  // The draft network's positions come first.
-    for (int first = 0, stride = weights_.encoder_stride; first < std::min<int64_t>(stride, count); ++first) {
+    for (int first = 0, stride = weights_.architecture.encoder_stride;
+         first < std::min<int64_t>(stride, count); ++first) {
         const kvspn_tensor rows = every(stride, first, states);
         launch_to_float(device_, {Dtype(rows.dtype), rows.data, int32_t(rows.shape[0])}, weights_.width,
                         rows.strides[0], rows.strides[1], states_.as<float>() + at * model_.x_stride,

@@ -75,13 +75,21 @@ typedef struct kvspn_engine_params {
      * or "portable". On a CUDA device how steps run: "persistent" (one launch, for all the steps of generate
      * too), "graph" or "kernels". The environment's KVSPN_CPU and KVSPN_CUDA_STEP override it. */
     const char* variant;
+    /* What the decoder is made of, if not of what Whisper's is; where none is given it is Whisper's. Of a
+     * CUDA device they must be 0. */
+    int32_t key_heads; /* KVH of keys and values, each for H / KVH heads of queries; 0: as many as heads */
+    int32_t rms_norm;  /* 1: RMSNorm, whose norms have no bias, in place of LayerNorm */
+    float norm_eps;    /* 0: 1e-5 */
+    int32_t gated;     /* 1: SwiGLU in place of GELU: the first half of fc1's rows is the gate's */
+    float rotary_base; /* of RoPE, in place of embed_positions: 10000, ...; 0: none */
+    int32_t no_cross;  /* 1: no cross-attention, no encoder: E is 0 */
 } kvspn_engine_params;
 
 /* Everything that a batch is, each with the letters of its shape. kv and cross_kv: one dtype, FP32, BF16,
  * FP16 or INT8; all contiguous. Row b holds lengths[b] + 1 tokens; the newest is not in the cache yet. */
 typedef struct kvspn_batch {
     uint32_t struct_size;
-    kvspn_tensor kv;            /* [L, 2, B, H, S, D] */
+    kvspn_tensor kv;            /* [L, 2, B, H, S, D]; H: key_heads */
     kvspn_tensor lengths;       /* int32 [B] */
     kvspn_tensor tokens;        /* int32 [B, N] */
     kvspn_tensor finished;      /* bool [B] */

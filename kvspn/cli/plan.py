@@ -90,7 +90,7 @@ def plan(
         if model is not None:
             name = model.resolve().name
             decoder, positions = open_decoder(model)
-            usual = max(len(decoder.embed_positions) // 10, 1)
+            usual = max(decoder.positions // 10, 1)
         else:
             chosen = find_shapes(shape or "whisperM2M")
             if len(chosen) > 1:

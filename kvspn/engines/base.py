@@ -180,7 +180,9 @@ class CachedEngine(Engine):
         if not isinstance(weights, DecoderWeights):
             raise TypeError(f"weights must be DecoderWeights, got {type(weights).__name__}")
         integer("batch", batch, 1, K_INF)
-        integer("capacity", capacity, 1, len(weights.embed_positions))
+        integer("capacity", capacity, 1, weights.positions)
+        if not weights.architecture.cross and cross_capacity:
+            raise ValueError(f"cross_capacity must be 0 without cross-attention, got {cross_capacity}")
         if kv not in (None, "int8"):
             raise ValueError(f"kv must be int8, or None for the embeddings' dtype, got {kv!r}")
         self.lock = threading.RLock()  # a thread may hold it over several utterances
@@ -189,7 +191,7 @@ class CachedEngine(Engine):
         self.cache = StepCache(
             len(weights.layers),
             batch,
-            weights.heads,
+            weights.key_heads,
             self._embed.shape[1] // weights.heads,
             capacity,
             cross_capacity,
@@ -204,7 +206,8 @@ class CachedEngine(Engine):
             self.logits = torch.zeros(batch, len(self._embed), device=self._embed.device)
         self.lengths = self.cache.lengths
         self._free = threading.Lock()  # held by alone()
-        self._encoded = False  # whether the cache holds every row's encoder states
+        # Whether the cache holds every row's encoder states, if there are any.
+        self._encoded = not weights.architecture.cross
         self._prefilled: list[list[int]] = [[]] * batch  # of each row the tokens that start() has processed
         self._mask: Tensor | None = None
         self._first_mask: Tensor | None = None
@@ -253,6 +256,8 @@ class CachedEngine(Engine):
                 integer(f"rules[{row}].timestamps.begin", rule.timestamps.begin, 1, len(self._embed) - 1)
         boolean("log_probs", log_probs)
         boolean("cross_queries", cross_queries)
+        if cross_queries and not self._weights.architecture.cross:
+            raise ValueError("cross_queries must be False without cross-attention, got True")
         self._eos, self._max_length, self._mask, self._scored = eos, max_length, mask, log_probs
         self._first_mask = begin_mask if mask is None or begin_mask is None else mask + begin_mask
         if cross_queries and self.cache.keep_queries():
@@ -383,6 +388,8 @@ class CachedEngine(Engine):
         integer("max_length", max_length, 1, capacity)
         if encoder_states is None and not self._encoded:
             raise ValueError("encoder_states must be given to the first start(), got None")
+        if encoder_states is not None and not self._weights.architecture.cross:
+            raise ValueError("encoder_states must be None without cross-attention, got some")
         for name, rows in (("encoder_states", encoder_states), ("prompt", prompt)):
             if rows is not None and len(rows) != batch:
                 raise ValueError(f"{name} must hold {batch} rows, got {len(rows)}")

@@ -26,6 +26,7 @@ class StepCache:
     cross_kv: [L, 2, B, H, E, D], written once per utterance; cross_lengths: int32 [B].
     kv_scale, cross_kv_scale: fp32 [L, 2, B, H, S] and [L, 2, B, H, E], of int8 caches, else None: a position
     of a head is its int8 values times its scale (see :func:`kvspn.ops.append_kv.quantise`).
+    A decoder without an encoder has a cross_capacity of 0.
     cross_queries: fp32 [L, B, S + 1, H * D] once :meth:`keep_queries` has been called, else None: the queries
     of cross-attention of each token that was processed, at its position.
 
@@ -53,7 +54,7 @@ class StepCache:
             "cross_capacity": cross_capacity,
         }
         for name, size in sizes.items():
-            integer(name, size, 1, 2**31 - 1)
+            integer(name, size, name != "cross_capacity", 2**31 - 1)
         if dtype not in (*FLOATS, torch.int8):
             raise TypeError(f"dtype must be float32, bfloat16, float16 or int8, got {dtype}")
         # Ordinary tensors even when made in inference mode: those could not change outside of it.

@@ -46,6 +46,12 @@ class NativeEngine(CachedEngine):
             groups=weights.groups,
             last_layer_only=weights.last_layer_only,
             encoder_stride=weights.encoder_stride,
+            key_heads=weights.architecture.key_heads,
+            rms_norm=weights.architecture.rms_norm,
+            norm_eps=weights.architecture.norm_eps,
+            gated=weights.architecture.gated,
+            rotary_base=weights.architecture.rotary_base,
+            cross=weights.architecture.cross,
             threads=min(torch.get_num_threads(), default_threads()),
             device=self.device,
         )

@@ -11,8 +11,18 @@ from torch.nn import functional as F
 
 from kvspn.engines.base import CachedEngine
 from kvspn.engines.cache import draft_first
-from kvspn.ops.decoder_step import REFERENCE, StepRule, StepState, base_pass, linear, step, step_rows
+from kvspn.ops.decoder_step import (
+    REFERENCE,
+    StepRule,
+    StepState,
+    base_pass,
+    fitted,
+    linear,
+    step,
+    step_rows,
+)
 from kvspn.ops.rules import Rule, pack_rules
+from kvspn.weights import DecoderWeights
 from kvspn.weights.linear import dequantise
 
 PREFILL_CHUNK = 16  # query tokens of one pass
@@ -24,6 +34,10 @@ class ReferenceEngine(CachedEngine):
     ops: Any = REFERENCE
     _rules: Tensor | None = None  # packed; None where every row is greedy and has no first mask
 
+    def __init__(self, weights: DecoderWeights, **sizes: Any) -> None:
+        super().__init__(weights, **sizes)
+        self.ops = fitted(type(self).ops, weights.architecture)
+
     def _encode(self, row: int, states: Tensor) -> None:
         self.cache.write_cross(row, self._cross_kv(states))
 
@@ -32,6 +46,7 @@ class ReferenceEngine(CachedEngine):
         states = draft_first(states.float(), self._weights.encoder_stride)
         projections = []
         for layer in self._weights.layers:
+            assert layer.cross_kv is not None
             weight, bias, scale = layer.cross_kv
             projections.append(
                 F.linear(states, dequantise(weight, scale), None if bias is None else bias.float())
@@ -59,7 +74,7 @@ class ReferenceEngine(CachedEngine):
 
     def _step(self, k: int, draft: bool, draft_tokens: Tensor | None = None) -> None:
         ended = self.finished.clone()
-        step_rows(self._weights, self._state(), self._rule(k, draft, draft_tokens))
+        step_rows(self._weights, self._state(), self._rule(k, draft, draft_tokens), self.ops)
         self._check_rows(self.finished & ~ended)
 
     def _together(self, rule: StepRule) -> None:

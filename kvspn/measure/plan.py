@@ -49,7 +49,7 @@ def plan(
     Raises:
         ValueError: naming the argument.
     """
-    longest = len(weights.embed_positions) - 2
+    longest = weights.positions - 2
     if not 1 <= length <= longest:
         raise ValueError(f"length must be 1 to {longest}, got {length}")
     made = engine(

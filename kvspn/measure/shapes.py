@@ -68,7 +68,7 @@ def shape_of(weights: DecoderWeights, encoder_positions: int) -> Shape:
     """
     if not weights.blocks:
         raise ValueError("weights must have draft blocks, got none")
-    positions, width = weights.embed_positions.shape
+    positions, width = weights.positions, weights.embed_tokens.shape[1]
     return Shape(
         layers=len(weights.layers),
         groups=weights.groups,

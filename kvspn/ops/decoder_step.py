@@ -19,7 +19,15 @@ from kvspn.ops.fused_linear import reference as fused_linear
 from kvspn.ops.lm_head_verify import K_INF
 from kvspn.ops.lm_head_verify import reference as lm_head_verify
 from kvspn.ops.rules import check_packed
-from kvspn.weights import DecoderWeights, Linear, Norm
+from kvspn.weights import (
+    WHISPER,
+    Architecture,
+    DecoderWeights,
+    DraftBlockWeights,
+    LayerWeights,
+    Linear,
+    Norm,
+)
 
 REFERENCE = SimpleNamespace(
     append_kv=append_kv,
@@ -146,7 +154,7 @@ def check(
         shapes.tensor("mask", mask, "V", FP32)
     integer("k", k, 1, K_INF)
     integer("eos", eos, -1, K_INF)
-    integer("max_length", max_length, 1, min(shapes["N"], shapes["S"], w.embed_positions.shape[0]))
+    integer("max_length", max_length, 1, min(shapes["N"], shapes["S"], w.positions))
     boolean("use_draft", use_draft)
     if use_draft and not w.blocks:
         raise ValueError("use_draft must be False without draft blocks among the weights, got True")
@@ -241,11 +249,11 @@ def composed(step: Callable[[DecoderWeights, StepState, StepRule], None]) -> Cal
     return decoder_step
 
 
-def step_rows(w: DecoderWeights, state: StepState, rule: StepRule) -> None:
+def step_rows(w: DecoderWeights, state: StepState, rule: StepRule, ops: Any = REFERENCE) -> None:
     """The step on named weights, unchecked: each unfinished row alone, as a batch of one."""
     for b, done in enumerate(state.finished.tolist()):
         if not done:
-            step(REFERENCE, w, state.row(b), rule.row(b))
+            step(ops, w, state.row(b), rule.row(b))
 
 
 def step(ops: Any, w: DecoderWeights, state: StepState, rule: StepRule) -> None:
@@ -260,7 +268,10 @@ def step(ops: Any, w: DecoderWeights, state: StepState, rule: StepRule) -> None:
     x = base_pass(w, torch.cat([newest, draft], dim=1), caches, finished, ops)
     scores = None if rule.log_probs is None else rule.log_probs.new_empty(*x.shape[:2], 3)
     argmax, rank = ops.lm_head_verify(
-        x, w.head.weight, draft, rule.mask, w.head.scale, *w.norm, **_choosing(rule, state), scores=scores
+        *(x, w.head.weight, draft, rule.mask, w.head.scale),
+        **_norm(w.norm),
+        **_choosing(rule, state),
+        scores=scores,
     )
     ops.accept_and_rollback(
         *(tokens, caches.lengths, finished, stats, draft, argmax, rank, rule.k, rule.eos, rule.max_length),
@@ -283,24 +294,27 @@ def base_pass(
     """Run tokens int32 [B, Q] at positions lengths[b] ... through the base model's layers.
 
     Appends their keys and values to ``kv``, but for rows that are finished; returns [B, Q, d], before the
-    final LayerNorm.
+    final norm.
     """
     kv, lengths, cross_kv, cross_lengths, kv_scale, cross_kv_scale, cross_queries = caches
     x = embed(w, ids, lengths)
     if cross_queries is not None:
         kept_at = _places(x, cross_queries, lengths)
     for i, layer in enumerate(w.layers):
-        q, k, v = split_heads(linear(ops, x, layer.self_qkv, layer.self_norm), 3, w.heads)
+        qkv = split_heads(linear(ops, x, layer.self_qkv, layer.self_norm), w.heads + 2 * w.key_heads)
+        q, k, v = qkv.split([w.heads, w.key_heads, w.key_heads], dim=1)
+        q, k = rotate(w, q, lengths), rotate(w, k, lengths)
         here = slice(i, i + 1)
         ops.append_kv(kv, k, v, lengths, i, finished, kv_scale)
         heads = ops.flat_kv_attention(q, kv[here], lengths, True, kv_scale=part(kv_scale, here))
         x = linear(ops, heads, layer.self_out, residual=x)
-        cross, scale = cross_kv[here], part(cross_kv_scale, here)
-        queries = linear(ops, x, layer.cross_q, layer.cross_norm)
-        if cross_queries is not None:
-            cross_queries[i].scatter_(1, kept_at, queries.float())
-        x = attend(ops, x, queries, layer.cross_out, cross, cross_lengths, scale)
-        x = feed_forward(ops, x, layer.ffn_norm, layer.fc1, layer.fc2)
+        if layer.cross_q is not None and layer.cross_out is not None:
+            cross, scale = cross_kv[here], part(cross_kv_scale, here)
+            queries = linear(ops, x, layer.cross_q, layer.cross_norm)
+            if cross_queries is not None:
+                cross_queries[i].scatter_(1, kept_at, queries.float())
+            x = attend(ops, x, split_heads(queries, w.heads), layer.cross_out, cross, cross_lengths, scale)
+        x = feed_forward(ops, w, x, layer)
     return x
 
 
@@ -309,47 +323,67 @@ def propose(
 ) -> Tensor:
     """The draft network's guess int32 [B, 1] of what follows the newest token int32 [B, 1]; -1: none."""
     kv, lengths, cross_kv, cross_lengths, kv_scale, cross_kv_scale, _ = state.caches
+    width = kv.shape[-1]
     x = embed(w, newest, lengths)
     if w.encoder_stride > 1:
         cross_lengths = (cross_lengths + (w.encoder_stride - 1)) // w.encoder_stride
     for i, block in enumerate(w.blocks):
         layers = w.group(i)
         scale = part(kv_scale, layers)
-        queries = linear(ops, x, block.kv_q, block.kv_norm)
-        x = attend(ops, x, queries, block.kv_out, kv[layers], lengths, scale)
+        queries = split_heads(linear(ops, x, block.kv_q, block.kv_norm), len(block.kv_q.weight) // width)
+        x = attend(ops, x, rotate(w, queries, lengths), block.kv_out, kv[layers], lengths, scale)
         if block.cross_norm and block.cross_q and block.cross_out:
             last = slice(layers.stop - 1, layers.stop)
             cross, scale = cross_kv[last], part(cross_kv_scale, last)
             queries = linear(ops, x, block.cross_q, block.cross_norm)
-            x = attend(ops, x, queries, block.cross_out, cross, cross_lengths, scale)
-        x = feed_forward(ops, x, block.ffn_norm, block.fc1, block.fc2)
-    head, norm = w.draft_output, w.draft_norm or (None, None)
-    none = newest[:, :0]
+            heads = split_heads(queries, len(block.cross_q.weight) // width)
+            x = attend(ops, x, heads, block.cross_out, cross, cross_lengths, scale)
+        x = feed_forward(ops, w, x, block)
+    head, none = w.draft_output, newest[:, :0]
     choice: Tensor = ops.lm_head_verify(
-        x, head.weight, none, rule.mask, head.scale, *norm, ids=w.draft_ids, **_choosing(rule, state)
+        *(x, head.weight, none, rule.mask, head.scale),
+        **_norm(w.draft_norm),
+        ids=w.draft_ids,
+        **_choosing(rule, state),
     )[0]
     return choice
 
 
 def embed(w: DecoderWeights, ids: Tensor, lengths: Tensor) -> Tensor:
     """Tokens int32 [B, Q] at positions lengths[b] ... -> [B, Q, d]; -1, no token, counts as 0."""
-    positions = lengths[:, None] + torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)
+    x = F.embedding(ids.clamp(min=0), w.embed_tokens)
+    if w.embed_positions is None:
+        return x
+    positions = _positions(lengths, ids.shape[1])
     positions = positions.clamp_(max=len(w.embed_positions) - 1)  # a draft past the end is never emitted
-    return F.embedding(ids.clamp(min=0), w.embed_tokens) + F.embedding(positions, w.embed_positions)
+    return x + F.embedding(positions, w.embed_positions)
+
+
+def _positions(lengths: Tensor, count: int) -> Tensor:
+    """int32 [B, count]: lengths[b] ..."""
+    return lengths[:, None] + torch.arange(count, dtype=torch.int32, device=lengths.device)
+
+
+def rotate(w: DecoderWeights, x: Tensor, lengths: Tensor) -> Tensor:
+    """Heads [B, H, Q, D] turned by the angles of positions lengths[b] ... where positions are rotary.
+
+    The first half of a head's numbers with the second, as in transformers (arXiv 2104.09864).
+    """
+    if not w.architecture.rotary_base:
+        return x
+    half = x.shape[-1] // 2
+    speeds = w.architecture.rotary_base ** (-torch.arange(half, device=x.device) / half)
+    angles = _positions(lengths, x.shape[2])[:, None, :, None] * speeds
+    a, b = x.float().split(half, dim=-1)
+    turned = a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()
+    return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 def attend(
-    ops: Any,
-    x: Tensor,
-    queries: Tensor,
-    out: Linear,
-    kv: Tensor,
-    lengths: Tensor,
-    kv_scale: Tensor | None,
+    ops: Any, x: Tensor, queries: Tensor, out: Linear, kv: Tensor, lengths: Tensor, kv_scale: Tensor | None
 ) -> Tensor:
-    """x [B, Q, d] plus the attention of queries [B, Q, Hq * D] to all the keys of ``kv``."""
-    (split,) = split_heads(queries, 1, queries.shape[-1] // kv.shape[-1])
-    heads = ops.flat_kv_attention(split, kv, lengths, False, kv_scale=kv_scale)
+    """x [B, Q, d] plus the attention of queries [B, Hq, Q, D] to all the keys of ``kv``."""
+    heads = ops.flat_kv_attention(queries, kv, lengths, False, kv_scale=kv_scale)
     return linear(ops, heads, out, residual=x)
 
 
@@ -358,13 +392,41 @@ def _places(x: Tensor, kept: Tensor, lengths: Tensor) -> Tensor:
 
     A finished row's are written too, past its length, where nothing is read.
     """
-    positions = lengths[:, None] + torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
+    positions = _positions(lengths, x.shape[1])
     return positions.clamp_(max=kept.shape[2] - 1).long()[..., None].expand_as(x)
 
 
-def feed_forward(ops: Any, x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> Tensor:
+def feed_forward(ops: Any, w: DecoderWeights, x: Tensor, part: LayerWeights | DraftBlockWeights) -> Tensor:
     """x [B, Q, d] plus its feed-forward."""
-    return linear(ops, linear(ops, x, fc1, norm, gelu=True), fc2, residual=x)
+    if not w.architecture.gated:
+        inner = linear(ops, x, part.fc1, part.ffn_norm, gelu=True)
+    else:
+        gate, other = linear(ops, x, part.fc1, part.ffn_norm).chunk(2, dim=-1)
+        inner = F.silu(gate) * other
+    return linear(ops, inner, part.fc2, residual=x)
+
+
+def fitted(ops: Any, architecture: Architecture) -> Any:
+    """The ops with the norms of an architecture: an RMSNorm, which is none of theirs, goes in front."""
+    if architecture == WHISPER:
+        return ops
+
+    def with_norm(op: Callable[..., Any]) -> Callable[..., Any]:
+        def normed(x: Tensor, *args: Any, norm_weight: Tensor | None = None, **rest: Any) -> Any:
+            if architecture.rms_norm and norm_weight is not None:
+                x = F.rms_norm(x, x.shape[-1:], norm_weight.to(x.dtype), architecture.norm_eps)
+                norm_weight = None
+            return op(x, *args, norm_weight=norm_weight, eps=architecture.norm_eps, **rest)
+
+        return normed
+
+    with_norms = {name: with_norm(getattr(ops, name)) for name in ("fused_linear", "lm_head_verify")}
+    return SimpleNamespace(**{**vars(ops), **with_norms})
+
+
+def _norm(norm: Norm | None) -> dict[str, Tensor | None]:
+    """A norm as the ops take it."""
+    return {} if norm is None else {"norm_weight": norm.weight, "norm_bias": norm.bias}
 
 
 def linear(
@@ -376,16 +438,15 @@ def linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     """fused_linear on named weights."""
-    norm_weight, norm_bias = norm or (None, None)
     result: Tensor = ops.fused_linear(
-        x, w.weight, w.bias, norm_weight, norm_bias, gelu=gelu, residual=residual, scale=w.scale
+        x, w.weight, w.bias, **_norm(norm), gelu=gelu, residual=residual, scale=w.scale
     )
     return result
 
 
-def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-    """[B, Q, parts * heads * D] -> ``parts`` views [B, heads, Q, D]."""
-    return x.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, Q, heads * D] -> a view [B, heads, Q, D]."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 reference = composed(step_rows)

@@ -14,29 +14,40 @@ import torch
 from torch import Tensor
 
 from kvspn.checks import FLOATS, INT32, INT32_MAX, Shapes, integer, same_dtype
+from kvspn.weights.architecture import WHISPER, Architecture
 from kvspn.weights.linear import Linear, check_weight
 
 
 class Norm(NamedTuple):
-    """LayerNorm with eps 1e-5: weight [d], bias [d]."""
+    """Weight [d], bias [d]: a LayerNorm, or without a bias an RMSNorm."""
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None = None
 
 
 class LayerWeights(NamedTuple):
-    """One decoder layer (pre-LayerNorm, as Whisper's). Projections of one input are fused."""
+    """One decoder layer, each part with its norm in front. Projections of one input are fused.
+
+    The four ``cross_*`` are None in a decoder without an encoder.
+    """
 
     self_norm: Norm
-    self_qkv: Linear  # [3d, d]: q, k, v; Whisper's k has no bias, so bias[d:2d] is zero
+    self_qkv: Linear  # [d + 2 * KVH * D, d]: q, k, v; Whisper's k has no bias: zeros
     self_out: Linear  # [d, d]
-    cross_norm: Norm
-    cross_q: Linear  # [d, d]
-    cross_kv: Linear  # [2d, d]: k, v; bias[:d] is zero; used once per utterance
-    cross_out: Linear  # [d, d]
+    cross_norm: Norm | None
+    cross_q: Linear | None  # [d, d]
+    cross_kv: Linear | None  # [2d, d]: k, v; bias[:d] is zero; used once per utterance
+    cross_out: Linear | None  # [d, d]
     ffn_norm: Norm
-    fc1: Linear  # [F, d]
+    fc1: Linear  # [F, d]; gated: [2F, d]
     fc2: Linear  # [d, F]
+
+    @property
+    def cross(self) -> tuple[Norm, Linear, Linear, Linear]:
+        """The four ``cross_*``, where there are some."""
+        norm, q, kv, out = self.cross_norm, self.cross_q, self.cross_kv, self.cross_out
+        assert norm is not None and q is not None and kv is not None and out is not None
+        return norm, q, kv, out
 
 
 class DraftBlockWeights(NamedTuple):
@@ -50,7 +61,7 @@ class DraftBlockWeights(NamedTuple):
     kv_q: Linear  # [Hq * D, d]
     kv_out: Linear  # [d, Hq * D]
     ffn_norm: Norm
-    fc1: Linear  # [F, d]
+    fc1: Linear  # [F, d]; gated: [2F, d]
     fc2: Linear  # [d, F]
     cross_norm: Norm | None = None
     cross_q: Linear | None = None  # [Hq * D, d]
@@ -63,12 +74,13 @@ class DecoderWeights:
 
     Attributes:
         heads: the base model's attention heads H.
-        embed_tokens: [V, d], embed_positions: [P, d]. Their dtype is that of activations and cache.
+        embed_tokens: [V, d], embed_positions: [P, d]. Their dtype is that of activations and cache. There are
+            no embed_positions where the architecture's are rotary.
         layers: the decoder layers.
-        norm: the final LayerNorm.
+        norm: the final norm.
         head: the output embedding [V, d]; ``Linear(embed_tokens)`` when tied. No bias.
         blocks: the draft network's blocks; none means that there is no draft network.
-        draft_norm: the draft network's final LayerNorm, given if ``blocks`` are.
+        draft_norm: the draft network's final norm, given if ``blocks`` are.
         draft_head: [V, d], or [Vd, d] with ``draft_ids``; None uses ``head``. No bias.
         draft_ids: int32 [Vd]: row i of ``draft_head`` scores token draft_ids[i], of a short list.
         groups: groups of consecutive layers, len(layers) / groups each; block i reads group
@@ -76,6 +88,7 @@ class DecoderWeights:
         last_layer_only: an ablation: a block reads the last layer of its group alone.
         encoder_stride: a block attends to every n-th of the encoder's positions alone: the first of the
             cross-attention cache, where :func:`kvspn.engines.cache.draft_first` puts them.
+        architecture: what layers and blocks are made of.
 
     Raises:
         TypeError, ValueError: naming the field.
@@ -83,7 +96,7 @@ class DecoderWeights:
 
     heads: int
     embed_tokens: Tensor
-    embed_positions: Tensor
+    embed_positions: Tensor | None
     layers: tuple[LayerWeights, ...]
     norm: Norm
     head: Linear
@@ -94,6 +107,7 @@ class DecoderWeights:
     groups: int = 0
     last_layer_only: bool = False
     encoder_stride: int = 1
+    architecture: Architecture = WHISPER
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", self.groups or len(self.blocks))
@@ -103,6 +117,22 @@ class DecoderWeights:
     def draft_output(self) -> Linear:
         """The output embedding that the draft network uses."""
         return self.head if self.draft_head is None else self.draft_head
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.architecture.key_heads or self.heads
+
+    @property
+    def position_rows(self) -> Tensor:
+        """embed_positions, where there are some."""
+        assert self.embed_positions is not None
+        return self.embed_positions
+
+    @property
+    def positions(self) -> int:
+        """Tokens of a row at most."""
+        return INT32_MAX if self.embed_positions is None else len(self.embed_positions)
 
     def group(self, block: int) -> slice:
         """The layers whose cache a draft block reads."""
@@ -119,6 +149,7 @@ class DecoderWeights:
             groups=self.groups,
             last_layer_only=self.last_layer_only,
             encoder_stride=self.encoder_stride,
+            architecture=self.architecture,
         )
 
     def flatten(self) -> list[Tensor]:
@@ -144,6 +175,7 @@ class DecoderWeights:
         groups: int = 0,
         last_layer_only: bool = False,
         encoder_stride: int = 1,
+        architecture: Architecture = WHISPER,
     ) -> DecoderWeights:
         """The inverse of :meth:`flatten`; the number of tensors tells the number of blocks.
 
@@ -175,6 +207,7 @@ class DecoderWeights:
             groups=groups,
             last_layer_only=last_layer_only,
             encoder_stride=encoder_stride,
+            architecture=architecture,
         )
 
 
@@ -187,7 +220,8 @@ _BLOCK = (Norm, Linear, Linear, Norm, Linear, Linear, Norm, Linear, Linear)
 def named_tensors(weights: DecoderWeights) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under the name that csrc knows: "embed_tokens", "layers.0.self_qkv.weight", ..."""
     yield "embed_tokens", weights.embed_tokens.detach()
-    yield "embed_positions", weights.embed_positions.detach()
+    if weights.embed_positions is not None:
+        yield "embed_positions", weights.embed_positions.detach()
     if weights.draft_ids is not None:
         yield "draft_ids", weights.draft_ids
     parts: dict[str, Any] = {  # a Norm or a Linear each, or None
@@ -225,7 +259,10 @@ def _check(w: DecoderWeights) -> None:
         if not isinstance(part, Norm):
             raise TypeError(f"{name} must be a Norm, got {type(part).__name__}")
         shapes.tensor(f"{name}.weight", part.weight, "d", FLOATS)
-        shapes.tensor(f"{name}.bias", part.bias, "d", FLOATS)
+        if not w.architecture.rms_norm:
+            shapes.tensor(f"{name}.bias", part.bias, "d", FLOATS)
+        elif part.bias is not None:
+            raise ValueError(f"{name}.bias must be None with rms_norm, got a tensor")
 
     def linear(name: str, part: Linear | None, n: str, k: str) -> None:
         if not isinstance(part, Linear):
@@ -239,28 +276,53 @@ def _check(w: DecoderWeights) -> None:
         if part.bias is not None:
             raise ValueError(f"{name}.bias must be None, got a tensor")
 
+    def feed_forward(at: str, part: LayerWeights | DraftBlockWeights, inner: str) -> None:
+        norm(f"{at}.ffn_norm", part.ffn_norm)
+        outputs = f"2*{inner}" if w.architecture.gated else inner
+        linear(f"{at}.fc1", part.fc1, outputs, "d")
+        if w.architecture.gated:
+            if shapes[outputs] % 32:
+                raise ValueError(
+                    f"{at}.fc1.weight must have a multiple of 32 rows with gated, got {shapes[outputs]}"
+                )
+            shapes.sizes[inner] = shapes[outputs] // 2
+        linear(f"{at}.fc2", part.fc2, "d", inner)
+
     shapes.tensor("embed_tokens", w.embed_tokens, "V d", FLOATS)
-    shapes.tensor("embed_positions", w.embed_positions, "P d", FLOATS)
-    same_dtype("embed_positions", w.embed_positions, "embed_tokens", w.embed_tokens.dtype)
+    a = w.architecture
+    if not isinstance(a, Architecture):
+        raise TypeError(f"architecture must be an Architecture, got {type(a).__name__}")
+    if not a.rotary_base:
+        shapes.tensor("embed_positions", w.embed_positions, "P d", FLOATS)
+        assert w.embed_positions is not None
+        same_dtype("embed_positions", w.embed_positions, "embed_tokens", w.embed_tokens.dtype)
+    elif w.embed_positions is not None:
+        raise ValueError("embed_positions must be None with rotary_base, got a tensor")
     d = shapes["d"]
     integer("heads", w.heads, 1, d)
     if d % w.heads:
         raise ValueError(f"heads must divide the width d={d}, got {w.heads}")
-    shapes.sizes |= {"2d": 2 * d, "3d": 3 * d}
+    if w.heads % w.key_heads:
+        raise ValueError(f"key_heads must divide the {w.heads} heads, got {w.key_heads}")
+    if a.rotary_base and d // w.heads % 2:
+        raise ValueError(f"rotary_base must be 0 with heads of an odd width, got {a.rotary_base}")
+    qkv = "3d" if w.key_heads == w.heads else "(H+2*KVH)*D"
+    shapes.sizes |= {"2d": 2 * d, qkv: d + 2 * w.key_heads * (d // w.heads)}
     if not w.layers:
         raise ValueError("layers must hold at least one layer, got 0")
     for i, layer in enumerate(w.layers):
         at = f"layers[{i}]"
         norm(f"{at}.self_norm", layer.self_norm)
-        linear(f"{at}.self_qkv", layer.self_qkv, "3d", "d")
+        linear(f"{at}.self_qkv", layer.self_qkv, qkv, "d")
         linear(f"{at}.self_out", layer.self_out, "d", "d")
-        norm(f"{at}.cross_norm", layer.cross_norm)
-        linear(f"{at}.cross_q", layer.cross_q, "d", "d")
-        linear(f"{at}.cross_kv", layer.cross_kv, "2d", "d")
-        linear(f"{at}.cross_out", layer.cross_out, "d", "d")
-        norm(f"{at}.ffn_norm", layer.ffn_norm)
-        linear(f"{at}.fc1", layer.fc1, "F", "d")
-        linear(f"{at}.fc2", layer.fc2, "d", "F")
+        if a.cross:
+            norm(f"{at}.cross_norm", layer.cross_norm)
+            linear(f"{at}.cross_q", layer.cross_q, "d", "d")
+            linear(f"{at}.cross_kv", layer.cross_kv, "2d", "d")
+            linear(f"{at}.cross_out", layer.cross_out, "d", "d")
+        elif any((layer.cross_norm, layer.cross_q, layer.cross_kv, layer.cross_out)):
+            raise ValueError(f"{at}.cross_* must be None in an architecture without cross, got weights")
+        feed_forward(at, layer, "F")
     norm("norm", w.norm)
     head("head", w.head, "V")
     if not w.blocks:
@@ -277,12 +339,12 @@ def _check(w: DecoderWeights) -> None:
             raise ValueError(f"{at}.kv_q.weight must have a multiple of d={d} rows, got {shapes['Hq*D']}")
         linear(f"{at}.kv_out", block.kv_out, "d", "Hq*D")
         if block.cross_norm or block.cross_q or block.cross_out:
+            if not a.cross:
+                raise ValueError(f"{at}.cross_* must be None in an architecture without cross, got weights")
             norm(f"{at}.cross_norm", block.cross_norm)
             linear(f"{at}.cross_q", block.cross_q, "Hq*D", "d")
             linear(f"{at}.cross_out", block.cross_out, "d", "Hq*D")
-        norm(f"{at}.ffn_norm", block.ffn_norm)
-        linear(f"{at}.fc1", block.fc1, "F_draft", "d")
-        linear(f"{at}.fc2", block.fc2, "d", "F_draft")
+        feed_forward(at, block, "F_draft")
     norm("draft_norm", w.draft_norm)
     if w.draft_ids is not None:
         shapes.tensor("draft_ids", w.draft_ids, "Vd", INT32)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvspn.weights import DecoderWeights, DraftBlockWeights, LayerWeights, Linear, Norm
+from kvspn.weights import (
+    WHISPER,
+    Architecture,
+    DecoderWeights,
+    DraftBlockWeights,
+    LayerWeights,
+    Linear,
+    Norm,
+)
 from kvspn.weights.linear import quantise_linear
 
 
@@ -28,6 +36,7 @@ def random_decoder(
     gain: float = 1.5,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    architecture: Architecture = WHISPER,
 ) -> DecoderWeights:
     """A decoder of any shape. A larger ``gain`` makes the logits depend more on the context.
 
@@ -36,12 +45,16 @@ def random_decoder(
     generator = torch.Generator().manual_seed(seed)
     d = heads * head_dim
     draft_d = (draft_heads or heads) * head_dim
+    key_d = (architecture.key_heads or heads) * head_dim
+    cross, encoder_attention = architecture.cross, encoder_attention and architecture.cross
+    fc1 = 2 * ffn if architecture.gated else ffn
 
     def rand(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
     def norm() -> Norm:
-        return Norm(1 + rand(d, scale=0.1), rand(d, scale=0.1))
+        weight = 1 + rand(d, scale=0.1)
+        return Norm(weight) if architecture.rms_norm else Norm(weight, rand(d, scale=0.1))
 
     def linear(n: int, k: int, zero_bias: slice | None = None) -> Linear:
         bias = rand(n, scale=0.1)
@@ -53,14 +66,14 @@ def random_decoder(
     def layer() -> LayerWeights:
         return LayerWeights(
             self_norm=norm(),
-            self_qkv=linear(3 * d, d, slice(d, 2 * d)),
+            self_qkv=linear(d + 2 * key_d, d, slice(d, d + key_d)),
             self_out=linear(d, d),
-            cross_norm=norm(),
-            cross_q=linear(d, d),
-            cross_kv=linear(2 * d, d, slice(0, d)),
-            cross_out=linear(d, d),
+            cross_norm=norm() if cross else None,
+            cross_q=linear(d, d) if cross else None,
+            cross_kv=linear(2 * d, d, slice(0, d)) if cross else None,
+            cross_out=linear(d, d) if cross else None,
             ffn_norm=norm(),
-            fc1=linear(ffn, d),
+            fc1=linear(fc1, d),
             fc2=linear(d, ffn),
         )
 
@@ -70,7 +83,7 @@ def random_decoder(
             kv_q=linear(draft_d, d),
             kv_out=linear(d, draft_d),
             ffn_norm=norm(),
-            fc1=linear(ffn, d),
+            fc1=linear(fc1, d),
             fc2=linear(d, ffn),
             cross_norm=norm() if encoder_attention else None,
             cross_q=linear(draft_d, d) if encoder_attention else None,
@@ -82,7 +95,7 @@ def random_decoder(
     return DecoderWeights(
         heads=heads,
         embed_tokens=embed_tokens,
-        embed_positions=rand(positions, d),
+        embed_positions=None if architecture.rotary_base else rand(positions, d),
         layers=tuple(layer() for _ in range(layers)),
         norm=norm(),
         head=Linear(embed_tokens),
@@ -93,4 +106,5 @@ def random_decoder(
         groups=groups,
         last_layer_only=last_layer_only,
         encoder_stride=encoder_stride,
+        architecture=architecture,
     )

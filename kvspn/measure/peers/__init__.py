@@ -90,7 +90,7 @@ class Problem:
 
     def embedded(self, rows: int) -> Tensor:
         """The newest tokens as the first layer takes them [rows, d]."""
-        positions = self.weights.embed_positions[len(self.prompt) :][:rows]
+        positions = self.weights.position_rows[len(self.prompt) :][:rows]
         return self.weights.embed_tokens[self.newest[:rows]] + positions
 
     def correct(self, logits: Tensor, fmt: str) -> bool:

@@ -82,12 +82,12 @@ def _spec(problem: Problem) -> transformer_spec.TransformerSpec:
     _feed_forward(encoder.layer[0].ffn, one, nothing, nothing)
 
     decoder.embeddings.weight = w.embed_tokens.numpy()
-    decoder.position_encodings.encodings = w.embed_positions.numpy()
+    decoder.position_encodings.encodings = w.position_rows.numpy()
     decoder.projection.weight = w.head.weight.numpy()
     _norm(decoder.layer_norm, w.norm)
     for to, layer in zip(decoder.layer, w.layers, strict=True):
         _attention(to.self_attention, layer.self_norm, layer.self_qkv, layer.self_out)
-        _attention(to.attention, layer.cross_norm, layer.cross_q, layer.cross_kv, layer.cross_out)
+        _attention(to.attention, *layer.cross)
         _feed_forward(to.ffn, layer.ffn_norm, layer.fc1, layer.fc2)
 
     spec.register_source_vocabulary([str(i) for i in range(len(problem.states))])
@@ -99,6 +99,7 @@ def _spec(problem: Problem) -> transformer_spec.TransformerSpec:
 
 
 def _norm(to: Any, norm: Norm) -> None:
+    assert norm.bias is not None
     to.gamma, to.beta = norm.weight.numpy(), norm.bias.numpy()
 
 

@@ -66,11 +66,12 @@ class _Graph:
             attended = self._attend(q, keys, values, "mask" in self._inputs)
             x = self._op("Add", x, self._linear(attended, layer.self_out))
 
-            q = self._linear(self._norm(x, layer.cross_norm), layer.cross_q)
+            cross_norm, cross_q, _, cross_out = layer.cross
+            q = self._linear(self._norm(x, cross_norm), cross_q)
             q = self._op("Reshape", q, self._ints(-1, heads, width // heads))
             q = self._op("Transpose", q, perm=[1, 0, 2])
             attended = self._attend(q, f"cross_keys.{i}", f"cross_values.{i}", False)
-            x = self._op("Add", x, self._linear(attended, layer.cross_out))
+            x = self._op("Add", x, self._linear(attended, cross_out))
 
             hidden = self._op("Gelu", self._linear(self._norm(x, layer.ffn_norm), layer.fc1))
             x = self._op("Add", x, self._linear(hidden, layer.fc2))
@@ -112,7 +113,8 @@ class _Graph:
         return self._constant(np.array(values, np.int64))
 
     def _norm(self, x: str, norm: Norm) -> str:
-        weight, bias = (self._constant(tensor) for tensor in norm)
+        assert norm.bias is not None
+        weight, bias = self._constant(norm.weight), self._constant(norm.bias)
         return self._op("LayerNormalization", x, weight, bias, axis=-1, epsilon=1e-5)
 
     def _attend(self, q: str, keys: str, values: str, masked: bool) -> str:

@@ -30,7 +30,7 @@ class _Model(nn.Module):
             decoder_attention_heads=weights.heads,
             decoder_ffn_dim=len(weights.layers[0].fc1.weight),
             max_source_positions=positions,
-            max_target_positions=len(weights.embed_positions),
+            max_target_positions=weights.positions,
             pad_token_id=0,
             bos_token_id=0,
             eos_token_id=0,
@@ -140,20 +140,21 @@ def _state(w: DecoderWeights) -> Iterator[tuple[str, Tensor]]:
     width = w.embed_tokens.shape[1]
     yield "head.weight", w.head.weight
     yield "decoder.embed_tokens.weight", w.embed_tokens
-    yield "decoder.embed_positions.weight", w.embed_positions
+    yield "decoder.embed_positions.weight", w.position_rows
     parts: dict[str, Norm | Linear] = {"layer_norm": w.norm}
     for i, layer in enumerate(w.layers):
+        cross_norm, cross_q, cross_kv, cross_out = layer.cross
         parts |= {
             f"layers.{i}.self_attn_layer_norm": layer.self_norm,
             f"layers.{i}.self_attn.out_proj": layer.self_out,
-            f"layers.{i}.encoder_attn_layer_norm": layer.cross_norm,
-            f"layers.{i}.encoder_attn.q_proj": layer.cross_q,
-            f"layers.{i}.encoder_attn.out_proj": layer.cross_out,
+            f"layers.{i}.encoder_attn_layer_norm": cross_norm,
+            f"layers.{i}.encoder_attn.q_proj": cross_q,
+            f"layers.{i}.encoder_attn.out_proj": cross_out,
             f"layers.{i}.final_layer_norm": layer.ffn_norm,
             f"layers.{i}.fc1": layer.fc1,
             f"layers.{i}.fc2": layer.fc2,
         }
-        fused = {"self_attn.": ("qkv", layer.self_qkv), "encoder_attn.": ("kv", layer.cross_kv)}
+        fused = {"self_attn.": ("qkv", layer.self_qkv), "encoder_attn.": ("kv", cross_kv)}
         for attention, (names, linear) in fused.items():
             projections = zip(names, _split(linear, width), strict=True)
             parts |= {f"layers.{i}.{attention}{name}_proj": part for name, part in projections}
