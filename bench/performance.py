@@ -82,6 +82,23 @@ and the first waits for the other at each, spinning; here a block of 64 rows is 
 thread is there, through all matrices between two attentions, and two threads take no more processor
 time than one. For that, and for attention whose scores stay in the cache, the kernels are kvspn's own.
 
+## Batches
+
+The same {batch_rows} clips in batches of every size, plain and with drafts in turn, {batch_rounds} rounds,
+k = 1, one thread; times are the processor's in the steps, since other programs ran beside them. Whisper base
+with a draft network trained on {batch_draft_windows} windows
+([batches-whisper-base.json](../bench/results/batches-whisper-base.json), by
+`{batches_command} ...`, clips of Common Voice), and the
+miniature ([batches-miniature.json](../bench/results/batches-miniature.json)):
+
+{batches}
+
+Each row accepts and rolls back on its own, and says what it says alone, to the last token: acceptance and
+tokens a step are those of batch 1 at every size. A batch is done when its last row is, and its passes fall by
+what that row accepts. Time falls on this processor at a single row alone, where a step waits for weights, and
+with an acceptance like the miniature's. More rows keep a core multiplying: there a draft costs what a row of
+its own does, and is not worth it.
+
 ## The miniature
 
 [miniature.json](../bench/results/miniature.json), by `kvspn evaluate --k 1,2,3,inf --json ...`:
@@ -149,6 +166,9 @@ RECORDS = {  # and what makes each
     " --kv int8 --draft-vocabulary 12288 --encoder-stride 4 --json",
     "step-cpu-avx2": "KVSPN_CPU=avx2 kvspn bench --shape whisperM2M --weights bf16,int8,int4 --json",
     "encoder-cpu": "python -m bench.encoder --model FOLDER --json",
+    "batches-whisper-base": "python -m bench.batches --model whisper-base --draft FOLDER --clips clips.jsonl"
+    " --split eval --weights int8/int4 --encoder-format int8 --json",
+    "batches-miniature": "python -m bench.batches --json",
     "ops-cpu": "kvspn bench --ops --backend native --shape whisperM2M --weights bf16,int8,int4 --json",
 }
 
@@ -189,13 +209,44 @@ def _encoder(rows: Iterable[dict[str, Any]]) -> str:
     )
 
 
+def _batches(records: Iterable[dict[str, Any]]) -> str:
+    return table(
+        (
+            "model",
+            "batch",
+            "acceptance",
+            "tokens a row and step",
+            "passes, plain → drafted",
+            "fewer passes",
+            "processor ms a token",
+            "times as fast",
+        ),
+        (
+            (
+                record["model"],
+                str(row["batch"]),
+                f"{row['acceptance']:.1%}",
+                f"{row['tokens_per_row_and_step']:.2f}",
+                "{} → {}".format(*row["passes"]),
+                f"{row['fewer_passes']:.2f} ×",
+                "{:.2f} → {:.2f}".format(*row["cpu_ms_a_token"]),
+                "{:.2f} ({:.2f} to {:.2f})".format(
+                    row["times_as_fast_cpu"], *row["times_as_fast_cpu_spread"]
+                ),
+            )
+            for record in records
+            for row in record["rows"]
+        ),
+    )
+
+
 def performance() -> str:
     """The page.
 
     Raises:
         FileNotFoundError: a record is missing. KeyError: one is of an older version.
     """
-    bench, profile, miniature, cheap, avx2, encoder, ops = map(_record, RECORDS)
+    bench, profile, miniature, cheap, avx2, encoder, batches, mini_batches, ops = map(_record, RECORDS)
     rows = _of_batch_1(bench)
     summary = bench["summary"]
     formats = list(dict.fromkeys(row["weights"] for row in rows if row["backend"] == "native"))
@@ -205,6 +256,11 @@ def performance() -> str:
         encoder_set=next(row["instruction_set"] for row in encoder["rows"] if row["instruction_set"]),
         encoder=_encoder(encoder["rows"]),
         encoder_command=RECORDS["encoder-cpu"],
+        batch_rows=batches["rows"][0]["rows"],
+        batch_rounds=batches["rounds"],
+        batch_draft_windows=batches["draft_windows"],
+        batches_command=RECORDS["batches-whisper-base"],
+        batches=_batches((batches, mini_batches)),
         formats=",".join(formats),
         machine=_machine(bench["machine"]),
         kv_length=rows[0]["kv_length"],

@@ -111,6 +111,27 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 }
             ],
         },
+        **{
+            f"batches-{model}": {
+                "model": model,
+                "rounds": 3,
+                "draft_windows": 160,
+                "rows": [
+                    {
+                        "batch": 4,
+                        "rows": 32,
+                        "acceptance": 0.523,
+                        "tokens_per_row_and_step": 1.517,
+                        "passes": [300, 200],
+                        "fewer_passes": 1.5,
+                        "cpu_ms_a_token": [2.345, 1.234],
+                        "times_as_fast_cpu": 1.9,
+                        "times_as_fast_cpu_spread": [1.8, 2.0],
+                    }
+                ],
+            }
+            for model in ("whisper-base", "miniature")
+        },
         "step-cpu-cheap-draft": {
             "machine": machine,
             "summary": cheap,
@@ -138,6 +159,8 @@ def test_written(folders: Path) -> None:
     assert "list of 9,000 of" in page
     assert "| whisperM2M/native/int8 | 7.4% | 21.3% | 40.0% | 1.73 | 2.35 openvino |" in page
     assert "| native int8 | 2 | 123 | 234 | 346 | 4.57 × | 5.68 × | 3.7e-02 |" in page
+    batches = "| 4 | 52.3% | 1.52 | 300 → 200 | 1.50 × | 2.35 → 1.23 | 1.90 (1.80 to 2.00) |"
+    assert f"| whisper-base {batches}" in page and f"| miniature {batches}" in page
     assert {file.stem for file in (folders / "docs/plots").iterdir()} == set(performance.plots())
 
 
