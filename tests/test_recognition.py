@@ -71,10 +71,12 @@ def refused(result: Result, *parts: str) -> None:
 
 
 def test_a_run_beside_transformers(run: Callable[..., Result], tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "faster_whisper", None)  # as where it is not installed
+    for name in ("faster_whisper", "pywhispercpp"):
+        monkeypatch.setitem(sys.modules, name, None)  # as where it is not installed
     result = run("--split", "eval", "--weights", "fp32,int4", "--peers", "--json", tmp_path / "out.json")
     assert result.exit_code == 0, result.output
     assert "pip install faster-whisper" in result.stderr
+    assert "pip install pywhispercpp" in result.stderr
     assert "en, WER" in result.stdout and "zh, CER" in result.stdout and "4 of 4" in result.stdout
     document = json.loads((tmp_path / "out.json").read_text())
     systems = {system["name"]: system for system in document["systems"]}

@@ -118,7 +118,8 @@ def evaluate(
         Task | None, typer.Option("--task", help="With --speech.", show_default="transcribe")
     ] = None,
     peers: Annotated[
-        bool, typer.Option("--peers", help="With --speech: also transformers and faster-whisper.")
+        bool,
+        typer.Option("--peers", help="With --speech: also transformers, faster-whisper and whisper.cpp."),
     ] = False,
     model: Model = None,
     draft: Draft = None,

@@ -19,7 +19,7 @@ import kvspn
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "av", "soxr", "sacrebleu", "jiwer")
 TRAINING_PACKAGES = ("peft", "accelerate", "Babel", "soundfile")
-PEER_PACKAGES = ("ctranslate2", "faster-whisper", "openvino", "onnxruntime", "onnx")
+PEER_PACKAGES = ("ctranslate2", "faster-whisper", "pywhispercpp", "openvino", "onnxruntime", "onnx")
 
 
 def versions() -> dict[str, str | None]:

@@ -30,6 +30,7 @@ _PACKAGES = {  # what each needs beside torch
     "openvino": "openvino onnx",
     "onnxruntime": "onnxruntime onnx",
     "faster_whisper": "faster-whisper",
+    "whisper_cpp": "pywhispercpp",
 }
 PEERS = ("transformers", "ctranslate2", "openvino", "onnxruntime")
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-PEERS = ("transformers", "faster_whisper")
+PEERS = ("transformers", "faster_whisper", "whisper_cpp")
 
 Recogniser = Callable[[np.ndarray, str], list[int]]
 """Samples, float32 [N] at 16 kHz, and the language spoken -> the token ids of the text."""
