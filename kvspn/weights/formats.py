@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvspn.weights import DecoderWeights, Linear
+from kvspn.weights import Architecture, DecoderWeights, Linear
 from kvspn.weights.linear import FORMATS, dequantise, quantise_linear
 
 __all__ = ["FORMATS", "base_and_draft", "dequantised", "quantise", "round_to_int8"]
@@ -49,7 +49,7 @@ def quantise(weights: DecoderWeights, to: str) -> DecoderWeights:
 
     def convert(part: Any, to: str) -> Any:
         """A tensor, a Norm, a Linear, or a tuple of such."""
-        if part is None or isinstance(part, int):
+        if part is None or isinstance(part, int | Architecture):
             return part
         if isinstance(part, Tensor):
             return part.to(float_dtype) if part.is_floating_point() else part
