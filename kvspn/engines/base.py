@@ -181,6 +181,7 @@ class CachedEngine(Engine):
             raise TypeError(f"weights must be DecoderWeights, got {type(weights).__name__}")
         integer("batch", batch, 1, K_INF)
         integer("capacity", capacity, 1, weights.positions)
+        integer("cross_capacity", cross_capacity, int(weights.architecture.cross), K_INF)
         if not weights.architecture.cross and cross_capacity:
             raise ValueError(f"cross_capacity must be 0 without cross-attention, got {cross_capacity}")
         if kv not in (None, "int8"):
