@@ -183,10 +183,10 @@ class _Shown:
             }
             typer.echo(json.dumps(line, ensure_ascii=False))
         elif self._below or self._output == "txt":
+            if self._below:  # first, or a stable text would stand twice for a moment
+                self._below.update(Text(update.unstable.strip(), style="dim"), refresh=True)
             for segment in update.segments:
                 self._line(segment.text.strip())
-            if self._below:
-                self._below.update(Text(update.unstable.strip(), style="dim"), refresh=True)
         else:  # running text
             typer.echo(update.stable if self._begun else update.stable.lstrip(), nl=False)
             self._begun |= bool(update.segments)
