@@ -47,6 +47,12 @@ class EngineParams(ctypes.Structure):
         ("encoder_stride", c_int32),
         ("device", c_int32),
         ("variant", c_char_p),
+        ("key_heads", c_int32),
+        ("rms_norm", c_int32),
+        ("norm_eps", c_float),
+        ("gated", c_int32),
+        ("rotary_base", c_float),
+        ("no_cross", c_int32),
     )
 
 
