@@ -106,11 +106,14 @@ class _Logits(ReferenceEngine):
         draft: Tensor,
         mask: Tensor | None,
         scale: Tensor | None,
-        *norm: Tensor,
+        *,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
         **choosing: Any,
     ) -> Any:
-        self.kept.append(REFERENCE.fused_linear(x, weight, None, *norm, scale=scale)[0, 0])
-        return REFERENCE.lm_head_verify(x, weight, draft, mask, scale, *norm, **choosing)
+        norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+        self.kept.append(REFERENCE.fused_linear(x, weight, scale=scale, **norm)[0, 0])
+        return REFERENCE.lm_head_verify(x, weight, draft, mask, scale, **norm, **choosing)
 
     def _step(self, k: int, draft: bool, draft_tokens: Tensor | None = None) -> None:
         self._together(self._rule(k, draft, draft_tokens))

@@ -81,7 +81,7 @@ def dequantised(weights: DecoderWeights) -> DecoderWeights:
     """The same decoder in fp32: the values that weights of any format stand for."""
 
     def convert(part: Any) -> Any:
-        if part is None or isinstance(part, int):
+        if part is None or isinstance(part, int | Architecture):
             return part
         if isinstance(part, Tensor):
             return part.float() if part.is_floating_point() else part
