@@ -87,6 +87,9 @@ class Segment:
 
 class Model:
     def __init__(self, path: str, *, threads: int = 0, variant: str | None = None) -> None: ...
+    @property
+    def statistics(self) -> tuple[int, int, int, int]:
+        """Of the last call: tokens, steps, drafted and accepted tokens."""
     def transcribe(
         self,
         samples: Any,

@@ -125,5 +125,5 @@ def test_faults_the_pipeline_drops_no_sample(folder: Path) -> None:
     assert [each["text"] for each in together] == [
         pipe(clip, **options)["text"] for clip in (short, short[: len(short) // 2])
     ]
-    with pytest.raises(ValueError, match="return_timestamps must be True .* of more than 200 frames"):
+    with pytest.raises(ValueError, match=r"return_timestamps must be True .* of more than 200 frames"):
         pipe(long, **options)

@@ -442,10 +442,17 @@ class Model {
             return 0;
         };
         params.context = &segments;
+        statistics_ = {}, statistics_.struct_size = sizeof statistics_;
+        params.statistics = &statistics_;
         without_gil([&] {
             return kvspn_transcribe(model_.get(), static_cast<const float*>(own.data), own.shape[0], &params);
         });
         return segments;
+    }
+
+    // Of the last call: tokens, steps, drafted, accepted.
+    std::tuple<int64_t, int64_t, int64_t, int64_t> statistics() const {
+        return {statistics_.tokens, statistics_.steps, statistics_.drafted, statistics_.accepted};
     }
 
   private:
@@ -453,6 +460,7 @@ class Model {
         void operator()(kvspn_model* model) const { kvspn_model_close(model); }
     };
     std::unique_ptr<kvspn_model, Close> model_;
+    kvspn_statistics statistics_{};
 };
 
 }  // namespace
@@ -521,5 +529,6 @@ PYBIND11_MODULE(_native, m) {
              py::kw_only(), py::arg("threads") = 0, py::arg("variant") = py::none())
         .def("transcribe", &Model::transcribe, py::arg("samples"), py::kw_only(),
              py::arg("language") = py::none(), py::arg("target") = py::none(),
-             py::arg("without_timestamps") = false);
+             py::arg("without_timestamps") = false)
+        .def_property_readonly("statistics", &Model::statistics);
 }

@@ -169,7 +169,8 @@ Model = Annotated[
         metavar="MODEL",
         callback=model_folder,
         help="A whisperM2M, or any Whisper: a folder of Hugging Face's or CTranslate2's, OpenAI's .pt, "
-        "a hub's id, a name of kvspn models. By default the miniature that ships with kvspn.",
+        "a hub's id, a name of kvspn models; for speech also the one file of kvspn quantize. "
+        "By default the miniature that ships with kvspn.",
         show_default=False,
     ),
 ]

@@ -18,9 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from kvspn.atomic import atomic
 from kvspn.cli.common import open_translator, print_error, print_json, print_warning
 from kvspn.cli.live import listen_live
+from kvspn.cli.one_file import Heard, Hearer, by_the_library, is_one_file
 
 if TYPE_CHECKING:
-    from kvspn.speech.translator import Translation
+    from kvspn.speech.translator import Translator
 
 _STATS = ("tokens", "steps", "drafted", "accepted", "acceptance", "tokens_per_step", "alpt_ms", "seconds")
 _MOST_FAILURES = 100  # of the exit status, which a shell cuts at 255 and fills from 126 on
@@ -129,7 +130,10 @@ def listen(
 
     A file that fails stops no other; the exit status is the number of those that did, 100 at most.
     """
+    one_file = model is not None and is_one_file(model)
     if live is not None:
+        if one_file:
+            raise typer.BadParameter(f"--live must be left out for a model in one file, got {live:g}")
         listen_live(
             audio,
             target,
@@ -167,16 +171,25 @@ def listen(
     from kvspn.speech.audio import AudioError, load_audio
     from kvspn.speech.subtitles import WRITERS
 
-    translator = open_translator(model, backend, weights, kv, draft, threads, encoder_format)
     spoken = None if source == "auto" else source
-    translator.check_languages("en" if target is None and task == "translate" else target, spoken)
-    if output in (Output.SRT, Output.VTT, Output.TSV) and not translator.windows.has_timestamps:
+    wanted = "en" if target is None and task == "translate" else target
+    if model is not None and one_file:
+        given = {"draft": draft, "backend": backend, "weights": weights, "kv": kv, "words": words}
+        given |= {"encoder-format": encoder_format, "no-draft": no_draft, **options}
+        hearer = by_the_library(model, threads, spoken, wanted, given)
+    else:
+        translator = open_translator(model, backend, weights, kv, draft, threads, encoder_format)
+        translator.check_languages(wanted, spoken)
+        options |= {"task": task, "draft": not no_draft, "word_timestamps": words}
+        options |= {"probabilities": output is Output.JSON}
+        hearer = _by_translator(translator, target, spoken, options)
+    if output in (Output.SRT, Output.VTT, Output.TSV) and not hearer.has_timestamps:
         raise typer.BadParameter(
             f"--output must be txt or json for this model, which has no timestamps; got {output.value}"
         )
-    if words and not translator.windows.has_timestamps:
+    if words and not hearer.has_timestamps:
         raise typer.BadParameter("--words must be left out for this model, which has no timestamps")
-    domain = translator.model.config.training_domain
+    domain = hearer.domain
     live = sys.stdout.isatty() and output is None  # text as it comes; else a progress bar
     documents: list[dict[str, Any]] = []
     failed = 0
@@ -207,25 +220,20 @@ def listen(
                         domain = None  # once is enough
                     for line in warnings:
                         print_warning(line)
-                    result = translator.translate(
-                        samples,
-                        target,
-                        spoken,
-                        task=task,
-                        probabilities=output is Output.JSON,
-                        draft=not no_draft,
-                        word_timestamps=words,
-                        on_text=shown,
-                        on_chunk=partial(_advance, progress, progress.add_task(path.name, total=None)),
-                        **options,
+                    heard = hearer.hear(
+                        samples, shown, partial(_advance, progress, progress.add_task(path.name, total=None))
                     )
-                    document = _document(path, result, warnings)
+                    for line in heard.warnings:
+                        print_warning(f"{path}: {line}")
+                        warnings.append(f"{path}: {line}")
+                    document = {"file": str(path), **heard.document}
+                    document |= {"warnings": warnings, "stats": heard.stats}
                     if output is Output.JSON:
                         text = json.dumps(document, ensure_ascii=False, indent=2) + "\n"
-                    elif output is not None and translator.windows.has_timestamps:
-                        text = WRITERS[output.value](result.segments)
+                    elif output is not None and hearer.has_timestamps:
+                        text = WRITERS[output.value](heard.segments)
                     else:
-                        text = result.text + "\n"
+                        text = heard.text + "\n"
                     if into is not None:
                         with atomic(into) as part:
                             part.write_text(text, "utf-8")
@@ -239,9 +247,9 @@ def listen(
                 shown.end()
                 documents.append(document)
                 if live:
-                    typer.echo(typer.style(_summary(result), dim=True), err=True)
+                    typer.echo(typer.style(_summary(heard), dim=True), err=True)
                 elif output is None:
-                    typer.echo(label + result.text)
+                    typer.echo(label + heard.text)
                 elif into is None and output is not Output.JSON:
                     typer.echo(text, nl=False)
     finally:  # also where Ctrl-C ends it
@@ -249,6 +257,23 @@ def listen(
             print_json(documents)
     if failed:
         raise typer.Exit(min(failed, _MOST_FAILURES))
+
+
+def _by_translator(translator: Translator, target: str | None, spoken: str | None, options: Any) -> Hearer:
+    def hear(samples: Any, on_text: Any, on_chunk: Any) -> Heard:
+        found = translator.translate(samples, target, spoken, on_text=on_text, on_chunk=on_chunk, **options)
+        document = {
+            "source": found.source,
+            "sources": found.sources,
+            "target": found.target,
+            "language_probabilities": [_likely(each) for each in found.probabilities],
+            "text": found.text,
+            "segments": [asdict(segment) for segment in found.segments],
+        }
+        stats = {name: getattr(found.total, name) for name in _STATS}
+        return Heard(found.text, found.segments, document, stats)
+
+    return Hearer(hear, translator.windows.has_timestamps, translator.model.config.training_domain)
 
 
 def _files(audio: Sequence[Path]) -> Iterator[Path]:
@@ -303,20 +328,6 @@ def _reason(error: Exception) -> str:
     return text if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
 
 
-def _document(path: Path, result: Translation, warnings: list[str]) -> dict[str, Any]:
-    return {
-        "file": str(path),
-        "source": result.source,
-        "sources": result.sources,
-        "target": result.target,
-        "language_probabilities": [_likely(each) for each in result.probabilities],
-        "text": result.text,
-        "segments": [asdict(segment) for segment in result.segments],
-        "warnings": warnings,
-        "stats": {name: getattr(result.total, name) for name in _STATS},
-    }
-
-
 def _likely(probabilities: dict[str, float]) -> dict[str, float]:
     """Those of a thousandth or more, and the first."""
     return {
@@ -330,10 +341,11 @@ def _advance(progress: Progress, task: TaskID, done: int, total: int) -> None:
     progress.update(task, completed=done, total=total)
 
 
-def _summary(result: Translation) -> str:
-    total = result.total
+def _summary(heard: Heard) -> str:
+    document, stats = heard.document, heard.stats
+    took = f", {stats['alpt_ms']:.1f} ms a token" if "alpt_ms" in stats else ""
     return (
-        f"{', '.join(dict.fromkeys(result.sources))} → {result.target}: "
-        f"{total.tokens} tokens in {total.steps} steps, "
-        f"{total.acceptance:.0%} of the guesses accepted, {total.alpt_ms:.1f} ms a token"
+        f"{', '.join(dict.fromkeys(document['sources']))} → {document['target']}: "
+        f"{stats['tokens']} tokens in {stats['steps']} steps, "
+        f"{stats['acceptance']:.0%} of the guesses accepted{took}"
     )

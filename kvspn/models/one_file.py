@@ -65,7 +65,7 @@ def export(
     }
     taught = config.target_languages
     targets = languages if taught is None else taught or [code for code in ("en",) if code in languages]
-    numbers = {
+    numbers: dict[str, int | str] = {
         "layers": len(decoder.layers),
         "heads": decoder.heads,
         "blocks": len(decoder.blocks),
@@ -82,6 +82,7 @@ def export(
         "no_speech": next((known[each] for each in NO_SPEECH if each in known), -1),
         # Whether the target follows the task in the prompt; a Whisper translates to English alone, without.
         "target_follows_task": int(taught is None or bool(taught)),
+        "training_domain": getattr(config, "training_domain", None) or "",
         **{f"task.{task}": i for task, i in (said["task_to_id"] if languages else {}).items()},
         **{f"language.{code}": i for code, i in languages.items()},
         **{f"target.{code}": languages[code] for code in targets},

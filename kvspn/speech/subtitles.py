@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
-from kvspn.speech.segments import Segment
+
+class Timed(Protocol):
+    """A stretch of text from one second to another."""
+
+    @property
+    def start(self) -> float: ...
+    @property
+    def end(self) -> float: ...
+    @property
+    def text(self) -> str: ...
 
 
-def srt(segments: Sequence[Segment]) -> str:
+def srt(segments: Sequence[Timed]) -> str:
     """SubRip."""
     return "\n".join(
         f"{i}\n{clock(each.start, ',')} --> {clock(each.end, ',')}\n{_line(each)}\n"
@@ -15,7 +25,7 @@ def srt(segments: Sequence[Segment]) -> str:
     )
 
 
-def vtt(segments: Sequence[Segment]) -> str:
+def vtt(segments: Sequence[Timed]) -> str:
     """WebVTT, which ends a cue's times at "-->" and takes & and < for marks."""
     marks = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
     cues = (
@@ -25,18 +35,18 @@ def vtt(segments: Sequence[Segment]) -> str:
     return "\n".join(["WEBVTT\n", *cues])
 
 
-def tsv(segments: Sequence[Segment]) -> str:
+def tsv(segments: Sequence[Timed]) -> str:
     """Start and end in whole milliseconds, and the text, parted by tabs."""
     rows = (f"{round(1000 * each.start)}\t{round(1000 * each.end)}\t{_line(each)}\n" for each in segments)
     return "".join(["start\tend\ttext\n", *rows])
 
 
-def txt(segments: Sequence[Segment]) -> str:
+def txt(segments: Sequence[Timed]) -> str:
     """A line a segment."""
     return "".join(f"{_line(each)}\n" for each in segments)
 
 
-WRITERS: Mapping[str, Callable[[Sequence[Segment]], str]] = {
+WRITERS: Mapping[str, Callable[[Sequence[Timed]], str]] = {
     "srt": srt,
     "vtt": vtt,
     "tsv": tsv,
@@ -53,6 +63,6 @@ def clock(seconds: float, point: str) -> str:
     return f"{hours:02}:{minutes:02}:{whole:02}{point}{milliseconds:03}"
 
 
-def _line(segment: Segment) -> str:
+def _line(segment: Timed) -> str:
     """The text on one line: an empty one would end a subtitle, a tab a column."""
     return " ".join(segment.text.split())
