@@ -53,7 +53,7 @@ class Scripted:
         self.asked.append((float(samples[0]), float(samples[-1])))
         return torch.zeros(1, 1)
 
-    def encode(self, features: torch.Tensor) -> torch.Tensor:
+    def encode(self, features: torch.Tensor, keep: bool = False) -> torch.Tensor:
         return features
 
     def likely(self, states: Sequence[torch.Tensor]) -> list[dict[str, float]]:

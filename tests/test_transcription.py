@@ -307,7 +307,7 @@ def test_a_window_is_encoded_and_its_prompt_processed_once(
     monkeypatch.setattr(encoder, "forward", lambda self, x: (heard.append(len(x)), forward(self, x))[1])
     features = windows.features(tiny.sound(2, 5))  # which no other test has heard last
     done = passes(windows, monkeypatch)
-    (likely,) = windows.likely([windows.encode(features)])
+    (likely,) = windows.likely([windows.encode(features, keep=True)])
     assert done == [("encode", 0), ("prefill", 1)]
     by = Choice(temperatures=(0.0, 0.5, 0.7), best_of=1, log_prob_threshold=0.0, no_speech_threshold=None)
     before = windows.ids("Wo ist der Bahnhof?")
@@ -324,6 +324,8 @@ def test_a_window_is_encoded_and_its_prompt_processed_once(
     assert (again.text, again.no_speech_prob) == (found.text, found.no_speech_prob)
     assert [each for each in done if each[0] != "step"] == [("prefill", len(prompt.after))]
     assert heard == [1]
+    windows.encode(features)
+    assert heard == [1, 1]  # kept once, and not for a recording that is heard again
     other = windows.encode(windows.features(tiny.sound(2, 6)))
     done.clear()
     windows.hear([other], [prompt], replace(by, temperatures=(0.0,)), 0)

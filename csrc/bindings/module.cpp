@@ -442,15 +442,18 @@ class Model {
             return 0;
         };
         params.context = &segments;
-        statistics_ = {}, statistics_.struct_size = sizeof statistics_;
-        params.statistics = &statistics_;
+        kvspn_statistics
+            statistics{};  // the model's own only where the call was made: another may be under way
+        statistics.struct_size = sizeof statistics;
+        params.statistics = &statistics;
         without_gil([&] {
             return kvspn_transcribe(model_.get(), static_cast<const float*>(own.data), own.shape[0], &params);
         });
+        statistics_ = statistics;
         return segments;
     }
 
-    // Of the last call: tokens, steps, drafted, accepted.
+    // Of the last call that was made: tokens, steps, drafted, accepted.
     std::tuple<int64_t, int64_t, int64_t, int64_t> statistics() const {
         return {statistics_.tokens, statistics_.steps, statistics_.drafted, statistics_.accepted};
     }

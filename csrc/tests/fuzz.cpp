@@ -9,6 +9,7 @@
 #include <climits>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <random>
 #include <utility>
@@ -287,9 +288,9 @@ std::string file_of(const Model& model) {
 // A file that is damaged as a rule, opened, and sound of any kind.
 void transcribe(const Model& model) {
     static const std::string path = [] {
-        char name[] = "/tmp/kvspn-fuzz-XXXXXX";
-        CHECK(close(mkstemp(name)) == 0);
-        return std::string(name);
+        std::string name = std::filesystem::temp_directory_path() / "kvspn-fuzz-XXXXXX";
+        CHECK(close(mkstemp(name.data())) == 0);
+        return name;
     }();
     std::string content = file_of(model);
     const size_t header = content.find("}}") + 2;

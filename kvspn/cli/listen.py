@@ -190,7 +190,7 @@ def listen(
     if words and not hearer.has_timestamps:
         raise typer.BadParameter("--words must be left out for this model, which has no timestamps")
     domain = hearer.domain
-    live = sys.stdout.isatty() and output is None  # text as it comes; else a progress bar
+    running = sys.stdout.isatty() and output is None  # text as it comes; else a progress bar
     documents: list[dict[str, Any]] = []
     failed = 0
     try:
@@ -201,12 +201,12 @@ def listen(
             TimeElapsedColumn(),
             console=Console(stderr=True),
             redirect_stdout=False,
-            disable=live or not sys.stderr.isatty(),
+            disable=running or not sys.stderr.isatty(),
         ) as progress:
             for path, into in zip(files, written, strict=True):
                 warnings: list[str] = []
                 label = f"{path}: " if len(files) > 1 else ""
-                shown = _Shown(label if live else None)
+                shown = _Shown(label if running else None)
                 try:
                     if path.is_dir():
                         raise AudioError(f"{path}: no audio files in it ({', '.join(sorted(AUDIO))})")
@@ -246,7 +246,7 @@ def listen(
                     continue
                 shown.end()
                 documents.append(document)
-                if live:
+                if running:
                     typer.echo(typer.style(_summary(heard), dim=True), err=True)
                 elif output is None:
                     typer.echo(label + heard.text)

@@ -350,8 +350,6 @@ class GenerationMixin:
                 cross_queries=bool(return_token_timestamps),
                 streamer=None if streamer is None else lambda row, new: streamer.put(torch.tensor(new)),
             )
-            if streamer is not None:
-                streamer.end()
             times = None
             if return_token_timestamps:
                 sound = [len(row) for row in states]
@@ -364,6 +362,8 @@ class GenerationMixin:
                     )
                     for row in range(batch)
                 ]
+            if streamer is not None:  # which may use the engine again
+                streamer.end()
         rows = [
             torch.tensor(tokens[len(prompt) :])
             for tokens, prompt in zip(result.sequences, starts, strict=True)

@@ -300,10 +300,11 @@ def base_pass(
     x = embed(w, ids, lengths)
     if cross_queries is not None:
         kept_at = _places(x, cross_queries, lengths)
+    turned_by = angles(w, lengths, ids.shape[1])
     for i, layer in enumerate(w.layers):
         qkv = split_heads(linear(ops, x, layer.self_qkv, layer.self_norm), w.heads + 2 * w.key_heads)
         q, k, v = qkv.split([w.heads, w.key_heads, w.key_heads], dim=1)
-        q, k = rotate(w, q, lengths), rotate(w, k, lengths)
+        q, k = rotate(q, turned_by), rotate(k, turned_by)
         here = slice(i, i + 1)
         ops.append_kv(kv, k, v, lengths, i, finished, kv_scale)
         heads = ops.flat_kv_attention(q, kv[here], lengths, True, kv_scale=part(kv_scale, here))
@@ -323,7 +324,7 @@ def propose(
 ) -> Tensor:
     """The draft network's guess int32 [B, 1] of what follows the newest token int32 [B, 1]; -1: none."""
     kv, lengths, cross_kv, cross_lengths, kv_scale, cross_kv_scale, _ = state.caches
-    width = kv.shape[-1]
+    width, turned_by = kv.shape[-1], angles(w, lengths, 1)
     x = embed(w, newest, lengths)
     if w.encoder_stride > 1:
         cross_lengths = (cross_lengths + (w.encoder_stride - 1)) // w.encoder_stride
@@ -331,7 +332,7 @@ def propose(
         layers = w.group(i)
         scale = part(kv_scale, layers)
         queries = split_heads(linear(ops, x, block.kv_q, block.kv_norm), len(block.kv_q.weight) // width)
-        x = attend(ops, x, rotate(w, queries, lengths), block.kv_out, kv[layers], lengths, scale)
+        x = attend(ops, x, rotate(queries, turned_by), block.kv_out, kv[layers], lengths, scale)
         if block.cross_norm and block.cross_q and block.cross_out:
             last = slice(layers.stop - 1, layers.stop)
             cross, scale = cross_kv[last], part(cross_kv_scale, last)
@@ -364,19 +365,26 @@ def _positions(lengths: Tensor, count: int) -> Tensor:
     return lengths[:, None] + torch.arange(count, dtype=torch.int32, device=lengths.device)
 
 
-def rotate(w: DecoderWeights, x: Tensor, lengths: Tensor) -> Tensor:
-    """Heads [B, H, Q, D] turned by the angles of positions lengths[b] ... where positions are rotary.
+Angles = tuple[Tensor, Tensor] | None  # cosines and sines [B, 1, Q, D / 2]; None: positions are embedded
 
-    The first half of a head's numbers with the second, as in transformers (arXiv 2104.09864).
-    """
+
+def angles(w: DecoderWeights, lengths: Tensor, count: int) -> Angles:
+    """Those that heads at positions lengths[b] ... are turned by (arXiv 2104.09864); once a pass."""
     if not w.architecture.rotary_base:
+        return None
+    half = w.embed_tokens.shape[1] // w.heads // 2
+    speeds = w.architecture.rotary_base ** (-torch.arange(half, device=lengths.device) / half)
+    turns = _positions(lengths, count)[:, None, :, None] * speeds
+    return turns.cos(), turns.sin()
+
+
+def rotate(x: Tensor, by: Angles) -> Tensor:
+    """Heads [B, H, Q, D], turned: the first half of a head's numbers with the second, as in transformers."""
+    if by is None:
         return x
-    half = x.shape[-1] // 2
-    speeds = w.architecture.rotary_base ** (-torch.arange(half, device=x.device) / half)
-    angles = _positions(lengths, x.shape[2])[:, None, :, None] * speeds
-    a, b = x.float().split(half, dim=-1)
-    turned = a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()
-    return torch.cat(turned, dim=-1).to(x.dtype)
+    cosines, sines = by
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cosines - b * sines, b * cosines + a * sines], dim=-1).to(x.dtype)
 
 
 def attend(

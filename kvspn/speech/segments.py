@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+from kvspn.models.segments import pairs
+
 STEP = 0.02  # seconds from one timestamp to the next
 
 
@@ -68,12 +70,12 @@ def split(tokens: Sequence[int], begin: int, seconds: float) -> tuple[list[Piece
     def time(token: int) -> float:
         return (token - begin) * STEP
 
-    pairs = [i for i, (one, two) in enumerate(pairwise(tokens), 1) if min(one, two) >= begin]
-    if not pairs:
+    cuts = pairs(tokens, begin)
+    if not cuts:
         times = [time(token) for token in tokens if token > begin]
         return [Piece(0.0, times[-1] if times else seconds, list(tokens))], seconds
     finished = ends_once(tokens, begin)
-    ends = [*pairs, len(tokens)] if finished else pairs
+    ends = [*cuts, len(tokens)] if finished else cuts
     parts = [list(tokens[start:end]) for start, end in pairwise([0, *ends])]
     # With the grammar of timestamps a part begins and ends with one.
     pieces = [Piece(max(0.0, time(part[0])), max(0.0, time(part[-1])), part) for part in parts]

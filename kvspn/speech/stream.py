@@ -152,7 +152,7 @@ class Stream:
     def _hear(self, samples: int) -> tuple[Heard, str]:
         """What the first samples of the window say, by the last hypothesis, and their language."""
         windows = self._windows
-        states = windows.encode(windows.features(self._sound[:samples]))
+        states = windows.encode(windows.features(self._sound[:samples]), keep=True)
         language = self._language or next(iter(windows.likely([states])[0]))
         target = self._target or language
         task = self._task or ("transcribe" if target == language else "translate")

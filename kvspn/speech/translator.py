@@ -254,7 +254,7 @@ class Translator:
         features = windows.features(samples)
         likely: list[dict[str, float]] = []
         if source is None:
-            likely += windows.likely([windows.encode(features[:, : windows.frames])])
+            likely += windows.likely([windows.encode(features[:, : windows.frames], keep=True)])
             source = next(iter(likely[0]))
         heard: list[Heard] = []
         seconds = -(-len(samples) // SAMPLING_RATE)

@@ -367,7 +367,7 @@ class WhisperModel:
         for i in range(segments):
             if i and i * width >= features.shape[1]:
                 break
-            states = self.windows.encode(features[:, i * width : (i + 1) * width])
+            states = self.windows.encode(features[:, i * width : (i + 1) * width], keep=True)
             likely = list(self.windows.likely([states], rows)[0].items())
             language, probability = likely[0]
             if threshold is None or probability > threshold:

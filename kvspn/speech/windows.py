@@ -109,7 +109,7 @@ class Windows:
         self._options = engine
         self._engines: dict[int, Engine] = {}
         self._held: dict[int, Sequence[Tensor]] = {}  # by an engine's rows the states that it has
-        self._encoded: tuple[Tensor, Tensor] | None = None  # the last window's features, padded, and states
+        self._kept: tuple[Tensor, Tensor] | None = None  # a window's features, padded, and states
 
     def engine(self, rows: int) -> Engine:
         """The engine for so many rows; the last one is kept beside that for one."""
@@ -150,20 +150,22 @@ class Windows:
         return (torch.maximum(whole, whole.max() - 8) + 4) / 4
 
     @torch.no_grad()
-    def encode(self, features: Tensor) -> Tensor:
+    def encode(self, features: Tensor, keep: bool = False) -> Tensor:
         """A window's features [mel bins, frames], padded with zeros as Whisper's are -> states [E, d].
 
-        The last window's states are kept: the language is detected in a recording's first one.
+        keep: whether the next call may have these states for the same features: a language is detected in the
+        window that is decoded next. Else every call computes them, that of a recording heard again, too.
         """
         padded = F.pad(features, (0, self.frames - features.shape[1]))
-        last = self._encoded
-        if last is not None and torch.equal(last[0], padded):
-            return last[1]
-        if self._encoder is not None:
+        kept, self._kept = self._kept, None
+        if kept is not None and torch.equal(kept[0], padded):
+            states = kept[1]
+        elif self._encoder is not None:
             states = self._encoder(padded).to(self.model.dtype)
         else:
             states = self.model.encode(padded[None].to(self.model.device))[0]
-        self._encoded = padded, states
+        if keep:
+            self._kept = padded, states
         return states
 
     def likely(self, states: Sequence[Tensor], rows: int = 1) -> list[dict[str, float]]:
