@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvspn.atomic import atomic
-from kvspn.models.checkpoints.vocabulary import NO_SPEECH, not_speech
+from kvspn.models.checkpoints.vocabulary import NO_SPEECH, not_speech, token_bytes
 from kvspn.models.prompts import language_ids
 from kvspn.models.weights import decoder_weights, encoder_weights
 from kvspn.weights.decoder import named_tensors
@@ -55,7 +55,7 @@ def export(
         blank = [*tokenizer.encode(" ", add_special_tokens=False)[:1], config.eos_token_id]
     mask, first = torch.zeros(2, config.vocab_size)
     mask[suppressed], first[blank] = -torch.inf, -torch.inf
-    pieces = _vocabulary(tokenizer, config.vocab_size)
+    pieces = token_bytes(tokenizer, config.vocab_size)
     tensors = dict(named_tensors(decoder)) | encoder_weights(model)
     tensors |= {
         "mask": mask,
@@ -93,14 +93,3 @@ def export(
     }
     with atomic(path) as part:
         save_file(copies, part, {name: str(number) for name, number in numbers.items()})
-
-
-def _vocabulary(tokenizer: Any, size: int) -> list[bytes]:
-    """The bytes of each token of a byte-level tokenizer; none for special ones."""
-    # GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-    special = tokenizer.added_tokens_decoder
-    pieces = (None if i in special else tokenizer.convert_ids_to_tokens(i) for i in range(size))
-    return [bytes(alphabet[char] for char in piece or "") for piece in pieces]

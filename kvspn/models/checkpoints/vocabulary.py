@@ -114,3 +114,14 @@ def prompt_tokens(tokenizer: WhisperTokenizer) -> list[int]:
     )
     tokens: Mapping[str, int] = tokenizer.get_vocab()
     return sorted(tokens[token] for token in words if token in tokens)
+
+
+def token_bytes(tokenizer: Any, size: int) -> list[bytes]:
+    """The bytes of each of the first tokens of a byte-level tokenizer; none for special ones."""
+    # GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    special = tokenizer.added_tokens_decoder
+    pieces = (None if i in special else tokenizer.convert_ids_to_tokens(i) for i in range(size))
+    return [bytes(alphabet[char] for char in piece or "") for piece in pieces]

@@ -8,13 +8,14 @@ dimensions, length of its name, 1 for fp16, the dimensions from the last to the 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from kvspn.models.checkpoints.vocabulary import token_bytes
 
 _MAGIC = 0x67676D6C
 
@@ -51,27 +52,12 @@ def write(whisper: Any, processor: Any, file: Path) -> None:
     with file.open("wb") as out:
         out.write(struct.pack("<12i", _MAGIC, *sizes))
         out.write(struct.pack("<2i", *filters.shape) + filters.tobytes())
-        words = list(_words(processor.tokenizer, config.eos_token_id))
+        words = token_bytes(processor.tokenizer, config.eos_token_id)  # of text
         out.write(struct.pack("<i", len(words)))
         for word in words:
             out.write(struct.pack("<i", len(word)) + word)
         for name, tensor in whisper.model.state_dict().items():
             _write(out, name, tensor)
-
-
-def _words(tokenizer: Any, end: int) -> Iterator[bytes]:
-    """The bytes of each token of text."""
-    table = _bytes()
-    words = {i: word for word, i in tokenizer.get_vocab().items()}
-    for i in range(end):
-        yield bytes(table[letter] for letter in words[i])
-
-
-def _bytes() -> dict[str, int]:
-    """The byte that each letter of a byte-level vocabulary stands for, as in GPT-2."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _write(out: BinaryIO, name: str, tensor: Tensor) -> None:
